@@ -1,0 +1,68 @@
+"""The contract between stages: a directory with tensors.safetensors and meta.json.
+
+Nothing that varies between two equal runs goes in (no times, hosts or absolute paths), because the
+directory's hash decides what reruns.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SCHEMA_VERSION = 1
+
+
+class ArtifactError(ValueError):
+    """An artifact is absent, damaged, or not of the kind that was asked for."""
+
+
+def write_artifact(directory: Path, kind: str, tensors: dict[str, Tensor], **meta: Any) -> None:
+    """Write tensors and their description.
+
+    Args:
+        directory: made if absent.
+        kind: the contract's name, for example "masks".
+        tensors: any dtype and shape that safetensors stores.
+        meta: JSON values; must be the same for the same inputs.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        for name, tensor in sorted(tensors.items())
+    }
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
+              directory / "tensors.safetensors")
+    write_json(directory / "meta.json", {"schema": SCHEMA_VERSION, "kind": kind, **meta, "tensors": contents})
+
+
+def read_artifact(directory: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_artifact` wrote, and check it against its own description.
+
+    Raises:
+        ArtifactError: names the file and says which stage's output to make again.
+    """
+    meta_path = directory / "meta.json"
+    try:
+        meta = json.loads(meta_path.read_text())
+        with safe_open(directory / "tensors.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{error.filename or directory}: no such file; is {directory} a {kind} artifact?") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ArtifactError(f"{directory}: damaged {kind} artifact ({error}); remove it and run dvc repro") from error
+    if meta.get("kind") != kind or meta.get("schema") != SCHEMA_VERSION:
+        raise ArtifactError(f"{meta_path}: expected kind {kind!r} schema {SCHEMA_VERSION}, "
+                            f"found {meta.get('kind')!r} schema {meta.get('schema')!r}")
+    for name, expected in meta["tensors"].items():
+        if name not in tensors or list(tensors[name].shape) != expected["shape"]:
+            raise ArtifactError(f"{directory}: tensor {name!r} is absent or not of shape {expected['shape']}")
+    return tensors, meta
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that any reader accepts: NaN and infinity are refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,1 @@
+"""The smaller model: folded weights, compaction, the modeling file, loading, parity."""

@@ -1,0 +1,38 @@
+"""Where to compute and in which dtype; the environment decides, never a stage's command."""
+
+import os
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else CPU; TVAPRUNE_DEVICE overrides."""
+    name = os.environ.get("TVAPRUNE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"TVAPRUNE_DEVICE={name!r}: not a device; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"TVAPRUNE_DEVICE={name!r}: this machine has no CUDA device")
+    return device
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32; TVAPRUNE_DTYPE overrides."""
+    name = os.environ.get("TVAPRUNE_DTYPE")
+    if name:
+        if name not in DTYPES:
+            raise ValueError(f"TVAPRUNE_DTYPE={name!r}: use one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until all work given to the device is done, so that a clock read after it is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

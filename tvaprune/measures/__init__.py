@@ -1,0 +1,1 @@
+"""What came of it: perplexity, zero-shot accuracy, speed."""

@@ -1,0 +1,1 @@
+"""One module a stage, so that an edit to one stage's parameters reruns that stage alone."""

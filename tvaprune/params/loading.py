@@ -1,0 +1,66 @@
+"""Read a stage's parameters from params.yaml and refuse what it does not understand."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+
+class ParameterError(ValueError):
+    """A parameter is missing, unknown, of the wrong type or out of range."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML 1.2 mapping. ruamel, because DVC writes 1e-05, which YAML 1.1 reads as text."""
+    try:
+        content = YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError:
+        raise ParameterError(f"{path}: no such file; run from the repository root") from None
+    except YAMLError as error:
+        raise ParameterError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ParameterError(f"{path}: expected a mapping of parameters, found {type(content).__name__}")
+    return content
+
+
+class StageParams(BaseModel):
+    """The parameters of one stage: its own section, and the top-level keys named in `shared`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    section: ClassVar[str]
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check the section.
+
+        Raises:
+            ParameterError: names every offending key, its value and what is allowed.
+        """
+        content = read_yaml(path)
+        if not isinstance(content.get(cls.section), dict):
+            raise ParameterError(f"{path}: section {cls.section!r} is missing or is not a mapping")
+        merged = dict(content[cls.section])
+        for key in cls.shared:
+            if key in merged:
+                raise ParameterError(f"{path}: {cls.section}.{key}: {key} is a top-level key, set it there")
+            if key not in content:
+                raise ParameterError(f"{path}: top-level key {key!r} is missing")
+            merged[key] = content[key]
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            problems = [cls._describe(problem) for problem in error.errors()]
+            raise ParameterError(f"{path}: " + "; ".join(problems)) from None
+
+    @classmethod
+    def _describe(cls, problem: Any) -> str:
+        location = ".".join(str(part) for part in problem["loc"])
+        name = location if location in cls.shared else f"{cls.section}.{location}".rstrip(".")
+        if problem["type"] == "extra_forbidden":
+            return f"{name}: unknown key; known keys are {', '.join(sorted(set(cls.model_fields) - set(cls.shared)))}"
+        if problem["type"] == "missing":
+            return f"{name}: missing"
+        return f"{name} = {problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,1 @@
+"""Getting quality back: LoRA with distillation from the dense model."""

@@ -1,0 +1,1 @@
+"""How many units stay: masks, their projection onto a budget, their adaptation to hardware."""

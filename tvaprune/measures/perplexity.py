@@ -1,0 +1,150 @@
+"""Perplexity on held-out text: non-overlapping windows, weighted by token."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tvaprune.artifacts import ArtifactError
+from tvaprune.measures.comparison import read_rows, spread_evenly
+
+# Positions whose logits exist at once: in float32, 48 MiB at a vocabulary of 49,152.
+POSITIONS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a model makes of a set of windows.
+
+    Attributes:
+        ppl: exp(nll_per_token); lower is better.
+        nll_per_token: mean negative log-likelihood, in nats.
+        ppl_stderr: standard error of ppl over windows (delta method: ppl times the standard error of the
+            windows' mean nll); NaN for a single window, which has none.
+        tokens: tokens predicted; the first of each window is only read.
+    """
+
+    ppl: float
+    nll_per_token: float
+    ppl_stderr: float
+    tokens: int
+
+
+def read_texts(directory: Path) -> list[str]:
+    """All texts of a directory of JSONL files, in order of file name and line.
+
+    Raises:
+        ArtifactError: no .jsonl file, or a row without a text; names the file.
+    """
+    files = sorted(directory.glob("*.jsonl"))
+    if not files:
+        raise ArtifactError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
+    texts = []
+    for file in files:
+        for number, row in enumerate(read_rows(file), start=1):
+            if not isinstance(row.get("text"), str):
+                raise ArtifactError(f"{file}, line {number}: no text in it; run the fetch_inputs stage")
+            texts.append(row["text"])
+    return texts
+
+
+def heldout_windows(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int, windows: int
+) -> Int[Tensor, "windows window"]:
+    """Cut texts into windows of equal length, and take some that are spread evenly over them.
+
+    The texts are joined with the end-of-sequence token after each (no other special token), and cut
+    without overlap; the rest that fills no window is dropped.
+
+    Returns:
+        int64 token ids, the same for every model of this tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-sequence token, or the texts are too short.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no end-of-sequence token to join documents with")
+    # verbose=False: a document longer than the model's context is cut below, no reason to warn.
+    documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    stream = torch.tensor([token for document in documents for token in (*document, end)])
+    available = len(stream) // window
+    if available < windows:
+        raise ValueError(
+            f"windows = {windows} of window = {window} tokens: the held-out text has {len(stream)} tokens, "
+            f"enough for {available}"
+        )
+    return stream[: available * window].view(available, window)[spread_evenly(available, windows)]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel, input_ids: Int[Tensor, "windows window"], batch_size: int, progress: str | None = None
+) -> Perplexity:
+    """Perplexity of a causal model, each token but a window's first predicted from those before it.
+
+    The model runs in its own dtype and on its own device; log-softmax is in float32, sums in float64.
+
+    Args:
+        input_ids: at least 2 tokens a window.
+        batch_size: windows in one forward; changes speed and memory, not the result.
+        progress: what a progress bar says; none is shown without.
+    """
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(input_ids), desc=progress, unit="window", disable=progress is None)
+    window_nll = []
+    for batch in input_ids.long().split(batch_size):
+        window_nll.append(token_nll(model, batch.to(model.device)).double().mean(dim=1).cpu())
+        bar.update(len(batch))
+    bar.close()
+    model.train(was_training)
+    nll = torch.cat(window_nll)
+    mean = nll.mean().item()  # all windows are of equal length, so this is the mean over tokens
+    stderr = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else math.nan
+    return Perplexity(
+        ppl=math.exp(mean),
+        nll_per_token=mean,
+        ppl_stderr=math.exp(mean) * stderr,
+        tokens=input_ids.shape[0] * (input_ids.shape[1] - 1),
+    )
+
+
+def token_nll(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch window"], positions_at_once: int = POSITIONS_AT_ONCE
+) -> Float[Tensor, "batch window-1"]:
+    """Negative log-likelihood of each next token, float32 nats.
+
+    The vocabulary's logits are made for a few positions at a time: all at once they would be the
+    largest tensor by far (4 windows of 1024 tokens: 1.5 GiB in float32 at a vocabulary of 49,152).
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    lm_head = model.get_output_embeddings()
+    parts = [
+        functional.cross_entropy(lm_head(states).float(), targets, reduction="none")
+        for states, targets in zip(
+            hidden.flatten(0, 1).split(positions_at_once),
+            input_ids[:, 1:].flatten().split(positions_at_once),
+            strict=True,
+        )
+    ]
+    return torch.cat(parts).view(input_ids.shape[0], -1)
+
+
+def report(results: dict[str, Perplexity], window: int) -> dict[str, object]:
+    """The metrics file: every model's perplexity, and the pruned ones' ratio to the dense one's."""
+    metrics: dict[str, object] = {"window": window, "tokens": results["dense"].tokens}
+    for name, result in results.items():
+        metrics[name] = {
+            "ppl": result.ppl,
+            "nll_per_token": result.nll_per_token,
+            "ppl_stderr": result.ppl_stderr,
+            **({} if name == "dense" else {"ratio_to_dense": result.ppl / results["dense"].ppl}),
+        }
+    return metrics

@@ -89,9 +89,7 @@ def _read_hub(source: HubSource) -> Iterator[Document]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(
-            source.repo, source.config, split=source.split, revision=source.revision, streaming=True
-        )
+        rows = load_dataset(source.repo, source.config, split=source.split, revision=source.revision, streaming=True)
         rows = rows.take(source.documents) if source.documents else rows
         total = source.documents or None
         for number, row in enumerate(tqdm(rows, desc=source.repo, total=total, unit=" documents")):
@@ -135,7 +133,9 @@ def _rows(file: Path) -> Iterator[Any]:
 def _from_row(row: Any, text_field: str, where: str, default_id: str) -> Document:
     text = _field(row, text_field, where)
     title = row.get("title")
-    return Document(id=str(row.get("id", default_id)), text=clean(text), title=title if isinstance(title, str) else None)
+    return Document(
+        id=str(row.get("id", default_id)), text=clean(text), title=title if isinstance(title, str) else None
+    )
 
 
 def _field(row: Any, text_field: str, where: str) -> str:
@@ -190,6 +190,8 @@ def load_documents(directory: Path) -> dict[str, list[Document]]:
     if not files:
         raise InputError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
     return {
-        file.stem: [_from_row(row, "text", f"{file.name} row {number}", str(number)) for number, row in enumerate(_rows(file))]
+        file.stem: [
+            _from_row(row, "text", f"{file.name} row {number}", str(number)) for number, row in enumerate(_rows(file))
+        ]
         for file in files
     }

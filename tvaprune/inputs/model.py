@@ -34,7 +34,9 @@ def check_family(config: PreTrainedConfig) -> None:
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"model_type {family!r} is an encoder-decoder; only decoders can be pruned: {_supported()}")
-    experts = next((n for n in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, n, None)), None)
+    experts = next(
+        (n for n in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, n, None)), None
+    )
     if experts:
         raise InputError(f"model_type {family!r} is a mixture of experts ({experts}); supported: {_supported()}")
     if family not in FAMILIES:

@@ -125,9 +125,7 @@ class Texts(_Strict):
 
 
 class CalibrationTexts(Texts):
-    exclude_heldout: bool = Field(
-        True, description="Leave out articles and texts that are also in the held-out text."
-    )
+    exclude_heldout: bool = Field(True, description="Leave out articles and texts that are also in the held-out text.")
 
 
 class FetchInputsParams(StageParams):

@@ -1,0 +1,261 @@
+"""Seeded windows of tokens from documents, in sets that share no document."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int32
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tvaprune.inputs.documents import Document
+from tvaprune.inputs.sources import InputError
+
+Packing = Literal["auto", "documents", "packed"]
+
+# With fewer documents than this, each is cut into parts that stand for documents: one book must do too.
+_FEW_DOCUMENTS = 16
+_PARTS = 64
+# Documents tokenised in one call; bounds memory, and the progress bar moves.
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class WindowSet:
+    """How many windows of how many tokens a set is to have."""
+
+    name: str
+    samples: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document as token ids, int32 [tokens], without special tokens."""
+
+    id: str
+    tokens: np.ndarray
+
+
+def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> list[TokenDocument]:
+    """Token ids of every document, no special tokens added; documents without tokens are left out."""
+    documents = list(documents)
+    result: list[TokenDocument] = []
+    for start in tqdm(range(0, len(documents), _BATCH), desc=f"tokenise {name}", unit=" batches"):
+        batch = documents[start : start + _BATCH]
+        # verbose: warns of documents longer than the model's context, which windows are cut from anyway
+        ids = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        pairs = zip(batch, ids, strict=True)
+        result += [TokenDocument(document.id, np.asarray(tokens, np.int32)) for document, tokens in pairs if tokens]
+    return result
+
+
+def sample_windows(
+    sources: Mapping[str, list[TokenDocument]],
+    sets: list[WindowSet],
+    *,
+    mix: Mapping[str, float],
+    packing: Packing,
+    eos_token_id: int,
+    seed: int,
+) -> dict[str, Int32[Tensor, "samples seq_len"]]:
+    """Draw every set's windows from documents that no other set uses.
+
+    A source's documents, in the order of a seeded hash of their ids, are dealt to the sets in proportion to what
+    each needs. A document at least as long as a window is cut into consecutive windows from a random offset
+    ("documents"); shorter ones follow each other in that order, each closed by the end-of-text token ("packed").
+    "auto" does each with the documents it suits. A set's windows are drawn from its candidates without
+    replacement, and the sources' are mixed in random order.
+
+    Args:
+        sources: name -> its documents.
+        sets: in the order in which they are returned; names differ.
+        mix: source -> weight, in shares of windows; a source without one has weight 1.
+        packing: for all sources.
+        eos_token_id: the only special token in a window.
+
+    Returns:
+        Set name -> int32 [samples, seq_len].
+
+    Raises:
+        InputError: the text is too short; says how many windows there are.
+    """
+    shares = {one.name: share_out(one.samples, _weights(sources, mix)) for one in sets}
+    windows: dict[str, list[np.ndarray]] = {window_set.name: [] for window_set in sets}
+    for source, documents in sources.items():
+        rng = _generator(seed, source)
+        demands = [WindowSet(one.name, shares[one.name][source], one.seq_len) for one in sets]
+        for demand, part in zip(demands, _deal(_ordered(documents, seed, source), demands, packing), strict=True):
+            candidates = _candidates(part, demand.seq_len, packing, eos_token_id, rng)
+            if len(candidates) < demand.samples:
+                raise InputError(_too_short(source, demand, len(candidates), documents, packing))
+            chosen = rng.permutation(len(candidates))[: demand.samples]
+            windows[demand.name] += [candidates[index] for index in chosen]
+    rng = _generator(seed, "order")
+    result: dict[str, Tensor] = {}
+    for window_set in sets:
+        order = rng.permutation(window_set.samples)
+        rows = np.zeros((window_set.samples, window_set.seq_len), np.int32)
+        for row, index in enumerate(order):
+            rows[row] = windows[window_set.name][index]
+        result[window_set.name] = torch.from_numpy(rows)
+    return result
+
+
+def sample_calibration(
+    documents: Mapping[str, list[Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seq_len: int,
+    validation_samples: int,
+    finetune_samples: int,
+    finetune_seq_len: int,
+    finetune_validation_samples: int,
+    packing: Packing,
+    mix: Mapping[str, float],
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tokenise the documents and draw the four sets of windows.
+
+    Args:
+        documents: source -> its documents.
+
+    Returns:
+        int32 tensors input_ids [samples, seq_len], validation_ids [validation_samples, seq_len], finetune_ids
+        [finetune_samples, finetune_seq_len] and finetune_validation_ids [finetune_validation_samples,
+        finetune_seq_len]; and what meta.json says of them.
+
+    Raises:
+        InputError: the text is too short, or mix names an unknown source.
+    """
+    _weights(documents, mix)  # before the long work
+    sources = {name: tokenise(texts, tokenizer, name) for name, texts in documents.items()}
+    sets = [
+        WindowSet("input_ids", samples, seq_len),
+        WindowSet("validation_ids", validation_samples, seq_len),
+        WindowSet("finetune_ids", finetune_samples, finetune_seq_len),
+        WindowSet("finetune_validation_ids", finetune_validation_samples, finetune_seq_len),
+    ]
+    eos = tokenizer.eos_token_id
+    windows = sample_windows(sources, sets, mix=mix, packing=packing, eos_token_id=eos, seed=seed)
+    meta = {
+        "seed": seed,
+        "packing": packing,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "sources": {
+            name: {"documents": len(tokens), "tokens": sum(len(document.tokens) for document in tokens)}
+            for name, tokens in sources.items()
+        },
+        "windows": {one.name: share_out(one.samples, _weights(sources, mix)) for one in sets},
+    }
+    return windows, meta
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What tells two tokenizers apart: a hash of the vocabulary with its ids, its size, the end-of-text token."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return {
+        "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "tokens": len(tokenizer),
+        "eos_token": str(tokenizer.eos_token),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def share_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Divide `total` in proportion to the weights; what rounding leaves goes to the largest remainders."""
+    whole = sum(Fraction(weight) for weight in weights.values())
+    exact = {name: total * Fraction(weight) / whole for name, weight in weights.items()}
+    shares = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (shares[name] - exact[name], name))
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def _weights(sources: Iterable[str], mix: Mapping[str, float]) -> dict[str, float]:
+    sources = list(sources)
+    unknown = sorted(set(mix) - set(sources))
+    if unknown:
+        raise InputError(f"mix names {', '.join(unknown)}; the calibration sources are {', '.join(sources)}")
+    weights = {name: float(mix.get(name, 1.0)) for name in sources}
+    if sum(weights.values()) <= 0:
+        raise InputError("mix gives every source the weight 0")
+    return weights
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(_hash(seed, purpose)))
+
+
+def _hash(seed: int, *parts: str) -> bytes:
+    return hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
+
+
+def _ordered(documents: list[TokenDocument], seed: int, source: str) -> list[TokenDocument]:
+    """By a seeded hash of their ids, so that the split does not depend on the order in the file."""
+    if len(documents) < _FEW_DOCUMENTS:
+        parts = [(f"{document.id}#{number}", part) for document in documents for number, part in _parts(document)]
+        documents = [TokenDocument(name, part) for name, part in parts if len(part)]
+    return sorted(documents, key=lambda document: _hash(seed, source, document.id))
+
+
+def _parts(document: TokenDocument) -> Iterable[tuple[int, np.ndarray]]:
+    return enumerate(np.array_split(document.tokens, _PARTS))
+
+
+def _size(document: TokenDocument, seq_len: int, packing: Packing) -> float:
+    """How many windows a document is good for: whole ones when cut, fractions when packed."""
+    if _is_packed(document, seq_len, packing):
+        return (len(document.tokens) + 1) / seq_len
+    return len(document.tokens) // seq_len
+
+
+def _is_packed(document: TokenDocument, seq_len: int, packing: Packing) -> bool:
+    return packing == "packed" or (packing == "auto" and len(document.tokens) < seq_len)
+
+
+def _deal(documents: list[TokenDocument], demands: list[WindowSet], packing: Packing) -> list[list[TokenDocument]]:
+    """Give each document to the set that has the least of what it needs, relative to its need."""
+    parts: list[list[TokenDocument]] = [[] for _ in demands]
+    sizes = [0.0 for _ in demands]
+    needing = [index for index, demand in enumerate(demands) if demand.samples]
+    for document in documents if needing else []:
+        index = min(needing, key=lambda one: sizes[one] / demands[one].samples)
+        parts[index].append(document)
+        sizes[index] += _size(document, demands[index].seq_len, packing)
+    return parts
+
+
+def _candidates(
+    documents: list[TokenDocument], seq_len: int, packing: Packing, eos_token_id: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Windows that do not overlap, int32 [seq_len] each."""
+    windows: list[np.ndarray] = []
+    short: list[np.ndarray] = []
+    for document in documents:
+        if _is_packed(document, seq_len, packing):
+            short += [document.tokens, np.asarray([eos_token_id], np.int32)]
+            continue
+        count, spare = divmod(len(document.tokens), seq_len)
+        offset = int(rng.integers(spare + 1))
+        windows += np.split(document.tokens[offset : offset + count * seq_len], count) if count else []
+    packed = np.concatenate(short) if short else np.zeros(0, np.int32)
+    count = len(packed) // seq_len
+    return windows + (np.split(packed[: count * seq_len], count) if count else [])
+
+
+def _too_short(source: str, demand: WindowSet, available: int, documents: list[TokenDocument], packing: Packing) -> str:
+    tokens = sum(len(document.tokens) for document in documents)
+    return (
+        f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are asked of {source!r}, which has "
+        f"{available} for it ({len(documents)} documents, {tokens} tokens in all sets together, packing {packing}); "
+        "ask for fewer samples, give the source less weight in mix, or add text"
+    )

@@ -1,0 +1,26 @@
+"""Parameters of the sample_calibration stage."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tvaprune.params.loading import StageParams
+
+
+class SampleCalibrationParams(StageParams):
+    section = "sample_calibration"
+    shared: ClassVar[tuple[str, ...]] = ("seed",)
+
+    seed: int = Field(description="Decides which documents go to which set, and the windows.", ge=0)
+    samples: int = Field(description="Windows to learn masks on.", ge=1)
+    seq_len: int = Field(description="Tokens in each of them, and in the validation windows.", ge=2)
+    validation_samples: int = Field(description="Windows to validate masks on.", ge=1)
+    finetune_samples: int = Field(description="Windows to fine-tune on.", ge=1)
+    finetune_seq_len: int = Field(description="Tokens in each of them, and in their validation windows.", ge=2)
+    finetune_validation_samples: int = Field(description="Windows to validate fine-tuning on.", ge=1)
+    packing: Literal["auto", "documents", "packed"] = Field(
+        description="Windows inside long documents, short documents one after another, or each where it suits."
+    )
+    mix: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        description="Source -> its weight in shares of windows; a source that is not named has weight 1."
+    )

@@ -1,0 +1,80 @@
+"""Recover what pruning lost: LoRA on the compact model, distilled from the dense one, and merged."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages._errors import clear_errors
+from tvaprune.artifacts import read_artifact, write_json
+from tvaprune.checkpoint.loading import load
+from tvaprune.device import pick_device, pick_dtype
+from tvaprune.params.finetune_lora import FinetuneLoraParams
+from tvaprune.recovery.lora import LoraSettings, merge_adapter, save_adapter, save_like
+from tvaprune.recovery.schedule import Schedule
+from tvaprune.recovery.training import Objective, finetune, write_curve
+from tvaprune.resume import ResumableRun
+
+
+def main(
+    compact: Annotated[Path, typer.Option(help="The pruned model's directory.")] = Path("artifacts/compact"),
+    dense: Annotated[Path, typer.Option(help="The dense model's directory: the teacher.")] = Path("data/model"),
+    calibration: Annotated[
+        Path, typer.Option(help="Artifact with finetune_ids and finetune_validation_ids, int32 [windows, tokens].")
+    ] = Path("artifacts/calibration"),
+    lora: Annotated[Path, typer.Option(help="Adapter to write, in PEFT's format.")] = Path("artifacts/lora"),
+    finetuned: Annotated[Path, typer.Option(help="Merged model to write; loads like the compact one.")] = Path(
+        "artifacts/finetuned"
+    ),
+    metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/finetune.json"),
+    curve: Annotated[Path, typer.Option(help="CSV of the losses by step to write.")] = Path("metrics/finetune.csv"),
+    params_file: Annotated[
+        Path, typer.Option("--params", help="Parameters; section finetune_lora, and the top-level seed.")
+    ] = Path("params.yaml"),
+) -> None:
+    """Fine-tune the compact model.
+
+    Reads artifacts/compact, data/model and artifacts/calibration; writes artifacts/lora, artifacts/finetuned,
+    metrics/finetune.json and metrics/finetune.csv.
+    """
+    with clear_errors():
+        params = FinetuneLoraParams.load(params_file)
+        for directory in (lora, finetuned):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        if not params.enabled:
+            write_json(finetuned / "meta.json", {"kind": "finetuned", "enabled": False})
+            write_json(metrics, {"enabled": 0})
+            write_curve(curve, [])
+            typer.echo("finetune_lora.enabled is false: nothing was fine-tuned")
+            return
+        ids, _ = read_artifact(calibration, "calibration")
+        device = pick_device()
+        dtype = pick_dtype(device)
+        settings = params.model_dump() | {"device": str(device), "dtype": str(dtype)}
+        code = [*Path("tvaprune").rglob("*.py"), Path(__file__)]
+        with ResumableRun("finetune_lora", settings, [compact, dense, calibration, *code]) as run:
+            result = finetune(
+                load(compact, dtype=dtype),
+                load(dense, dtype=dtype),
+                ids["finetune_ids"],
+                ids["finetune_validation_ids"],
+                lora=params.take(LoraSettings),
+                objective=params.take(Objective),
+                schedule=params.take(Schedule),
+                seed=params.seed,
+                device=device,
+                state=run,
+            )
+            save_adapter(result.model, lora, base_model=compact.as_posix())
+            # Merged into the weights as they are on disk, not as rounded for this device.
+            save_like(merge_adapter(load(compact), lora), compact, finetuned)
+        write_json(metrics, {"enabled": 1, **result.metrics})
+        write_curve(curve, result.curve)
+    nll = result.metrics["validation"]
+    typer.echo(f"validation nll {nll['nll_start']:.3f} -> {nll['nll_best']:.3f}, dense {nll['nll_teacher']:.3f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,514 @@
+"""Recovery: the adapter learns, resumes bit by bit, and merges into a directory like the compact one."""
+
+import copy
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tvaprune.params.finetune_lora import FinetuneLoraParams
+from tvaprune.params.loading import ParameterError
+from tvaprune.recovery import training
+from tvaprune.recovery.lora import (
+    CheckpointMismatchError,
+    LoraSettings,
+    add_lora,
+    merge_adapter,
+    save_adapter,
+    save_like,
+    target_names,
+)
+from tvaprune.recovery.schedule import Schedule, learning_rate_at, windows_of
+from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden
+from tvaprune.recovery.training import CurveRow, DivergedError, Finetuned, Objective, finetune, write_curve
+from tvaprune.resume import ResumableRun
+
+VOCAB, SEQ = 128, 16
+CPU = torch.device("cpu")
+SCHEDULE = Schedule(
+    steps=8, epochs=None, batch_size=2, accumulation=2, learning_rate=5e-3, warmup=0.25, validate_every=3, save_every=3
+)
+LORA = LoraSettings(rank=4, alpha=8, dropout=0.2)
+
+
+class NoState:
+    """Keeps nothing between runs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def load(self) -> None:
+        return None
+
+    def save(self, state: dict) -> None:
+        pass
+
+
+def tiny(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        vocab_size=VOCAB,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def pruned(dense: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The dense model with layers of uneven widths: half an MLP in layer 0, one kv group in layer 1."""
+    student = copy.deepcopy(dense)
+
+    def keep(linear: nn.Linear, rows: int, columns: int) -> nn.Linear:
+        smaller = nn.Linear(columns, rows, bias=False)
+        smaller.weight = nn.Parameter(linear.weight.detach()[:rows, :columns].clone())
+        return smaller
+
+    mlp, attention = student.model.layers[0].mlp, student.model.layers[1].self_attn
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
+        keep(mlp.gate_proj, 48, 64),
+        keep(mlp.up_proj, 48, 64),
+        keep(mlp.down_proj, 64, 48),
+    )
+    attention.q_proj, attention.k_proj = keep(attention.q_proj, 32, 64), keep(attention.k_proj, 16, 64)
+    attention.v_proj, attention.o_proj = keep(attention.v_proj, 16, 64), keep(attention.o_proj, 64, 32)
+    return student
+
+
+def windows(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB, (count, SEQ), generator=generator, dtype=torch.int32)
+
+
+def run_finetune(
+    state: object,
+    student: LlamaForCausalLM | None = None,
+    lora: LoraSettings = LORA,
+    objective: Objective = Objective(ce_weight=0.0, distillation_weight=1.0),  # noqa: B008
+    schedule: Schedule = SCHEDULE,
+) -> Finetuned:
+    dense = tiny()
+    return finetune(
+        student if student is not None else pruned(dense),
+        dense,
+        windows(5, seed=1),
+        windows(3, seed=2),
+        lora=lora,
+        objective=objective,
+        schedule=schedule,
+        seed=7,
+        device=CPU,
+        state=state,
+    )
+
+
+def adapter(result: Finetuned) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in result.model.named_parameters() if p.requires_grad}
+
+
+def assert_identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+# --- the schedule ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_learning_rate_rises_to_the_peak_and_falls_to_almost_nothing(decay):
+    schedule = replace(SCHEDULE, warmup=0.1, decay=decay)
+    rates = [learning_rate_at(step, 100, schedule) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(schedule.learning_rate / 10)
+    assert rates[9] == rates[10] == schedule.learning_rate == max(rates)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0 < rates[-1] < 0.02 * schedule.learning_rate
+
+
+def test_every_epoch_shows_every_window_once_in_another_order():
+    order = [window for batch in range(10) for window in windows_of(batch, 2, 10, seed=3)]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+    assert order != [window for batch in range(10) for window in windows_of(batch, 2, 10, seed=4)]
+
+
+def test_steps_come_from_epochs_or_are_given():
+    assert replace(SCHEDULE, steps=None, epochs=2.0).total_steps(windows=9) == 5  # 18 windows, 4 a step
+    assert SCHEDULE.total_steps(windows=9) == 8
+    with pytest.raises(ValueError, match="exactly one"):
+        replace(SCHEDULE, epochs=1.0).total_steps(windows=9)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_recovery_recovers_and_leaves_the_base_alone(tmp_path):
+    dense = tiny()
+    student = pruned(dense)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    text = dense.generate(torch.arange(1, 121)[:, None], max_length=SEQ, do_sample=True, pad_token_id=0)
+    result = finetune(
+        student,
+        dense,
+        text[:100],
+        text[100:],
+        lora=replace(LORA, rank=16, alpha=32, dropout=0.0),
+        objective=Objective(ce_weight=0.1, distillation_weight=1.0),
+        schedule=replace(SCHEDULE, steps=60, learning_rate=1e-2),
+        seed=0,
+        device=CPU,
+        state=NoState(tmp_path),
+    )
+    validation = result.metrics["validation"]
+    assert validation["nll_teacher"] < validation["nll_best"] < validation["nll_start"]
+    assert result.metrics["recovered"]["share"] > 0.3
+    assert result.metrics["tokens"] == 60 * 2 * 2 * SEQ
+    # What comes back is the best adapter, not the last.
+    assert training._nll(student, text[100:], 2, CPU) == validation["nll_best"]
+    assert validation["nll_best"] == min(row.validation_ce for row in result.curve if row.validation_ce is not None)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in student.state_dict().items()}
+    assert_identical(before, {name: after[name] for name in before})
+
+
+def test_the_curve_has_the_start_every_step_and_the_end(tmp_path):
+    curve = run_finetune(NoState(tmp_path)).curve
+    assert [row.step for row in curve] == list(range(9))
+    assert [row.step for row in curve if row.validation_ce is not None] == [0, 3, 6, 8]
+    assert curve[-1].tokens == 8 * 2 * 2 * SEQ
+    write_curve(tmp_path / "curve.csv", curve)
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert rows[0]["loss"] == ""
+    assert float(rows[3]["validation_ce"]) == curve[3].validation_ce
+    assert list(rows[0]) == list(CurveRow._fields)
+
+
+@pytest.mark.parametrize("teacher", ["online", "cached"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, teacher):
+    objective = Objective(teacher=teacher, ce_weight=0.5, distillation_weight=1.0)
+    undisturbed = run_finetune(NoState(tmp_path), objective=objective)
+
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    real_step = training._Loop._train_step
+    taken: list[int] = []
+
+    def counted_step(loop):
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(loop.step)
+        return real_step(loop)
+
+    monkeypatch.setattr(training._Loop, "_train_step", counted_step)
+    with pytest.raises(KeyboardInterrupt), ResumableRun("finetune_lora", {}, []) as run:
+        run_finetune(run, objective=objective)
+    torch.manual_seed(12345)  # another process has another random state
+    taken[:] = [-1, -1]
+    monkeypatch.setattr(training._Loop, "_train_step", lambda loop: (taken.append(loop.step), real_step(loop))[1])
+    with ResumableRun("finetune_lora", {}, []) as run:
+        resumed = run_finetune(run, objective=objective)
+
+    assert taken[2:] == [3, 4, 5, 6, 7]  # from the state saved after step 3
+    assert_identical(adapter(undisturbed), adapter(resumed))
+    assert undisturbed.curve == resumed.curve
+    timings = ("seconds", "step_seconds", "recovered")
+    assert {k: v for k, v in undisturbed.metrics.items() if k not in timings} == {
+        k: v for k, v in resumed.metrics.items() if k not in timings
+    }
+
+
+def test_a_run_killed_after_its_last_step_only_finishes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    run = ResumableRun("finetune_lora", {}, [])
+    with run:
+        first = adapter(run_finetune(run))
+        killed = shutil.copytree(run.directory, tmp_path / "killed")
+    shutil.copytree(killed, run.directory)
+    monkeypatch.setattr(training._Loop, "_train_step", lambda loop: pytest.fail("trained again"))
+    with ResumableRun("finetune_lora", {}, []) as run:
+        assert_identical(first, adapter(run_finetune(run)))
+
+
+def test_dropout_and_order_follow_the_seed_and_not_the_process(tmp_path):
+    torch.manual_seed(1)
+    first = run_finetune(NoState(tmp_path))
+    before = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    assert_identical(adapter(first), adapter(run_finetune(NoState(tmp_path))))
+    torch.random.set_rng_state(before)
+    without_dropout = adapter(run_finetune(NoState(tmp_path), lora=replace(LORA, dropout=0.0)))
+    assert any(not torch.equal(tensor, without_dropout[name]) for name, tensor in adapter(first).items())
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    lora = replace(LORA, dropout=0.0)
+    parts = run_finetune(NoState(tmp_path), lora=lora, schedule=replace(SCHEDULE, batch_size=1, accumulation=4))
+    whole = run_finetune(NoState(tmp_path), lora=lora, schedule=replace(SCHEDULE, batch_size=4, accumulation=1))
+    for left, right in zip(parts.curve[1:], whole.curve[1:], strict=True):
+        assert left.loss == pytest.approx(right.loss, rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = run_finetune(NoState(tmp_path))
+    recomputed = run_finetune(NoState(tmp_path), schedule=replace(SCHEDULE, gradient_checkpointing=True))
+    for left, right in zip(plain.curve[1:], recomputed.curve[1:], strict=True):
+        assert left.loss == pytest.approx(right.loss, rel=1e-4)
+
+
+def test_without_a_teacher_there_is_cross_entropy_alone(tmp_path):
+    objective = Objective(teacher="none", ce_weight=1.0, distillation_weight=1.0)
+    result = run_finetune(NoState(tmp_path), objective=objective)
+    assert all(row.distillation == 0 and row.loss == row.ce for row in result.curve[1:])
+    assert result.metrics["validation"]["nll_teacher"] > 0
+
+
+def test_a_bfloat16_base_has_a_float32_adapter(tmp_path):
+    dense = tiny()
+    student = pruned(dense).to(torch.bfloat16)
+    result = finetune(
+        student,
+        dense.to(torch.bfloat16),
+        windows(5, 1),
+        windows(3, 2),
+        lora=LORA,
+        objective=Objective(),
+        schedule=SCHEDULE,
+        seed=0,
+        device=CPU,
+        state=NoState(tmp_path),
+    )
+    assert {p.dtype for p in adapter(result).values()} == {torch.float32}
+    assert {p.dtype for p in student.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert result.curve[-1].loss < result.curve[1].loss
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    student = pruned(tiny())
+    with torch.no_grad():
+        student.model.norm.weight[0] = float("inf")
+    with pytest.raises(DivergedError, match=r"step 1; lower finetune_lora\.learning_rate"):
+        run_finetune(NoState(tmp_path), student=student)
+
+
+def test_inputs_that_do_not_fit_are_named(tmp_path):
+    dense = tiny()
+    rest = {
+        "lora": LORA,
+        "objective": Objective(),
+        "schedule": SCHEDULE,
+        "seed": 0,
+        "device": CPU,
+        "state": NoState(tmp_path),
+    }
+    with pytest.raises(ValueError, match=r"finetune_validation_ids: expected .* found \[0, 16\]"):
+        finetune(pruned(dense), dense, windows(5, 1), windows(0, 1), **rest)
+    with pytest.raises(ValueError, match="token 128 is outside"):
+        finetune(pruned(dense), dense, windows(5, 1) * 0 + VOCAB, windows(1, 1), **rest)
+    with pytest.raises(ValueError, match="float16"):
+        finetune(pruned(dense).half(), dense, windows(5, 1), windows(1, 1), **rest)
+
+
+# --- the teacher ----------------------------------------------------------------------------------------------------
+
+
+def test_cached_states_are_the_online_ones_and_are_computed_once(tmp_path, monkeypatch):
+    model, ids = tiny(), windows(6, 1)
+    online = Teacher(model, ids)
+    cached = CachedTeacher(online, {4, 1, 2}, 2, tmp_path / "states.bin")
+    torch.testing.assert_close(cached.hidden([2, 4]), online.hidden([2, 4]))
+    torch.testing.assert_close(online.hidden([4]) @ online.head.T, model(ids[[4]].long()).logits[0])
+    monkeypatch.setattr(online, "hidden", lambda windows: pytest.fail("computed again"))
+    assert torch.equal(CachedTeacher(online, {1, 2, 4}, 2, tmp_path / "states.bin").hidden([1]), cached.hidden([1]))
+
+
+def test_states_of_an_interrupted_caching_are_not_trusted(tmp_path):
+    online = Teacher(tiny(), windows(6, 1))
+    real, calls = online.hidden, []
+
+    def killed(chosen):
+        calls.append(chosen)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(chosen)
+
+    online.hidden = killed
+    with pytest.raises(KeyboardInterrupt):
+        CachedTeacher(online, range(6), 2, tmp_path / "states.bin")
+    online.hidden = real
+    assert torch.equal(CachedTeacher(online, range(6), 2, tmp_path / "states.bin").hidden([4, 5]), real([4, 5]))
+
+
+# --- the adapter ----------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_linear_modules_and_never_the_head():
+    model = pruned(tiny())
+    assert len(target_names(model, "all-linear")) == 14
+    assert target_names(model, ["v_proj"]) == [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
+    for wrong in ("lm_head", "w1"):
+        with pytest.raises(ValueError, match=rf"finetune_lora\.targets names '{wrong}'"):
+            target_names(model, ["q_proj", wrong])
+
+
+def trained_adapter(student: LlamaForCausalLM, directory: Path, settings: LoraSettings) -> PeftModel:
+    """An adapter that changes the output, as if trained, saved."""
+    model = add_lora(student, settings, seed=0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, directory, base_model="artifacts/compact")
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}])
+def test_the_merged_directory_computes_what_the_adapter_did(tmp_path, kind):
+    original = pruned(tiny())
+    # Stands in for the compact directory: two shards, code and tokenizer beside them.
+    original.save_pretrained(tmp_path / "compact", max_shard_size="100KB")
+    (tmp_path / "compact" / "modeling_compact.py").write_text("# custom code\n")
+    (tmp_path / "compact" / "tokenizer.json").write_text("{}")
+    ids = windows(2, 3).long()
+    model = trained_adapter(copy.deepcopy(original), tmp_path / "lora", replace(LORA, **kind))
+    with torch.no_grad():
+        expected, untouched = model(ids).logits, original(ids).logits
+    assert (expected - untouched).abs().max() > 0.1
+
+    merged = merge_adapter(copy.deepcopy(original), tmp_path / "lora")
+    save_like(merged, tmp_path / "compact", tmp_path / "finetuned")
+    names = sorted(path.name for path in (tmp_path / "compact").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "finetuned").iterdir())
+    assert len([name for name in names if name.endswith(".safetensors")]) > 1
+
+    reloaded = copy.deepcopy(original)
+    state = {}
+    for path in (tmp_path / "finetuned").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    reloaded.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_saved_like_a_tied_bfloat16_directory(tmp_path):
+    model = tiny(tied=True).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "compact")
+    save_like(model.float(), tmp_path / "compact", tmp_path / "finetuned")
+    reloaded = LlamaForCausalLM.from_pretrained(tmp_path / "finetuned")
+    assert_identical(model.to(torch.bfloat16).state_dict(), reloaded.state_dict())
+    weights = (tmp_path / kind / "model.safetensors" for kind in ("compact", "finetuned"))
+    assert len({path.read_bytes() for path in weights}) == 1
+
+
+def test_a_model_of_other_tensors_is_refused(tmp_path):
+    pruned(tiny()).save_pretrained(tmp_path / "compact")
+    with pytest.raises(CheckpointMismatchError, match=r"down_proj.weight' is \[64, 48\] here, and \[64, 96\]"):
+        save_like(tiny(), tmp_path / "compact", tmp_path / "finetuned")
+    wider = pruned(tiny())
+    wider.extra = nn.Linear(2, 2)
+    with pytest.raises(CheckpointMismatchError, match=r"no such tensor as 'extra\.weight'"):
+        save_like(wider, tmp_path / "compact", tmp_path / "finetuned")
+
+
+def test_adapter_files_are_the_same_for_the_same_inputs(tmp_path):
+    for name in ("first", "second"):
+        trained_adapter(pruned(tiny()), tmp_path / name, LORA)
+    files = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == "artifacts/compact"
+
+
+def test_a_fresh_adapter_changes_nothing():
+    model = pruned(tiny())
+    ids = windows(2, 3).long()
+    with torch.no_grad():
+        before = final_hidden(model, ids)
+        assert torch.equal(final_hidden(add_lora(model, LORA, 0).get_base_model().eval(), ids), before)
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+PARAMS = """
+seed: 0
+finetune_lora:
+  enabled: true
+  rank: 16
+  alpha: 32
+  dropout: 0.0
+  targets: all-linear
+  use_dora: false
+  use_rslora: false
+  teacher: online
+  distillation: kl
+  distillation_weight: 1.0
+  ce_weight: 0.1
+  temperature: 1.0
+  top_k: null
+  learning_rate: 1e-3
+  weight_decay: 0.0
+  warmup: 0.05
+  decay: cosine
+  gradient_clip: 1.0
+  batch_size: 1
+  accumulation: 1
+  steps: 180
+  epochs: null
+  gradient_checkpointing: false
+  validate_every: 60
+  save_every: 30
+"""
+
+
+def load_params(tmp_path: Path, *changes: tuple[str, str]) -> FinetuneLoraParams:
+    text = PARAMS
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "params.yaml").write_text(text)
+    return FinetuneLoraParams.load(tmp_path / "params.yaml")
+
+
+def test_parameters_fill_the_settings_of_the_core(tmp_path):
+    params = load_params(tmp_path, ("targets: all-linear", "targets: [q_proj, v_proj]"))
+    assert params.take(LoraSettings) == LoraSettings(16, 32.0, 0.0, ["q_proj", "v_proj"])
+    assert params.take(Objective) == Objective("online", 0.1, 1.0, "kl", 1.0, None)
+    assert params.take(Schedule).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("epochs: null", "epochs: 2"), "exactly one"),
+        (("steps: 180", "steps: null"), "exactly one"),
+        (("targets: all-linear", "targets: [lm_head]"), "not lm_head"),
+        (("targets: all-linear", "targets: []"), "at least one module"),
+        (("teacher: online", "teacher: offline"), "finetune_lora.teacher = 'offline'"),
+        (("dropout: 0.0", "dropout: 1.0"), "finetune_lora.dropout = 1.0"),
+        (("seed: 0\nfine", "seed: -1\nfine"), "seed = -1"),
+        (("save_every: 30", "max_seconds: 30"), "finetune_lora.max_seconds: unknown key"),
+    ],
+)
+def test_wrong_parameters_are_named(tmp_path, change, message):
+    with pytest.raises(ParameterError) as error:
+        load_params(tmp_path, change)
+    assert message in str(error.value)
+
+
+def test_nothing_to_train_on_is_refused(tmp_path):
+    with pytest.raises(ParameterError, match="nothing to train on"):
+        load_params(tmp_path, ("ce_weight: 0.1", "ce_weight: 0"), ("teacher: online", "teacher: none"))

@@ -25,26 +25,24 @@ def main(
     ),
     heldout: Annotated[Path, typer.Option(help='Directory of JSONL files of {"id", "text"}.')] = Path("data/heldout"),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/perplexity.json"),
-    params_file: Annotated[Path, typer.Option("--params", help="Parameters; section eval_perplexity.")] = Path(
-        "params.yaml"
-    ),
+    params: Annotated[Path, typer.Option(help="YAML file with the section eval_perplexity.")] = Path("params.yaml"),
 ) -> None:
     """Measure perplexity on held-out text.
 
     Reads the three model directories and data/heldout; writes metrics/perplexity.json.
     """
     with clear_errors():
-        params = EvalPerplexityParams.load(params_file)
+        settings = EvalPerplexityParams.load(params)
         models = present_models(dense, compact, finetuned)
         device = pick_device()
         windows = heldout_windows(
-            read_texts(heldout), AutoTokenizer.from_pretrained(dense), params.window, params.windows
+            read_texts(heldout), AutoTokenizer.from_pretrained(dense), settings.window, settings.windows
         )
         results = {
-            name: evaluate(load(path, dtype=pick_dtype(device)).to(device), windows, params.batch_size, progress=name)
+            name: evaluate(load(path, dtype=pick_dtype(device)).to(device), windows, settings.batch_size, progress=name)
             for name, path in models.items()
         }
-        write_json(metrics, report(results, params.window))
+        write_json(metrics, report(results, settings.window))
     for name, result in results.items():
         typer.echo(f"{name}: perplexity {result.ppl:.2f} ± {result.ppl_stderr:.2f}")
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from tvaprune.artifacts import ArtifactError
 
+# Positions whose logits exist at once: in float32, 48 MiB at a vocabulary of 49,152.
+POSITIONS_AT_ONCE = 256
+
 
 def present_models(dense: Path, compact: Path, finetuned: Path) -> dict[str, Path]:
     """The models to measure, by the name that their metrics carry.

@@ -12,10 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.artifacts import ArtifactError
-from tvaprune.measures.comparison import read_rows, spread_evenly
-
-# Positions whose logits exist at once: in float32, 48 MiB at a vocabulary of 49,152.
-POSITIONS_AT_ONCE = 256
+from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
 
 
 @dataclass(frozen=True)

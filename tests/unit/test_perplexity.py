@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tvaprune.artifacts import ArtifactError
+from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 from tvaprune.measures.comparison import present_models, read_rows, spread_evenly
 from tvaprune.measures.perplexity import Perplexity, evaluate, heldout_windows, read_texts, report, token_nll
 
@@ -52,7 +53,17 @@ def naive_nll(model: PreTrainedModel, windows: torch.Tensor) -> list[list[float]
     return all_nll
 
 
-def test_equals_a_direct_computation(model: PreTrainedModel, windows: torch.Tensor) -> None:
+@pytest.fixture(scope="module")
+def pruned(model: PreTrainedModel) -> PreTrainedModel:
+    """The compact model's own class, with uneven layers and an empty one."""
+    torch.manual_seed(2)
+    config = TvaPruneConfig("llama", model.config.to_dict(), 48, intermediate_sizes=[0, 40], kv_head_counts=[0, 1])
+    return TvaPruneForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("which", ["model", "pruned"])
+def test_equals_a_direct_computation(which: str, windows: torch.Tensor, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(which)
     nll = naive_nll(model, windows)
     flat = [value for window in nll for value in window]
     mean = sum(flat) / len(flat)

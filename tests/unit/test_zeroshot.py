@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from stages.eval_zeroshot import main
 from tvaprune.artifacts import ArtifactError
 from tvaprune.measures.zeroshot import TASKS, Rows, _LanguageModel, evaluate, select_rows, summarise
 
@@ -148,6 +150,30 @@ def test_accuracy_equals_a_direct_computation(
     assert result["boolq"]["acc"] == yes / 8
     p = right / 8
     assert result["piqa"]["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 7))
+
+
+def test_the_stage_scores_the_artifact_it_is_given(
+    tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path
+) -> None:
+    """The published code scored the unpruned model: here other weights in the directory give other scores."""
+    for name, seed in (("dense", 0), ("compact", 7)):
+        tiny_model(seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    params = tmp_path / "params.yaml"
+    params.write_text("eval_zeroshot: {tasks: [piqa, arc_easy, hellaswag], limit: 8, batch_size: 8}")
+
+    def scores() -> dict[str, Any]:
+        metrics = tmp_path / "zeroshot.json"
+        main(tmp_path / "dense", tmp_path / "compact", tmp_path / "none", data, metrics, params)
+        return json.loads(metrics.read_text())
+
+    first = scores()
+    assert set(first) == {"limit", "dense", "compact"}
+    assert first["limit"] == 8
+    assert first["compact"] != first["dense"]
+    (tmp_path / "compact" / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
+    second = scores()
+    assert second["compact"] == second["dense"] == first["dense"]
 
 
 def test_rows_are_spread_and_the_same_each_time(data: Path) -> None:

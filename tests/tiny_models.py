@@ -1,0 +1,68 @@
+"""Tiny random models of every supported family, for unit tests only."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.widths.masks import Masks
+
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "llama_tied": {"tie_word_embeddings": True},
+    "llama_bias": {"attention_bias": True, "mlp_bias": True},
+    "llama_mha": {"num_key_value_heads": 4},
+    "llama_mqa": {"num_key_value_heads": 1},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24, "tie_word_embeddings": True},
+}
+
+
+def tiny_model(family: str, seed: int = 0, layers: int = 3) -> PreTrainedModel:
+    """A random model; weights are large enough for logits to differ visibly, norms are not all ones."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        **FAMILIES[family],
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split("_")[0], **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def save_tiny_model(family: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    tiny_model(family, seed).to(dtype).save_pretrained(directory)
+    return directory
+
+
+def random_masks(topology: Topology, seed: int, keep_share: float = 0.6, empty_layer: int | None = None) -> Masks:
+    """Random masks with random means; `empty_layer` loses both of its blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    keep, mu, log_alpha = {}, {}, {}
+    for axis in AXES:
+        shape = topology.gate_shape(axis)
+        log_alpha[axis] = torch.randn(shape, generator=generator)
+        mu[axis] = 1 + 0.3 * torch.randn(shape, generator=generator)
+        keep[axis] = torch.rand(shape, generator=generator) < keep_share
+    keep["hidden"][0] = True
+    if empty_layer is not None:
+        keep["intermediate"][empty_layer] = False
+        keep["kv_heads"][empty_layer] = False
+    return Masks(keep=keep, log_alpha=log_alpha, mu=mu)

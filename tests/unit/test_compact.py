@@ -1,0 +1,131 @@
+"""masked = compact = reloaded, for every family."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_models import FAMILIES, random_masks, save_tiny_model
+from tvaprune.checkpoint.compact import compact
+from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.parity import compact_logits, compare, masked_dense_logits
+from tvaprune.checkpoint.update import WeightUpdate, can_stay_tied, weight_update
+from tvaprune.gates.insertion import GatedModel, hard_gates
+from tvaprune.model.sparsity import kept_decoder_parameters, shared_parameters
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.widths.masks import Masks
+
+PROMPTS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("empty_layer", [None, 0, 1])
+def test_masked_equals_compact_equals_gates_in_place(family: str, empty_layer: int | None, tmp_path: Path) -> None:
+    dense = save_tiny_model(family, tmp_path / "dense")
+    topology = Topology.of(load_config(dense))
+    masks = random_masks(topology, seed=3, empty_layer=empty_layer)
+    update = weight_update(masks, "mean")
+    compact(dense, masks, update, tmp_path / "compact")
+    reloaded = compact_logits(tmp_path / "compact", PROMPTS)
+
+    folded = compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded)
+    model = load(dense)
+    with GatedModel(model, topology).inserted() as gated, torch.no_grad():
+        gated.set(hard_gates(masks.keep, masks.mu), kept_hidden=int(masks.keep["hidden"].sum()))
+        in_place = compare(model(PROMPTS).logits, reloaded)
+
+    for parity in (folded, in_place):
+        assert parity.max_rel_logit_diff < 1e-5
+        assert parity.argmax_agreement == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counted_parameters_are_the_checkpoints(family: str, tmp_path: Path) -> None:
+    dense = save_tiny_model(family, tmp_path / "dense")
+    config = load_config(dense)
+    topology = Topology.of(config)
+    masks = random_masks(topology, seed=5, empty_layer=2)
+    size = compact(dense, masks, weight_update(masks, "mean"), tmp_path / "compact")
+    counted = kept_decoder_parameters(topology, masks.keep)
+    outside = shared_parameters(topology, int(masks.keep["hidden"].sum()), config.vocab_size, config.tie_word_embeddings)
+    assert size.parameters_kept == counted + outside
+    assert sum(p.numel() for p in load(tmp_path / "compact").parameters()) == size.parameters_kept
+
+
+@pytest.mark.parametrize("empty_layer", [None, 0])
+@pytest.mark.parametrize("family", ["llama_tied", "qwen2", "qwen3"])
+def test_generation_with_cache_equals_without(family: str, empty_layer: int | None, tmp_path: Path) -> None:
+    dense = save_tiny_model(family, tmp_path / "dense")
+    masks = random_masks(Topology.of(load_config(dense)), seed=7, empty_layer=empty_layer)
+    compact(dense, masks, weight_update(masks, "none"), tmp_path / "compact")
+    model = load(tmp_path / "compact")
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = model.generate(PROMPTS, use_cache=True, **settings)
+    assert cached.shape == (2, 29)
+    torch.testing.assert_close(cached, model.generate(PROMPTS, use_cache=False, **settings))
+
+
+def test_the_directory_loads_with_transformers_alone(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama_tied", tmp_path / "dense")
+    masks = random_masks(Topology.of(load_config(dense)), seed=9, empty_layer=0)
+    compact(dense, masks, weight_update(masks, "mean"), tmp_path / "compact")
+    moved = (tmp_path / "compact").rename(tmp_path / "elsewhere")
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(moved)!r}, trust_remote_code=True).eval()
+assert "tvaprune" not in sys.modules
+with torch.no_grad():
+    torch.save(model(torch.load({str(tmp_path / "prompts.pt")!r})).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    torch.save(PROMPTS, tmp_path / "prompts.pt")
+    environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+    expected = masked_dense_logits(dense, masks, weight_update(masks, "mean"), PROMPTS)
+    assert compare(expected, torch.load(tmp_path / "logits.pt")).max_rel_logit_diff < 1e-5
+
+
+def test_bfloat16_checkpoint_is_cut_without_further_loss(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama_tied", tmp_path / "dense", torch.bfloat16)
+    masks = random_masks(Topology.of(load_config(dense)), seed=11)
+    update = weight_update(masks, "mean")
+    compact(dense, masks, update, tmp_path / "compact")
+    assert load(tmp_path / "compact").dtype == torch.bfloat16
+    reloaded = compact_logits(tmp_path / "compact", PROMPTS)
+    assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_abs_logit_diff < 1e-3
+
+
+def test_a_mean_of_zero_unties_the_embeddings(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama_tied", tmp_path / "dense")
+    masks = random_masks(Topology.of(load_config(dense)), seed=13)
+    masks.mu["hidden"][0] = 0.0
+    update = weight_update(masks, "mean")
+    assert not can_stay_tied(masks, update)
+    compact(dense, masks, update, tmp_path / "compact")
+    assert json.loads((tmp_path / "compact" / "config.json").read_text())["tie_word_embeddings"] is False
+    reloaded = compact_logits(tmp_path / "compact", PROMPTS)
+    assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-5
+
+
+def test_flap_biases_are_added_to_the_projections(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    topology = Topology.of(load_config(dense))
+    masks = random_masks(topology, seed=15, empty_layer=1)
+    names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
+    update = WeightUpdate({axis: masks.mu[axis] for axis in AXES}, {name: torch.randn(64) for name in names})
+    compact(dense, masks, update, tmp_path / "compact")
+    reloaded = compact_logits(tmp_path / "compact", PROMPTS)
+    assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-5
+    without = WeightUpdate(update.scale)
+    assert compare(masked_dense_logits(dense, masks, without, PROMPTS), reloaded).max_rel_logit_diff > 1e-2
+
+
+def test_a_mask_that_keeps_nothing_is_refused(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    masks = Masks.dense(Topology.of(load_config(dense)))
+    masks.keep["hidden"][:] = False
+    with pytest.raises(ValueError, match="no hidden dimension"):
+        compact(dense, masks, weight_update(masks, "none"), tmp_path / "compact")

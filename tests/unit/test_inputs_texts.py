@@ -1,0 +1,138 @@
+"""Texts: cleaning, reading of every format, and what the held-out text keeps out."""
+
+import bz2
+import json
+from pathlib import Path
+
+import pytest
+
+from tvaprune.inputs.documents import Document, drop_known, load_documents, write_documents
+from tvaprune.inputs.sources import HubSource, InputError, LocalSource
+from tvaprune.inputs.texts import clean, clean_transcript, read_documents
+from tvaprune.inputs.wikipedia import plain_text, read_dump
+
+
+def read(path: Path, text_field: str = "text") -> list[Document]:
+    return list(read_documents(LocalSource(path, "none", text_field), path.parent / "unused"))
+
+
+def test_clean_keeps_paragraphs_and_nothing_else_of_the_layout() -> None:
+    assert clean(" a\u00a0 b \r\n\r\n\n c\td\ne ") == "a b\n\nc d\ne"
+
+
+def test_a_transcribers_marks_go_and_the_words_stay() -> None:
+    spoken = "Thank you. [Applause] We [the States] won. [Laughter]\n[At this point, a toast was given.] It is [its; White House correction] day."
+    assert clean_transcript(spoken) == "Thank you. We [the States] won. It is its day."
+
+
+def test_local_files_of_all_formats(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.txt").write_text("plain")
+    (folder / "a.jsonl").write_text('{"body": "one", "id": 7, "title": "One"}\n{"body": "two"}\n')
+    parquet.write_table(pyarrow.table({"body": ["three", "four"]}), folder / "sub" / "c.parquet")
+    (folder / "notes.md").write_text("not read")
+    assert read(folder, "body") == [
+        Document("7", "one", "One"),
+        Document("a/1", "two"),
+        Document("b", "plain"),
+        Document("sub/c/0", "three"),
+        Document("sub/c/1", "four"),
+    ]
+    assert read(folder / "b.txt") == [Document("b", "plain")]
+
+
+def test_a_data_set_repository_is_streamed_up_to_the_cap(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"body": f"text {number}"}) + "\n" for number in range(9))
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "train.jsonl").write_text(rows)
+    source = HubSource(str(tmp_path / "repo"), "main", "none", text_field="body", documents=4)
+    assert [one.text for one in read_documents(source, tmp_path)] == ["text 0", "text 1", "text 2", "text 3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"body": "x"}\n', "a.jsonl row 0: no text in field 'text'; it has body"),
+        ("a.jsonl", "{", "a.jsonl line 1: not valid JSON"),
+        ("a.csv", "x", "no .txt, .jsonl or .parquet file"),
+    ],
+)
+def test_unreadable_text_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path)
+
+
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no such file or directory"):
+        read(tmp_path / "nowhere")
+
+
+def test_known_titles_and_repeated_texts_are_left_out() -> None:
+    documents = [
+        Document("1", "a", "Big Apple"),
+        Document("2", "b", "big_apple"),
+        Document("3", "a"),
+        Document("4", "c"),
+        Document("5", ""),
+        Document("6", "held out"),
+    ]
+    kept, same_title, repeated = drop_known(documents, {"big apple"}, {"held out"})
+    assert [one.id for one in kept] == ["3", "4"]
+    assert (same_title, repeated) == (2, 2)
+
+
+def test_documents_survive_a_round_trip(tmp_path: Path) -> None:
+    documents = [Document("ä", 'line\nbreak "quoted" \u2028 separator'), Document("2", "b")]
+    write_documents(tmp_path / "name.jsonl", documents)
+    assert load_documents(tmp_path) == {"name": documents}
+    with pytest.raises(InputError, match="no .jsonl file; run the fetch_inputs stage"):
+        load_documents(tmp_path / "empty")
+
+
+ARTICLE = """{{Infobox|name=x}}
+[[File:Map.png|thumb|A map of [[somewhere]]]]
+'''Plain''' is a [[Text (literary theory)|text]] that stays about {{convert|10|km|mi}} long after all markup is gone.<ref name="a">A source.</ref>
+
+== History ==
+* a list item that is certainly longer than sixty characters, but is not a paragraph.
+It has a second paragraph, ''in italics'', with &ndash; an entity, and it is long enough too.
+{| class="wikitable"
+| a cell of a table that is certainly longer than sixty characters, but not a paragraph.
+|}
+Short line.
+
+== References ==
+This line stands in a section of references and is longer than sixty characters, so it must go.
+[[Category:Examples]]
+"""
+PARAGRAPHS = (
+    "Plain is a text that stays about 10 km long after all markup is gone.\n\n"
+    "It has a second paragraph, in italics, with \u2013 an entity, and it is long enough too."
+)
+
+
+def test_only_paragraphs_of_an_article_stay() -> None:
+    assert plain_text(ARTICLE) == PARAGRAPHS
+
+
+def test_a_dump_gives_its_articles_only(tmp_path: Path) -> None:
+    from xml.sax.saxutils import escape
+
+    pages = [
+        f"<page><title>{title}</title><ns>{namespace}</ns>{redirect}"
+        f"<revision><text>{escape(ARTICLE)}</text></revision></page>"
+        for title, namespace, redirect in (
+            ("Kept", 0, ""),
+            ("Moved", 0, '<redirect title="Kept"/>'),
+            ("Talk:Kept", 1, ""),
+        )
+    ]
+    xml = f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{"".join(pages)}</mediawiki>'
+    path = tmp_path / "dump.xml.bz2"
+    path.write_bytes(bz2.compress(xml.encode()))
+    assert list(read_dump(path)) == [("Kept", PARAGRAPHS)]

@@ -1,0 +1,203 @@
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
+from tvaprune.measures import latency
+
+HIDDEN, HEAD_DIM, VOCAB = 64, 16, 128
+
+
+def build(tied: bool = False) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        vocab_size=VOCAB,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def build_uneven() -> PreTrainedModel:
+    """Layer 0 with 40 intermediate units, layer 1 with 1 kv head (2 query heads)."""
+    model = build()
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[1].self_attn
+    mlp.gate_proj, mlp.up_proj = nn.Linear(HIDDEN, 40, bias=False), nn.Linear(HIDDEN, 40, bias=False)
+    mlp.down_proj = nn.Linear(40, HIDDEN, bias=False)
+    attention.q_proj, attention.o_proj = nn.Linear(HIDDEN, 32, bias=False), nn.Linear(32, HIDDEN, bias=False)
+    attention.k_proj, attention.v_proj = nn.Linear(HIDDEN, 16, bias=False), nn.Linear(HIDDEN, 16, bias=False)
+    return model
+
+
+def build_pruned() -> PreTrainedModel:
+    """The compact model's own class: layer 0 empty, layer 1 with 1 kv head and 40 intermediate units."""
+    torch.manual_seed(0)
+    base = build().config.to_dict()
+    config = TvaPruneConfig("llama", base, HIDDEN, intermediate_sizes=[0, 40], kv_head_counts=[0, 1])
+    return TvaPruneForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [build, build_uneven, build_pruned])
+@torch.inference_mode()
+def test_decode_is_generate(make: Any) -> None:
+    model = make()
+    prompt = torch.randint(VOCAB, (3, 11), generator=torch.Generator().manual_seed(2))
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=17, do_sample=False)
+    token, cache = latency.prefill(model, prompt)
+    found = torch.cat([token, latency.decode(model, token, cache, position=11, steps=16)], dim=1)
+    assert found.tolist() == expected[:, 11:].tolist()
+    assert len(set(found.flatten().tolist())) > 3  # the models do not just repeat one token
+    assert cache.get_seq_length() == 11 + 16
+
+
+def linear_flops(pairs: list[tuple[int, int]]) -> int:
+    return sum(2 * rows * columns for rows, columns in pairs)
+
+
+def test_prefill_flops_equal_a_hand_count() -> None:
+    batch, tokens = 3, 20
+    causal_pairs = tokens * (tokens + 1) // 2
+    head = 2 * HIDDEN * VOCAB * batch  # the last position's alone
+
+    layer = linear_flops([(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)])
+    attention = 4 * 4 * HEAD_DIM * causal_pairs
+    expected = batch * 2 * (layer * tokens + attention) + head
+    assert latency.prefill_flops(build(), batch, tokens) == expected
+
+    layer_0 = linear_flops([(64, 64), (64, 32), (64, 32), (64, 64), (64, 40), (64, 40), (40, 64)])
+    layer_1 = linear_flops([(64, 32), (64, 16), (64, 16), (32, 64), (64, 96), (64, 96), (96, 64)])
+    attention = 4 * (4 + 2) * HEAD_DIM * causal_pairs
+    expected = batch * ((layer_0 + layer_1) * tokens + attention) + head
+    assert latency.prefill_flops(build_uneven(), batch, tokens) == expected
+
+    layer = linear_flops([(64, 32), (64, 16), (64, 16), (32, 64), (64, 40), (64, 40), (40, 64)])
+    expected = batch * (layer * tokens + 4 * 2 * HEAD_DIM * causal_pairs) + head
+    assert latency.prefill_flops(build_pruned(), batch, tokens) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_bytes_equal_a_hand_count(dtype: torch.dtype) -> None:
+    batch, prompt, steps, size = 3, 10, 4, dtype.itemsize
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64  # projections, MLP, two norms
+    weights = 2 * layer + HIDDEN + VOCAB * HIDDEN  # final norm, vocabulary product
+    cached = sum(prompt + step for step in (1, 2, 3, 4)) / 4
+    cache = cached * 2 * 2 * (2 * HEAD_DIM)  # layers, keys and values, kv heads
+    expected = size * (weights + batch * HIDDEN + batch * cache)
+    assert latency.decode_bytes(build().to(dtype), batch, prompt, steps) == expected
+    assert latency.decode_bytes(build(tied=True).to(dtype), batch, prompt, steps) == expected
+
+    dropped = 3 * 64 * 56 + 2 * 64 * 32 + 2 * 64 * 16
+    cache = cached * 2 * (2 + 1) * HEAD_DIM
+    expected = size * (weights - dropped + batch * HIDDEN + batch * cache)
+    assert latency.decode_bytes(build_uneven().to(dtype), batch, prompt, steps) == expected
+
+
+def recorder(values: dict[str, list[float]]) -> tuple[dict[str, Any], list[str]]:
+    """Probes that note when they are called and return the next value (the last one for ever)."""
+    calls: list[str] = []
+
+    def probe(name: str) -> Any:
+        def measure() -> float:
+            calls.append(name)
+            return values[name][min(calls.count(name), len(values[name])) - 1]
+
+        return measure
+
+    return {name: probe(name) for name in values}, calls
+
+
+def test_models_alternate_and_the_order_rotates() -> None:
+    probes, calls = recorder({"dense": [1.0], "compact": [2.0], "finetuned": [3.0]})
+    result = latency.interleave(probes, repeats=4, max_warmup=9)
+    rounds = [calls[start : start + 3] for start in range(0, len(calls), 3)]
+    assert len(rounds) == 2 + 4  # two equal warm-up rounds are enough
+    assert all(set(one) == {"dense", "compact", "finetuned"} for one in rounds)
+    assert [one[0] for one in rounds[2:]] == ["dense", "compact", "finetuned", "dense"]
+    assert result == {"dense": [1.0] * 4, "compact": [2.0] * 4, "finetuned": [3.0] * 4}
+
+
+def test_warmup_goes_on_until_all_are_stable_and_is_not_counted() -> None:
+    probes, calls = recorder({"dense": [9.0, 9.0, 9.0, 9.1, 8.0], "compact": [7.0, 5.0, 4.0, 4.1, 3.0]})
+    result = latency.interleave(probes, repeats=3, max_warmup=9)
+    assert len(calls) == 2 * (4 + 3)
+    assert result["dense"] == [8.0] * 3
+    assert result["compact"] == [3.0] * 3
+
+    probes, calls = recorder({"dense": [2.0**-number for number in range(20)]})
+    latency.interleave(probes, repeats=3, max_warmup=5)
+    assert len(calls) == 5 + 3
+
+
+def test_summary_of_known_latencies() -> None:
+    phase = latency.Phase(
+        latency_ms={"dense": [10.0, 20.0, 30.0, 40.0, 50.0], "compact": [10.0, 10.0, 20.0, 10.0, 50.0]},
+        tokens=60,
+        work={"dense": 8.0, "compact": 2.0},
+    )
+    summary = latency.summarise(phase, "flops")
+    assert summary["dense"] == {"latency_ms": 30.0, "iqr_ms": 20.0, "tokens_per_s": 2000.0, "flops": 8.0}
+    assert summary["compact"]["latency_ms"] == 10.0
+    assert summary["speedup"] == 3.0
+    assert summary["speedup_paired"] == 1.5  # median of 1, 2, 1.5, 4, 1
+    assert summary["limit"] == 4.0
+    assert summary["efficiency"] == 0.75
+
+
+def leaves(content: Any) -> list[Any]:
+    return [leaf for value in content.values() for leaf in leaves(value)] if isinstance(content, dict) else [content]
+
+
+def test_comparison_is_finite_numbers_under_the_documented_keys() -> None:
+    models = {"dense": build(), "compact": build_uneven(), "finetuned": build_uneven()}
+    metrics = latency.compare(
+        models, [2, 1], prefill_tokens=12, decode_prompt_tokens=5, decode_tokens=3, repeats=3, max_warmup=2
+    )
+    assert gc.isenabled()
+    json.dumps(metrics, allow_nan=False)
+    for value in leaves(metrics):
+        assert isinstance(value, int | float)
+        assert not isinstance(value, bool)
+        assert math.isfinite(value)
+    assert set(metrics) == {"batch", "prefill", "decode", "batch_1"}
+    assert (metrics["batch"], metrics["batch_1"]["batch"]) == (2, 1)
+    for phase, work in (("prefill", "flops"), ("decode", "bytes_read")):
+        assert set(metrics[phase]) == {*models, "speedup", "speedup_paired", "limit", "efficiency"}
+        assert set(metrics[phase]["compact"]) == {"latency_ms", "iqr_ms", "tokens_per_s", work}
+        assert metrics[phase]["limit"] > 1
+        assert metrics[phase]["compact"]["latency_ms"] > 0
+
+
+def test_checkpoint_size_counts_weights_alone(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    parameters = 4 * sum(weight.numel() for weight in model.parameters())
+    assert parameters <= latency.checkpoint_bytes(tmp_path) < parameters + 10_000
+
+
+def test_load_timing_returns_every_model() -> None:
+    calls = {"dense": 0, "compact": 0}
+
+    def loader(name: str) -> Any:
+        def load() -> str:
+            calls[name] += 1
+            return f"{name} {calls[name]}"
+
+        return load
+
+    models, seconds = latency.load_timed({name: loader(name) for name in calls})
+    assert models == {"dense": "dense 2", "compact": "compact 2"}  # the first load, cold, is not the timed one
+    assert set(seconds) == {"dense", "compact"}
+    assert all(value >= 0 for value in seconds.values())

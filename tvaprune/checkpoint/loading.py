@@ -1,0 +1,47 @@
+"""Load a model directory, dense or pruned."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
+
+AutoConfig.register(TvaPruneConfig.model_type, TvaPruneConfig, exist_ok=True)
+AutoModelForCausalLM.register(TvaPruneConfig, TvaPruneForCausalLM, exist_ok=True)
+
+
+def load(directory: Path | str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+    """Load a model for inference, with this package's own classes and no remote code.
+
+    Args:
+        directory: a Hugging Face model directory, as `compact` writes it or stock.
+        dtype: of the weights in memory; None = as stored.
+        device: where to put it; None = CPU.
+
+    Raises:
+        FileNotFoundError: the directory holds no model.
+    """
+    directory = Path(directory)
+    require_model(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+    return model.to(device or torch.device("cpu")).eval()
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The config of a model directory, without its weights."""
+    require_model(directory)
+    return AutoConfig.from_pretrained(directory)
+
+
+def require_model(directory: Path) -> None:
+    """Say clearly that a directory holds no model, before transformers takes it for a hub's name."""
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory}: holds no model (no config.json); run dvc repro to make it")
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype that the checkpoint's config names; float32 where it names none."""
+    config = json.loads((directory / "config.json").read_text())
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,0 +1,202 @@
+"""A decoder whose layers have widths of their own: Llama, Mistral, Qwen2 or Qwen3 blocks from transformers.
+
+This file travels with the checkpoint, so it imports torch and transformers alone. Every layer is the stock
+decoder layer of the base family, built with that layer's sizes; a block that lost every unit is left out.
+"""
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+class TvaPruneConfig(PreTrainedConfig):
+    """The base model's config, with the pruned widths.
+
+    Args:
+        base_model_type: llama, mistral, qwen2 or qwen3.
+        base_config: the dense model's config as a dict; its keys are readable as attributes here too.
+        hidden_size: kept residual dimensions.
+        intermediate_sizes: MLP units per layer; 0 = no MLP.
+        kv_head_counts: key-value heads per layer; 0 = no attention.
+        projection_bias: o_proj and down_proj have biases that the base model has not.
+    """
+
+    model_type = "tvaprune"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        base_model_type: str = "llama",
+        base_config: dict[str, Any] | None = None,
+        hidden_size: int | None = None,
+        intermediate_sizes: list[int] | None = None,
+        kv_head_counts: list[int] | None = None,
+        projection_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        base = CONFIG_MAPPING[base_model_type](**(base_config or {}))
+        for key, value in base.to_dict().items():
+            if key not in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
+                kwargs.setdefault(key, value)
+        self.base_model_type = base_model_type
+        self.base_config = base_config or {}
+        self.intermediate_sizes = intermediate_sizes or [base.intermediate_size] * base.num_hidden_layers
+        self.kv_head_counts = kv_head_counts or [base.num_key_value_heads] * base.num_hidden_layers
+        self.projection_bias = projection_bias
+        kwargs["hidden_size"] = hidden_size or base.hidden_size
+        kwargs["head_dim"] = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+        super().__init__(**kwargs)
+
+    def layer_config(self, layer: int) -> PreTrainedConfig:
+        """The base family's config with the sizes of one layer."""
+        base = CONFIG_MAPPING[self.base_model_type](**self.base_config)
+        group_size = base.num_attention_heads // base.num_key_value_heads
+        # Past the constructor, whose check of hidden_size against the head count (LlamaConfig) is about
+        # deriving head_dim; here head_dim is explicit.
+        vars(base).update(
+            hidden_size=self.hidden_size,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_sizes[layer],
+            num_key_value_heads=self.kv_head_counts[layer],
+            num_attention_heads=self.kv_head_counts[layer] * group_size,
+        )
+        return base
+
+
+class _Constant(nn.Module):
+    """What is left of a projection without inputs: its bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+
+class _NoAttention(nn.Module):
+    """Stands where a layer has no key-value head left: adds o_proj's bias to the residual, or nothing."""
+
+    def __init__(self, layer_idx: int, o_proj: nn.Module | None) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.o_proj = o_proj
+
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any
+    ) -> tuple[torch.Tensor | float, None]:
+        if past_key_values is not None and self.layer_idx == 0:
+            # Caches read the sequence length off layer 0.
+            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(placeholder, placeholder, 0)
+        return 0.0 if self.o_proj is None else self.o_proj.bias, None
+
+
+class _NoMLP(nn.Module):
+    """Stands where a layer has no intermediate unit left: adds down_proj's bias to the residual, or nothing."""
+
+    def __init__(self, down_proj: nn.Module | None) -> None:
+        super().__init__()
+        self.down_proj = down_proj
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
+        return 0.0 if self.down_proj is None else self.down_proj.bias
+
+
+class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model with per-layer widths. Tensor names are those of the base family."""
+
+    config_class = TvaPruneConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TvaPruneConfig) -> None:
+        super().__init__(config)
+        shared = config.layer_config(0)
+        vars(shared).update(
+            num_hidden_layers=0,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+        )
+        self.model = AutoModel.from_config(shared, attn_implementation=config._attn_implementation)
+        shared = self.model.config
+        vars(shared)["num_hidden_layers"] = config.num_hidden_layers
+        family = sys.modules[type(self.model).__module__]
+        layer_class = getattr(family, type(self.model).__name__.removesuffix("Model") + "DecoderLayer")
+        for index in range(config.num_hidden_layers):
+            self.model.layers.append(self._layer(layer_class, config, shared, index))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def _layer(layer_class: Any, config: TvaPruneConfig, shared: PreTrainedConfig, index: int) -> nn.Module:
+        own = config.layer_config(index)
+        has_attention, has_mlp = config.kv_head_counts[index] > 0, config.intermediate_sizes[index] > 0
+        buildable = copy.copy(own)
+        if not has_attention:
+            vars(buildable).update(num_attention_heads=1, num_key_value_heads=1)
+        if not has_mlp:
+            vars(buildable).update(intermediate_size=1)
+        layer = layer_class(buildable, index)
+        attention, mlp = layer.self_attn, layer.mlp
+        width, extra = own.hidden_size, config.projection_bias
+        output_bias = extra or attention.o_proj.bias is not None
+        down_bias = extra or mlp.down_proj.bias is not None
+        if has_attention:
+            # One config for all layers, so that a change of attention implementation reaches each of them.
+            attention.config = shared
+            if extra:
+                attention.o_proj = nn.Linear(attention.o_proj.in_features, width, bias=True)
+        else:
+            layer.self_attn = _NoAttention(index, _Constant(width) if output_bias else None)
+            layer.input_layernorm = nn.Identity()
+        if not has_mlp:
+            layer.mlp = _NoMLP(_Constant(width) if down_bias else None)
+            layer.post_attention_layernorm = nn.Identity()
+        elif extra:
+            mlp.down_proj = nn.Linear(own.intermediate_size, width, bias=True)
+        return layer
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the base family's ForCausalLM."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,70 @@
+"""Is the compact model the masked dense one? Measured on logits, in float32."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tvaprune.checkpoint.compact import read_tensors
+from tvaprune.checkpoint.loading import load
+from tvaprune.checkpoint.update import WeightUpdate, can_stay_tied, fold
+from tvaprune.gates.insertion import GatedModel, hard_gates
+from tvaprune.model import topology as layout
+from tvaprune.model.topology import Topology
+from tvaprune.widths.masks import Masks
+
+
+class Parity(NamedTuple):
+    """Differences between two models' logits over all positions of the prompts."""
+
+    max_abs_logit_diff: float
+    max_rel_logit_diff: float
+    argmax_agreement: float
+
+
+def compare(reference: Tensor, other: Tensor) -> Parity:
+    """Compare logits [..., vocab] of any floating dtype; the relative difference is to the largest reference logit."""
+    difference = (reference.float() - other.float()).abs().max()
+    agreement = (reference.argmax(-1) == other.argmax(-1)).float().mean()
+    return Parity(float(difference), float(difference / reference.float().abs().max()), float(agreement))
+
+
+@torch.inference_mode()
+def masked_dense_logits(dense: Path, masks: Masks, update: WeightUpdate, input_ids: Tensor) -> Tensor:
+    """Logits of the dense model with the update folded in and the masks as gates, in float32.
+
+    The fold is rounded to the checkpoint's own dtype, as it is stored, so that the masked and the compact
+    model hold the very same numbers and any difference is the cutting's.
+
+    Args:
+        input_ids: int64 [batch, seq].
+
+    Returns:
+        float32 [batch, seq, vocab].
+    """
+    model = load(dense, dtype=torch.float32)
+    topology = Topology.of(model.config)
+    tied = bool(model.config.tie_word_embeddings)
+    stay_tied = tied and can_stay_tied(masks, update)
+    head = layout.head(model)
+    if tied and not stay_tied:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_tensors(dense):
+        if name in parameters and not (tied and name == "lm_head.weight"):
+            parameters[name].copy_(fold(topology, name, tensor, update, tied=stay_tied).float())
+    stored = tensor.dtype
+    for name, bias in update.bias.items():
+        projection = model.get_submodule(name)
+        # The hidden gate of the masked model is 0 or 1 here, so mu is folded into the bias as it is into the rows.
+        projection.bias = nn.Parameter((bias * update.scale["hidden"]).to(stored).float(), requires_grad=False)
+    with GatedModel(model, topology).inserted() as gated:
+        gated.set(hard_gates(masks.keep), kept_hidden=int(masks.keep["hidden"].sum()))
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+@torch.inference_mode()
+def compact_logits(directory: Path, input_ids: Tensor) -> Tensor:
+    """Logits of a model directory, loaded anew, in float32: int64 [batch, seq] to float32 [batch, seq, vocab]."""
+    return load(directory, dtype=torch.float32)(input_ids=input_ids, use_cache=False).logits

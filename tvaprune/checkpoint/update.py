@@ -1,0 +1,96 @@
+"""Fold what the gates learned into the weights (TVA-Prune section 3.3, Eq. 6)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tvaprune.artifacts import read_artifact, write_artifact
+from tvaprune.model.topology import AXES, Axis, Topology, cut
+from tvaprune.widths.masks import Masks
+
+Method = Literal["mean", "none"]
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """What multiplies the weights of the kept units, and what is added to the projections.
+
+    Attributes:
+        scale: float32 per axis, shapes of `Topology.gate_shape`.
+        bias: float32 [hidden] by projection, for example "model.layers.3.mlp.down_proj" (FLAP).
+    """
+
+    scale: dict[Axis, Tensor]
+    bias: dict[str, Tensor] = field(default_factory=dict)
+
+
+def weight_update(masks: Masks, method: Method) -> WeightUpdate:
+    """The update by the gates' means, or none.
+
+    Departure from Eq. 6 read literally: mu itself is folded, not a rescaled mu, and once per place where the
+    gate multiplied in training.
+    """
+    scale = {axis: masks.mu[axis] if method == "mean" else torch.ones_like(masks.mu[axis]) for axis in AXES}
+    return WeightUpdate(scale, masks.bias)
+
+
+def write_update(directory: Path, update: WeightUpdate) -> None:
+    tensors = {f"{axis}.scale": update.scale[axis] for axis in AXES}
+    write_artifact(directory, "update", tensors | {f"bias.{name}": bias for name, bias in update.bias.items()})
+
+
+def read_update(directory: Path) -> WeightUpdate:
+    """Raises ArtifactError where the directory holds no update."""
+    tensors, _ = read_artifact(directory, "update")
+    return WeightUpdate(
+        {axis: tensors[f"{axis}.scale"] for axis in AXES},
+        {name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},
+    )
+
+
+def axis_of_dimension(units: str | None) -> Axis | None:
+    """The axis that a weight's dimension belongs to; query and kv rows follow the key-value heads."""
+    return {"hidden": "hidden", "intermediate": "intermediate", "query": "kv_heads", "kv": "kv_heads"}.get(units or "")  # type: ignore[return-value]
+
+
+def per_row(topology: Topology, units: str, per_unit: Tensor) -> Tensor:
+    """Spread one value a unit over the rows the unit owns, contiguous (repeat_interleave)."""
+    if units == "query":
+        return per_unit.repeat_interleave(topology.query_rows, dim=-1)
+    if units == "kv":
+        return per_unit.repeat_interleave(topology.head_dim, dim=-1)
+    return per_unit
+
+
+def fold(topology: Topology, name: str, tensor: Tensor, update: WeightUpdate, tied: bool) -> Tensor:
+    """One dense tensor with the update folded in, in its own dtype.
+
+    Tied embeddings stay tied: the embedding's columns take mu, and the final norm takes 1/mu, so that the head,
+    which is the same matrix, sees what it saw before. Exact wherever mu is not 0.
+
+    Args:
+        name: of the tensor in the checkpoint.
+        tensor: the dense tensor, any floating dtype; computed in float32.
+        tied: the head is the embedding matrix.
+    """
+    where = cut(name)
+    result = tensor.float()
+    for dim, (units, scaled) in enumerate(zip(where.dims, where.scaled, strict=True)):
+        axis = axis_of_dimension(units)
+        if not scaled or axis is None or units is None:
+            continue
+        per_unit = update.scale[axis] if where.layer is None or axis == "hidden" else update.scale[axis][where.layer]
+        shape = [1] * tensor.dim()
+        shape[dim] = -1
+        result = result * per_row(topology, units, per_unit).view(shape)
+    if tied and name == "model.norm.weight":
+        result = result / update.scale["hidden"]
+    return result.to(tensor.dtype)
+
+
+def can_stay_tied(masks: Masks, update: WeightUpdate) -> bool:
+    """Whether 1/mu of every kept residual dimension is a number that half precision holds well."""
+    return bool((update.scale["hidden"][masks.keep["hidden"]].abs() > 1e-3).all())

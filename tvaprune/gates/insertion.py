@@ -1,0 +1,184 @@
+"""Gates put into a dense model's forward, over frozen weights.
+
+Where they multiply (TVA-Prune section 3.1; method per axis):
+    hidden        the embedding output, the output of every o_proj, the output of every down_proj
+    intermediate  act(gate)·up, the input of down_proj
+    kv_heads      the attention output before o_proj, all query heads of the group together
+
+Query head h belongs to key-value head h // group_size (repeat_interleave, as in transformers). The paper's
+Eq. 2 and the published code tile (h mod kv_heads), which is wrong for every Hugging Face checkpoint.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tvaprune.model import topology as layout
+from tvaprune.model.topology import AXES, Axis, Topology
+
+
+class NoisePool:
+    """Standard normals drawn once and read at random offsets.
+
+    A gate's noise takes a draw per token and unit, tens of millions a step, which costs more than the
+    model's own matmuls on a CPU. Slices of one large pool cost a read. Draws within a slice are
+    independent; slices may overlap between places and steps.
+
+    Args:
+        seed: of the pool and of the offsets.
+        size: normals in the pool; a slice larger than this raises.
+    """
+
+    def __init__(self, seed: int, device: torch.device, dtype: torch.dtype, size: int = 1 << 23) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._pool = torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+        self._seed = seed
+        self._offsets = torch.Generator()
+
+    def start_step(self, step: int) -> None:
+        """Make the offsets that follow a function of the seed and the step alone, so that a resumed run agrees."""
+        self._offsets.manual_seed(self._seed * 1_000_003 + step)
+
+    def draw(self, shape: torch.Size) -> Tensor:
+        count = shape.numel()
+        if count > self._pool.numel():
+            raise ValueError(f"a slice of {count} normals does not fit the pool of {self._pool.numel()}")
+        offset = int(torch.randint(self._pool.numel() - count + 1, (1,), generator=self._offsets))
+        return self._pool[offset : offset + count].view(shape)
+
+
+class _Multiply(torch.autograd.Function):
+    """x · z + x · sigma · eps, with gradients for x, z and sigma and nothing kept that can be read again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, sigma: Tensor | None, noise: Tensor | None) -> Tensor:
+        if sigma is not None and noise is not None:
+            factor = torch.addcmul(z.to(x.dtype), noise, sigma.to(x.dtype))
+        else:
+            factor = z.to(x.dtype)
+        ctx.save_for_backward(x, factor, noise)
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
+        x, factor, noise = ctx.saved_tensors
+        grad_z = grad_sigma = None
+        if ctx.needs_input_grad[1]:
+            product = (gradient * x).flatten(0, -2)
+            grad_z = product.sum(0, dtype=torch.float32)
+            if ctx.needs_input_grad[2]:
+                grad_sigma = (product * noise.flatten(0, -2)).sum(0, dtype=torch.float32)
+        grad_x = gradient * factor if ctx.needs_input_grad[0] else None
+        return grad_x, grad_z, grad_sigma, None
+
+
+class GatedModel:
+    """A dense model whose forward multiplies by gates, for as long as the context lasts.
+
+    Set the gates with `set` before each forward. Without gates the model is the dense one.
+
+    Args:
+        model: a causal LM of a supported family; its weights are not touched.
+        topology: its sizes.
+    """
+
+    def __init__(self, model: nn.Module, topology: Topology) -> None:
+        self.model = model
+        self.topology = topology
+        self._gates: dict[Axis, Tensor] = {}
+        self._sigma: dict[Axis, Tensor] = {}
+        self._noise: NoisePool | None = None
+        self._norm_scale = 1.0
+
+    def set(
+        self,
+        gates: dict[Axis, Tensor],
+        kept_hidden: int,
+        sigma: dict[Axis, Tensor] | None = None,
+        noise: NoisePool | None = None,
+    ) -> None:
+        """Use these gates from the next forward on.
+
+        Args:
+            gates: float32 per axis, shapes of `Topology.gate_shape`; 0 drops a unit. Gradients flow to them.
+            kept_hidden: residual dimensions whose gate is not 0. RMSNorm takes its mean square over these only,
+                as the compact model will; the published training averages over all of them, and leaks.
+            sigma: standard deviations of multiplicative noise, same shapes; 0 for a dropped unit.
+            noise: where the normals come from; needed with sigma.
+        """
+        self._gates, self._sigma, self._noise = gates, sigma or {}, noise
+        self._norm_scale = (self.topology.hidden / kept_hidden) ** 0.5
+
+    def clear(self) -> None:
+        """The dense model again."""
+        self._gates, self._sigma, self._noise, self._norm_scale = {}, {}, None, 1.0
+
+    def _multiply(self, x: Tensor, axis: Axis, layer: int | None) -> Tensor:
+        gate = self._gates.get(axis)
+        if gate is None:
+            return x
+        sigma = self._sigma.get(axis)
+        if layer is not None:
+            gate = gate[layer]
+            sigma = None if sigma is None else sigma[layer]
+        if axis == "kv_heads":
+            rows = self.topology.query_rows
+            gate = gate.repeat_interleave(rows)
+            sigma = None if sigma is None else sigma.repeat_interleave(rows)
+        noise = self._noise.draw(x.shape) if sigma is not None and self._noise is not None else None
+        return _Multiply.apply(x, gate, sigma, noise)
+
+    @contextmanager
+    def inserted(self) -> Iterator["GatedModel"]:
+        """Attach the gates; detach them on leaving, whatever happens."""
+        handles = []
+
+        def before(module: nn.Module, axis: Axis, layer: int) -> None:
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args: (self._multiply(args[0], axis, layer), *args[1:]))
+            )
+
+        def after_hidden(module: nn.Module) -> None:
+            handles.append(module.register_forward_hook(lambda _, args, out: self._multiply(out, "hidden", None)))
+
+        norms: list[tuple[nn.Module, float]] = []
+        try:
+            after_hidden(layout.embedding(self.model))
+            norms.append((layout.final_norm(self.model), 0.0))
+            for index, layer in enumerate(layout.layers(self.model)):
+                before(layer.o_proj, "kv_heads", index)
+                after_hidden(layer.o_proj)
+                before(layer.down_proj, "intermediate", index)
+                after_hidden(layer.down_proj)
+                norms += [(layer.input_norm, 0.0), (layer.post_norm, 0.0)]
+            norms = [(norm, norm.variance_epsilon) for norm, _ in norms]  # type: ignore[misc]
+            for norm, epsilon in norms:
+                handles.append(norm.register_forward_pre_hook(self._before_norm(epsilon)))
+                handles.append(norm.register_forward_hook(self._after_norm))
+            yield self
+        finally:
+            self.clear()
+            for handle in handles:
+                handle.remove()
+            for norm, epsilon in norms:
+                norm.variance_epsilon = epsilon
+
+    # With the dropped dimensions at zero, a mean square over the d' kept ones is the stock norm with
+    # eps · d'/d, its output divided by sqrt(d / d'): x / sqrt(sum/d' + eps) = x·sqrt(d'/d) / sqrt(sum/d + eps·d'/d).
+    def _before_norm(self, epsilon: float) -> Any:
+        def hook(norm: nn.Module, args: Any) -> None:
+            norm.variance_epsilon = epsilon / self._norm_scale**2
+
+        return hook
+
+    def _after_norm(self, norm: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out if self._norm_scale == 1.0 else out / self._norm_scale
+
+
+def hard_gates(keep: dict[Axis, Tensor], mu: dict[Axis, Tensor] | None = None) -> dict[Axis, Tensor]:
+    """Evaluation gates z = mu · keep (bool masks and float32 means to float32); mu 1 where none is given."""
+    return {axis: keep[axis].float() * (1 if mu is None else mu[axis]) for axis in AXES}

@@ -1,0 +1,1 @@
+"""What a supported model looks like: its axes, its parameter counts, where its weights are cut."""

@@ -1,0 +1,192 @@
+"""Keep-masks on the three axes: their artifact, and their projection onto a parameter budget.
+
+Polarity everywhere: True = keep. Scores are log_alpha: higher = keep, keep iff strictly above 0.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
+from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.model.topology import AXES, Axis, Topology
+
+
+class UnreachableSparsityError(ValueError):
+    """No mask on the axes in play has so few parameters."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which units stay, how much they matter, and how they are scaled.
+
+    Attributes:
+        keep: bool per axis, shapes of `Topology.gate_shape`; True = keep.
+        log_alpha: float32 of the same shapes; higher = keep (section 3.1: log(mu² / sigma²) for VIB gates, a
+            shifted score for the baselines).
+        mu: float32 of the same shapes; the gate's mean, 1 where a method learns none.
+        bias: float32 [hidden] by the name of the projection it is added to (FLAP); empty for the others.
+    """
+
+    keep: dict[Axis, Tensor]
+    log_alpha: dict[Axis, Tensor]
+    mu: dict[Axis, Tensor]
+    bias: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def dense(cls, topology: Topology) -> "Masks":
+        """Everything stays, nothing is scaled."""
+        ones = {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}
+        return cls(keep={axis: one.bool() for axis, one in ones.items()}, log_alpha=ones, mu=ones)
+
+    def widths(self) -> dict[Axis, Tensor]:
+        """Kept units: int64 [] for hidden, [layers] for the others."""
+        return {axis: keep.sum(-1) for axis, keep in self.keep.items()}
+
+    def with_keep(self, keep: dict[Axis, Tensor]) -> "Masks":
+        return replace(self, keep=keep)
+
+
+def sparsity(topology: Topology, masks: Masks) -> float:
+    """Share of the decoder layers' parameters that the masks remove, 0 to 1."""
+    return 1 - kept_decoder_parameters(topology, masks.keep) / dense_decoder_parameters(topology)
+
+
+def write_masks(directory: Path, masks: Masks, kind: str = "masks", **meta: Any) -> None:
+    """Write the artifact that `learn_masks` and `adapt_dimensions` share."""
+    tensors = {f"{axis}.mask": masks.keep[axis].bool() for axis in AXES}
+    tensors |= {f"{axis}.log_alpha": masks.log_alpha[axis].float() for axis in AXES}
+    tensors |= {f"{axis}.mu": masks.mu[axis].float() for axis in AXES}
+    tensors |= {f"bias.{name}": bias.float() for name, bias in masks.bias.items()}
+    widths: dict[str, Any] = {axis: width.tolist() for axis, width in masks.widths().items()}
+    write_artifact(directory, kind, tensors, polarity="True = keep", widths=widths, **meta)
+
+
+def read_masks(directory: Path, topology: Topology, kind: str = "masks") -> Masks:
+    """Read masks and check that they fit the model.
+
+    Raises:
+        ArtifactError: the artifact is damaged or was made for a model of other sizes.
+    """
+    tensors, _ = read_artifact(directory, kind)
+    for axis in AXES:
+        expected = topology.gate_shape(axis)
+        for part in ("mask", "log_alpha", "mu"):
+            found = tensors.get(f"{axis}.{part}")
+            if found is None or tuple(found.shape) != expected:
+                shape = None if found is None else tuple(found.shape)
+                raise ArtifactError(f"{directory}: {axis}.{part} is {shape}, but the model needs {expected}")
+    return Masks(
+        keep={axis: tensors[f"{axis}.mask"] for axis in AXES},
+        log_alpha={axis: tensors[f"{axis}.log_alpha"] for axis in AXES},
+        mu={axis: tensors[f"{axis}.mu"] for axis in AXES},
+        bias={name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},
+    )
+
+
+def keep_above(scores: dict[Axis, Tensor], threshold: float, minimum_hidden: int = 1) -> dict[Axis, Tensor]:
+    """Keep units strictly above the threshold; at least `minimum_hidden` residual dimensions stay, the best ones."""
+    keep = {axis: score > threshold for axis, score in scores.items()}
+    if int(keep["hidden"].sum()) < minimum_hidden:
+        keep["hidden"] = keep_best(scores["hidden"], minimum_hidden)
+    return keep
+
+
+def keep_best(scores: Tensor, count: int) -> Tensor:
+    """The `count` best units of one vector, ties to the lower index: float [units] to bool [units]."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep[order[:count]] = True
+    return keep
+
+
+def solve_threshold(
+    topology: Topology, scores: dict[Axis, Tensor], target_sparsity: float, minimum_hidden: int = 1
+) -> float:
+    """The lowest threshold whose kept parameters are within the budget, by bisection.
+
+    This replaces the published code's choice of the best checkpoint inside a window of sparsities, which
+    saves nothing at all if the window is missed.
+
+    Args:
+        scores: float per axis, higher = keep; a unit at +inf is never dropped.
+        target_sparsity: share of the decoder layers' parameters to remove, 0 to 1.
+        minimum_hidden: residual dimensions that stay whatever their score.
+
+    Raises:
+        UnreachableSparsityError: dropping every unit that may be dropped is not enough.
+    """
+    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    finite = torch.cat([score[score.isfinite()].flatten() for score in scores.values()])
+
+    def fits(threshold: float) -> bool:
+        return kept_decoder_parameters(topology, keep_above(scores, threshold, minimum_hidden)) <= budget
+
+    low, high = float(finite.min()) - 1, float(finite.max())
+    if not fits(high):
+        reachable = 1 - kept_decoder_parameters(topology, keep_above(scores, high, minimum_hidden)) / (
+            dense_decoder_parameters(topology)
+        )
+        raise UnreachableSparsityError(
+            f"sparsity = {target_sparsity}: the axes in play reach {reachable:.3f} at most; "
+            "lower sparsity or add axes to learn_masks.axes"
+        )
+    if fits(low):
+        return low
+    # The doubles between low and high are finitely many: stop where no score lies between the two any more.
+    while True:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            return high
+        if fits(middle):
+            high = middle
+        else:
+            low = middle
+
+
+def project(
+    topology: Topology, masks: Masks, target_sparsity: float, axes: tuple[Axis, ...] = AXES, minimum_hidden: int = 1
+) -> Masks:
+    """Masks that meet the budget exactly, as near as one cheapest unit allows.
+
+    A single threshold on log_alpha over all axes, then the best of the units just below it that still fit:
+    a residual dimension or a head can be worth many intermediate units, so the threshold alone may
+    overshoot. log_alpha is shifted so that the threshold is 0 again.
+
+    Args:
+        axes: axes in play; the others are kept whole.
+
+    Raises:
+        UnreachableSparsityError: the axes in play cannot remove so much.
+    """
+    scores = {
+        axis: masks.log_alpha[axis] if axis in axes else torch.full_like(masks.log_alpha[axis], torch.inf)
+        for axis in AXES
+    }
+    threshold = solve_threshold(topology, scores, target_sparsity, minimum_hidden)
+    keep = keep_above(scores, threshold, minimum_hidden)
+    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    keep = _fill(topology, scores, keep, budget)
+    shifted = {axis: masks.log_alpha[axis] - threshold for axis in AXES}
+    return replace(masks, keep=keep, log_alpha=shifted)
+
+
+def _fill(
+    topology: Topology, scores: dict[Axis, Tensor], keep: dict[Axis, Tensor], budget: float, attempts: int = 64
+) -> dict[Axis, Tensor]:
+    """Bring back dropped units, best first, where the budget still has room for them."""
+    keep = {axis: mask.clone() for axis, mask in keep.items()}
+    dropped = [
+        (-float(scores[axis].flatten()[index]), AXES.index(axis), int(index))
+        for axis in AXES
+        for index in (~keep[axis]).flatten().nonzero().flatten().tolist()
+    ]
+    for _, axis_index, index in sorted(dropped)[:attempts]:
+        mask = keep[AXES[axis_index]].view(-1)
+        mask[index] = True
+        if kept_decoder_parameters(topology, keep) > budget:
+            mask[index] = False
+    return keep

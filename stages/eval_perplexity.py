@@ -39,7 +39,7 @@ def main(
             read_texts(heldout), AutoTokenizer.from_pretrained(dense), settings.window, settings.windows
         )
         results = {
-            name: evaluate(load(path, dtype=pick_dtype(device)).to(device), windows, settings.batch_size, progress=name)
+            name: evaluate(load(path, pick_dtype(device), device), windows, settings.batch_size, progress=name)
             for name, path in models.items()
         }
         write_json(metrics, report(results, settings.window))

@@ -1,5 +1,6 @@
 """Zero-shot accuracy of the dense, the compact and the fine-tuned model on the same rows."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -43,10 +44,11 @@ def main(
         rows = select_rows(zeroshot, list(settings.tasks), settings.limit)
         device = pick_device()
         datasets.disable_progress_bars()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a ready-made model, which is meant
         tokenizer = AutoTokenizer.from_pretrained(dense)
         results = {}
         for name, path in models.items():
-            model = load(path, dtype=pick_dtype(device)).to(device)
+            model = load(path, pick_dtype(device), device)
             results[name] = summarise(evaluate(model, tokenizer, rows, settings.batch_size, progress=name))
         write_json(metrics, {"limit": settings.limit or 0, **results})
     for name, result in results.items():

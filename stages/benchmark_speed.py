@@ -1,0 +1,63 @@
+"""Prefill and decode speed of the dense, the compact and the fine-tuned model, side by side."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from stages._errors import clear_errors
+from tvaprune.artifacts import write_json
+from tvaprune.checkpoint.loading import load
+from tvaprune.device import DTYPES, pick_device, pick_dtype
+from tvaprune.measures.comparison import present_models
+from tvaprune.measures.latency import checkpoint_bytes, compare, load_timed, peak_memory_bytes
+from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
+
+
+def main(
+    dense: Annotated[Path, typer.Option(help="Model directory before pruning.")] = Path("data/model"),
+    compact: Annotated[Path, typer.Option(help="Model directory after pruning.")] = Path("artifacts/compact"),
+    finetuned: Annotated[Path, typer.Option(help="Model directory after fine-tuning; skipped if empty.")] = Path(
+        "artifacts/finetuned"
+    ),
+    metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/speed.json"),
+    params: Annotated[Path, typer.Option(help="YAML file with the section benchmark_speed.")] = Path("params.yaml"),
+) -> None:
+    """Time prefill and decode; run it on a machine that does nothing else.
+
+    Reads the three model directories; writes metrics/speed.json.
+    """
+    with clear_errors():
+        settings = BenchmarkSpeedParams.load(params)
+        directories = present_models(dense, compact, finetuned)
+        device = pick_device()
+        dtype = pick_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        models, load_s = load_timed({name: partial(load, path, dtype, device) for name, path in directories.items()})
+        if settings.compile:
+            for model in models.values():
+                model.compile()
+        lengths = settings.model_dump(include={"prefill_tokens", "decode_prompt_tokens", "decode_tokens", "repeats"})
+        speeds = compare(models, settings.batch_sizes, max_warmup=settings.max_warmup, **lengths)
+        sizes = {name: {"load_s": load_s[name], "bytes": checkpoint_bytes(path)} for name, path in directories.items()}
+        conditions = {
+            "dtype_bits": dtype.itemsize * 8,
+            "device_is_cuda": int(device.type == "cuda"),
+            "threads": torch.get_num_threads(),
+            "compile": int(settings.compile),
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+        write_json(metrics, {**speeds, "models": sizes, **lengths, **conditions})
+    for phase in ("prefill", "decode"):
+        result = speeds[phase]
+        typer.echo(
+            f"{phase}: {result['dense']['latency_ms']:.1f} ms dense, {result['compact']['latency_ms']:.1f} ms compact, "
+            f"speedup {result['speedup']:.2f} of a limit of {result['limit']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import typer
-from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
 from tvaprune.artifacts import write_artifact
-from tvaprune.inputs.calibration import sample_calibration
+from tvaprune.inputs.calibration import load_tokenizer, sample_calibration
 from tvaprune.inputs.documents import load_documents
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
@@ -26,7 +25,7 @@ def main(
     with clear_errors():
         settings = SampleCalibrationParams.load(params)
         documents = load_documents(texts)
-        windows, meta = sample_calibration(documents, AutoTokenizer.from_pretrained(model), **settings.model_dump())
+        windows, meta = sample_calibration(documents, load_tokenizer(model), **settings.model_dump())
     write_artifact(out, "calibration", windows, **meta)
     for name, tensor in windows.items():
         typer.echo(f"{out}: {name} {tensor.shape[0]:,} windows of {tensor.shape[1]:,} tokens")

@@ -1,9 +1,11 @@
 """The sampled windows, whatever the documents are."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tvaprune.inputs.calibration import TokenDocument, WindowSet, sample_windows, share_out
@@ -35,8 +37,6 @@ def sample_or_skip(sources: dict[str, list[TokenDocument]], packing: str, seed: 
     try:
         return sample(sources, packing, seed)
     except InputError:
-        from hypothesis import assume
-
         assume(False)
         raise
 
@@ -70,7 +70,7 @@ def test_no_token_is_invented_repeated_or_out_of_order(sizes: list[int], packing
     assert len(tokens) == len(set(tokens))
     for rows in windows.values():
         for row in rows.tolist():
-            for left, right in zip(row, row[1:], strict=False):
+            for left, right in pairwise(row):
                 # within a document the next token follows; a document is left only over the end-of-text token
                 assert right == left + 1 or (left in last and right == EOS) or (left == EOS and right in first)
 

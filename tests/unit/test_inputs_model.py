@@ -234,7 +234,7 @@ def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no config.json; a Hugging Face model directory is expected"):
+    with pytest.raises(InputError, match=r"no config.json; a Hugging Face model directory is expected"):
         fetch_model(LocalSource(tmp_path, "MIT"), tmp_path / "out", tmp_path / "work")
 
 

@@ -21,7 +21,10 @@ def test_clean_keeps_paragraphs_and_nothing_else_of_the_layout() -> None:
 
 
 def test_a_transcribers_marks_go_and_the_words_stay() -> None:
-    spoken = "Thank you. [Applause] We [the States] won. [Laughter]\n[At this point, a toast was given.] It is [its; White House correction] day."
+    spoken = (
+        "Thank you. [Applause] We [the States] won. [Laughter]\n[At this point, a toast was given.] "
+        "It is [its; White House correction] day."
+    )
     assert clean_transcript(spoken) == "Thank you. We [the States] won. It is its day."
 
 
@@ -90,13 +93,14 @@ def test_documents_survive_a_round_trip(tmp_path: Path) -> None:
     documents = [Document("ä", 'line\nbreak "quoted" \u2028 separator'), Document("2", "b")]
     write_documents(tmp_path / "name.jsonl", documents)
     assert load_documents(tmp_path) == {"name": documents}
-    with pytest.raises(InputError, match="no .jsonl file; run the fetch_inputs stage"):
+    with pytest.raises(InputError, match=r"no .jsonl file; run the fetch_inputs stage"):
         load_documents(tmp_path / "empty")
 
 
 ARTICLE = """{{Infobox|name=x}}
 [[File:Map.png|thumb|A map of [[somewhere]]]]
-'''Plain''' is a [[Text (literary theory)|text]] that stays about {{convert|10|km|mi}} long after all markup is gone.<ref name="a">A source.</ref>
+'''Plain''' ({{IPA|x}}; , {{y}}) is a [[Text (literary theory)|text]] that stays about {{convert|10|km|mi}} long \
+after all markup is gone.<ref name="a">A source.</ref>
 
 == History ==
 * a list item that is certainly longer than sixty characters, but is not a paragraph.

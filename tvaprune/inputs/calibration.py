@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,16 +13,18 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tvaprune.inputs.documents import Document
 from tvaprune.inputs.sources import InputError
 
 Packing = Literal["auto", "documents", "packed"]
 
-# With fewer documents than this, each is cut into parts that stand for documents: one book must do too.
+# With fewer documents than this, each is cut into parts that stand for documents: one book must do too. A part has
+# room for a few windows, or cutting would waste text.
 _FEW_DOCUMENTS = 16
 _PARTS = 64
+_WINDOWS_A_PART = 4
 # Documents tokenised in one call; bounds memory, and the progress bar moves.
 _BATCH = 32
 
@@ -43,6 +46,17 @@ class TokenDocument:
     tokens: np.ndarray
 
 
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model directory.
+
+    Raises:
+        InputError: there is none; transformers would ask a hub for a repository of that name.
+    """
+    if not (directory / "tokenizer_config.json").is_file():
+        raise InputError(f"{directory}: no tokenizer_config.json; run the fetch_inputs stage")
+    return AutoTokenizer.from_pretrained(directory)
+
+
 def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> list[TokenDocument]:
     """Token ids of every document, no special tokens added; documents without tokens are left out."""
     documents = list(documents)
@@ -50,7 +64,12 @@ def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, 
     for start in tqdm(range(0, len(documents), _BATCH), desc=f"tokenise {name}", unit=" batches"):
         batch = documents[start : start + _BATCH]
         # verbose: warns of documents longer than the model's context, which windows are cut from anyway
-        ids = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=False,
+            split_special_tokens=True,  # text that spells a special token stays text
+            verbose=False,
+        )["input_ids"]
         pairs = zip(batch, ids, strict=True)
         result += [TokenDocument(document.id, np.asarray(tokens, np.int32)) for document, tokens in pairs if tokens]
     return result
@@ -90,8 +109,9 @@ def sample_windows(
     windows: dict[str, list[np.ndarray]] = {window_set.name: [] for window_set in sets}
     for source, documents in sources.items():
         rng = _generator(seed, source)
+        ordered = _ordered(documents, seed, source, longest=max(one.seq_len for one in sets))
         demands = [WindowSet(one.name, shares[one.name][source], one.seq_len) for one in sets]
-        for demand, part in zip(demands, _deal(_ordered(documents, seed, source), demands, packing), strict=True):
+        for demand, part in zip(demands, _deal(ordered, demands, packing), strict=True):
             candidates = _candidates(part, demand.seq_len, packing, eos_token_id, rng)
             if len(candidates) < demand.samples:
                 raise InputError(_too_short(source, demand, len(candidates), documents, packing))
@@ -199,16 +219,17 @@ def _hash(seed: int, *parts: str) -> bytes:
     return hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
 
 
-def _ordered(documents: list[TokenDocument], seed: int, source: str) -> list[TokenDocument]:
+def _ordered(documents: list[TokenDocument], seed: int, source: str, longest: int) -> list[TokenDocument]:
     """By a seeded hash of their ids, so that the split does not depend on the order in the file."""
     if len(documents) < _FEW_DOCUMENTS:
-        parts = [(f"{document.id}#{number}", part) for document in documents for number, part in _parts(document)]
-        documents = [TokenDocument(name, part) for name, part in parts if len(part)]
+        documents = [part for document in documents for part in _parts(document, longest)]
     return sorted(documents, key=lambda document: _hash(seed, source, document.id))
 
 
-def _parts(document: TokenDocument) -> Iterable[tuple[int, np.ndarray]]:
-    return enumerate(np.array_split(document.tokens, _PARTS))
+def _parts(document: TokenDocument, longest: int) -> list[TokenDocument]:
+    count = max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest)))
+    parts = np.array_split(document.tokens, count)
+    return [TokenDocument(f"{document.id}#{number}", part) for number, part in enumerate(parts)]
 
 
 def _size(document: TokenDocument, seq_len: int, packing: Packing) -> float:

@@ -1,16 +1,16 @@
 """Fetch every input and put each directory into place complete, or not at all."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tvaprune.artifacts import write_json
-from tvaprune.inputs.documents import Document, drop_known, normalise_title, read_documents, write_documents
+from tvaprune.inputs.documents import Document, drop_known, normalise_title, write_documents
 from tvaprune.inputs.model import SOURCE_FILE, fetch_model
 from tvaprune.inputs.sources import InputError, Source, describe
+from tvaprune.inputs.texts import read_documents
 from tvaprune.inputs.zeroshot import fetch_tasks
 
 
@@ -89,13 +89,15 @@ def _workspace(directory: Path) -> Iterator[tuple[Path, Path]]:
     """Two folders beside `directory`: one that becomes it when the block ends without error, one that is dropped."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
+    temporary = directory.parent / f".{directory.name}.download"
+    for folder in (partial, temporary):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
     try:
-        with tempfile.TemporaryDirectory(prefix="tvaprune-") as temporary:
-            yield partial, Path(temporary)
+        yield partial, temporary
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in (partial, temporary):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -79,6 +79,7 @@ def fetch_model(source: Source, directory: Path, temporary: Path) -> dict[str, A
         model, tokenizer = _from_directory(path)
     check_family(model.config)
     _check_tokenizer(tokenizer, model.config.vocab_size)
+    model.config._name_or_path = ""  # a path of this machine
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return {**describe(source), "parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -121,9 +122,12 @@ def _download(source: HubSource) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     print(f"downloading {source.repo} at {source.revision} from the hub", flush=True)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["original/*", "consolidated*"]  # the same weights once more
     try:
-        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        )
     except (OSError, HfHubHTTPError) as error:
         raise InputError(f"{source.repo} at {source.revision}: the hub did not give it: {error}") from error
 

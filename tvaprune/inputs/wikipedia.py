@@ -3,6 +3,7 @@
 import bz2
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ _SKIPPED_SECTIONS = {
     "gallery", "notes", "notes and references", "references", "see also", "sources", "works", "works cited",
 }  # fmt: skip
 _DROPPED_TAGS = {"ref", "table", "gallery", "math", "timeline", "score", "imagemap", "li", "dd", "dt", "hr"}
+_LIST = "\ue000"  # stands for the mark of a list item, whose words are not inside its tag
 _DROPPED_NAMESPACES = ("file:", "image:", "category:", "media:")
 
 
@@ -52,7 +54,7 @@ def _paragraphs(section: mwparserfromhell.wikicode.Wikicode) -> list[str]:
         _swap(section, template, _template_text(template))
     for tag in section.filter_tags(recursive=True):
         if str(tag.tag).strip().lower() in _DROPPED_TAGS:
-            _swap(section, tag, "\n" if tag.wiki_markup in {"*", "#", ":", ";"} else "")
+            _swap(section, tag, _LIST if tag.wiki_markup in {"*", "#", ":", ";"} else "")
     for link in section.filter_wikilinks(recursive=True):
         if str(link.title).strip().lower().startswith(_DROPPED_NAMESPACES):
             _swap(section, link, "")
@@ -72,20 +74,18 @@ def _template_text(template: Template) -> str:
 
 
 def _swap(section: mwparserfromhell.wikicode.Wikicode, node: Tag | Template | Wikilink, text: str) -> None:
-    try:
+    with suppress(ValueError):  # its parent is gone already
         section.replace(node, text)
-    except ValueError:
-        pass  # its parent is gone already
 
 
 def _tidy(line: str) -> str:
     line = line.replace("\xa0", " ").replace("''", "")
-    line = re.sub(r"\(\s*[;,:]*\s*\)", "", line)  # what a dropped template leaves
-    line = re.sub(r"\(\s*[;,]\s*", "(", line)
+    line = re.sub(r"\(\s*(?:[;,:]\s*)+", "(", line)  # what dropped templates leave
+    line = re.sub(r"\(\s*\)", "", line)
     line = re.sub(r"\s+", " ", line)
     return re.sub(r" ([,.;:)])", r"\1", line).strip()
 
 
 def _is_prose(line: str) -> bool:
     """A sentence or more: long enough, ends as one, no markup left in it."""
-    return len(line) >= 60 and line[-1] in '.!?"”)' and not re.search(r"[{}|]|\[\[|\]\]|^[*#:;!=]", line)
+    return len(line) >= 60 and line[-1] in '.!?"”)' and not re.search(rf"[{{}}|{_LIST}]|\[\[|\]\]", line)

@@ -1,16 +1,29 @@
 """Parameters of the fetch_inputs stage."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from tvaprune.inputs.sources import HubSource, LocalSource, PackageSource
 from tvaprune.params.loading import StageParams
 
+_KINDS = ("package", "hub", "local")
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, content: Any) -> Any:
+        """Name the keys of this kind of source; pydantic's own message does not."""
+        unknown = sorted(set(content) - set(cls.model_fields)) if isinstance(content, dict) else []
+        if unknown:
+            known = ", ".join(sorted(cls.model_fields))
+            raise PydanticCustomError("unknown_key", f"unknown key {', '.join(unknown)}; known keys are {known}")
+        return content
 
 
 class _Package(_Strict):
@@ -135,3 +148,15 @@ class FetchInputsParams(StageParams):
     calibration: CalibrationTexts = Field(description="Text to learn masks and to fine-tune on.")
     heldout: Texts = Field(description="Text to measure perplexity on.")
     zeroshot: TaskSource = Field(description="The six zero-shot tasks.")
+
+    @classmethod
+    def _describe(cls, problem: Any) -> str:
+        """Without the kind of source in a key's name, and without a whole source as the offending value."""
+        location = tuple(part for part in problem["loc"] if part not in _KINDS)
+        name = ".".join(str(part) for part in (cls.section, *location))
+        if problem["type"] == "unknown_key":
+            return f"{name}: {problem['msg']}"
+        if problem["type"].startswith("union_tag"):
+            kind = problem["input"].get("source") if isinstance(problem["input"], dict) else problem["input"]
+            return f"{name}.source = {kind!r}: use {', '.join(_KINDS)}"
+        return super()._describe({**problem, "loc": location})

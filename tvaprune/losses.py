@@ -38,7 +38,7 @@ def distillation_loss(
     temperature: float = 1.0,
     kind: DistillationKind = "kl",
     top_k: int | None = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 128,
     ignore_index: int = -100,
 ) -> DistillationLoss:
     """loss = ce_weight · CE + distillation_weight · D, over the tokens whose label is not ignored.
@@ -197,7 +197,7 @@ def _full_kl(
     """KL(q ‖ p) per token, and T² times its gradient with respect to the student's raw logits, T · (p - q)."""
     log_q = F.log_softmax(teacher, dim=-1)
     q = log_q.exp()
-    kl = torch.linalg.vecdot(q, log_q.sub_(log_p))
+    kl = _row_dot(q, log_q.sub_(log_p))
     if not settings.wants_gradient:
         return kl, None
     return kl, torch.exp(log_p, out=log_q).sub_(q).mul_(settings.temperature)
@@ -218,12 +218,17 @@ def _top_k_kl(
     log_p_top = log_p.gather(1, indices)
     q_tail = (1 - q.sum(dim=1)).clamp_min(_TAIL_FLOOR)
     p_tail = (1 - log_p_top.exp().sum(dim=1)).clamp_min(_TAIL_FLOOR)
-    kl = torch.linalg.vecdot(q, log_q - log_p_top) + q_tail * (q_tail / p_tail).log()
+    kl = _row_dot(q, log_q - log_p_top) + q_tail * (q_tail / p_tail).log()
     if not settings.wants_gradient:
         return kl, None
     gradient = log_p.exp().mul_((1 - q_tail / p_tail)[:, None])
     gradient.scatter_(1, indices, log_p_top.exp() - q)
     return kl, gradient.mul_(settings.temperature)
+
+
+def _row_dot(left: Float[Tensor, "tokens units"], right: Float[Tensor, "tokens units"]) -> Float[Tensor, " tokens"]:
+    """Sum of products per token, by bmm: vecdot would write the products out first."""
+    return torch.bmm(left[:, None, :], right[:, :, None]).flatten()
 
 
 def _mse(

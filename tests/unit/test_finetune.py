@@ -512,3 +512,18 @@ def test_wrong_parameters_are_named(tmp_path, change, message):
 def test_nothing_to_train_on_is_refused(tmp_path):
     with pytest.raises(ParameterError, match="nothing to train on"):
         load_params(tmp_path, ("ce_weight: 0.1", "ce_weight: 0"), ("teacher: online", "teacher: none"))
+
+
+def test_disabled_recovery_leaves_whole_but_empty_outputs(tmp_path):
+    pytest.importorskip("tvaprune.checkpoint.loading")
+    from stages.finetune_lora import main
+
+    load_params(tmp_path, ("enabled: true", "enabled: false"))
+    (tmp_path / "finetuned").mkdir()
+    (tmp_path / "finetuned" / "model.safetensors").write_text("of an earlier run")
+    paths = {name: tmp_path / name for name in ("compact", "dense", "calibration", "lora", "finetuned", "metrics")}
+    main(**paths, curve=tmp_path / "curve.csv", params_file=tmp_path / "params.yaml")
+    assert list((tmp_path / "lora").iterdir()) == []
+    assert [path.name for path in (tmp_path / "finetuned").iterdir()] == ["meta.json"]
+    assert json.loads((tmp_path / "metrics").read_text()) == {"enabled": 0}
+    assert (tmp_path / "curve.csv").read_text().splitlines() == [",".join(CurveRow._fields)]

@@ -14,6 +14,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stages.finetune_lora import main
+from tvaprune.artifacts import write_artifact
+from tvaprune.checkpoint.loading import load
+from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.loading import ParameterError
 from tvaprune.recovery import training
@@ -515,9 +519,6 @@ def test_nothing_to_train_on_is_refused(tmp_path):
 
 
 def test_disabled_recovery_leaves_whole_but_empty_outputs(tmp_path):
-    pytest.importorskip("tvaprune.checkpoint.loading")
-    from stages.finetune_lora import main
-
     load_params(tmp_path, ("enabled: true", "enabled: false"))
     (tmp_path / "finetuned").mkdir()
     (tmp_path / "finetuned" / "model.safetensors").write_text("of an earlier run")
@@ -527,3 +528,35 @@ def test_disabled_recovery_leaves_whole_but_empty_outputs(tmp_path):
     assert [path.name for path in (tmp_path / "finetuned").iterdir()] == ["meta.json"]
     assert json.loads((tmp_path / "metrics").read_text()) == {"enabled": 0}
     assert (tmp_path / "curve.csv").read_text().splitlines() == [",".join(CurveRow._fields)]
+
+
+def test_the_stage_makes_a_loadable_model_of_uneven_layers_and_the_same_bytes_twice(tmp_path, monkeypatch):
+    """Widths as pruning leaves them: a layer without attention, one without an MLP."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("TVAPRUNE_DTYPE", "bfloat16")
+    dense = tiny()
+    dense.save_pretrained(tmp_path / "dense")
+    base = dense.config.to_dict()
+    config = TvaPruneConfig("llama", base, hidden_size=48, intermediate_sizes=[40, 0], kv_head_counts=[0, 1])
+    TvaPruneForCausalLM(config).save_pretrained(tmp_path / "compact")
+    ids = {"finetune_ids": windows(5, 1), "finetune_validation_ids": windows(3, 2)}
+    write_artifact(tmp_path / "calibration", "calibration", ids)
+    load_params(tmp_path, ("steps: 180", "steps: 6"), ("validate_every: 60", "validate_every: 2"))
+
+    inputs = {name: tmp_path / name for name in ("compact", "dense", "calibration")}
+    outputs = []
+    for run in ("first", "second"):
+        folder = tmp_path / run
+        paths = {"lora": folder / "lora", "finetuned": folder / "finetuned", "metrics": folder / "finetune.json"}
+        main(**inputs, **paths, curve=folder / "finetune.csv", params_file=tmp_path / "params.yaml")
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "finetune.json")
+        outputs.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
+    assert outputs[0] == outputs[1]
+
+    prompt = windows(2, 9).long()
+    with torch.no_grad():
+        recovered, pruned_model = load(tmp_path / "first" / "finetuned"), load(tmp_path / "compact")
+        assert (recovered(prompt).logits - pruned_model(prompt).logits).abs().max() > 1e-3
+        adapter_on_compact = PeftModel.from_pretrained(pruned_model, str(tmp_path / "first" / "lora")).eval()
+        torch.testing.assert_close(recovered(prompt).logits, adapter_on_compact(prompt).logits, rtol=1e-4, atol=1e-4)
+    assert recovered.dtype == pruned_model.dtype == torch.float32

@@ -33,8 +33,10 @@ def write_artifact(directory: Path, kind: str, tensors: dict[str, Tensor], **met
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         for name, tensor in sorted(tensors.items())
     }
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
-              directory / "tensors.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
+        directory / "tensors.safetensors",
+    )
     write_json(directory / "meta.json", {"schema": SCHEMA_VERSION, "kind": kind, **meta, "tensors": contents})
 
 
@@ -54,8 +56,10 @@ def read_artifact(directory: Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ArtifactError(f"{directory}: damaged {kind} artifact ({error}); remove it and run dvc repro") from error
     if meta.get("kind") != kind or meta.get("schema") != SCHEMA_VERSION:
-        raise ArtifactError(f"{meta_path}: expected kind {kind!r} schema {SCHEMA_VERSION}, "
-                            f"found {meta.get('kind')!r} schema {meta.get('schema')!r}")
+        raise ArtifactError(
+            f"{meta_path}: expected kind {kind!r} schema {SCHEMA_VERSION}, "
+            f"found {meta.get('kind')!r} schema {meta.get('schema')!r}"
+        )
     for name, expected in meta["tensors"].items():
         if name not in tensors or list(tensors[name].shape) != expected["shape"]:
             raise ArtifactError(f"{directory}: tensor {name!r} is absent or not of shape {expected['shape']}")

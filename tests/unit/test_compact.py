@@ -50,7 +50,9 @@ def test_counted_parameters_are_the_checkpoints(family: str, tmp_path: Path) -> 
     masks = random_masks(topology, seed=5, empty_layer=2)
     size = compact(dense, masks, weight_update(masks, "mean"), tmp_path / "compact")
     counted = kept_decoder_parameters(topology, masks.keep)
-    outside = shared_parameters(topology, int(masks.keep["hidden"].sum()), config.vocab_size, config.tie_word_embeddings)
+    outside = shared_parameters(
+        topology, int(masks.keep["hidden"].sum()), config.vocab_size, config.tie_word_embeddings
+    )
     assert size.parameters_kept == counted + outside
     assert sum(p.numel() for p in load(tmp_path / "compact").parameters()) == size.parameters_kept
 

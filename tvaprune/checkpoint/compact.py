@@ -178,7 +178,7 @@ class _ShardWriter:
         if count == 1:
             self._shard(0).rename(self.directory / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(self._shards):
             file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             self._shard(index).rename(self.directory / file)

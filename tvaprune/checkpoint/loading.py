@@ -12,7 +12,9 @@ AutoConfig.register(TvaPruneConfig.model_type, TvaPruneConfig, exist_ok=True)
 AutoModelForCausalLM.register(TvaPruneConfig, TvaPruneForCausalLM, exist_ok=True)
 
 
-def load(directory: Path | str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+def load(
+    directory: Path | str, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
     """Load a model for inference, with this package's own classes and no remote code.
 
     Args:

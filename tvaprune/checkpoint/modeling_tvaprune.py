@@ -80,7 +80,7 @@ class _Constant(nn.Module):
 class _NoAttention(nn.Module):
     """Stands where a layer has no key-value head left: adds o_proj's bias to the residual, or nothing."""
 
-    def __init__(self, layer_idx: int, o_proj: nn.Module | None) -> None:
+    def __init__(self, layer_idx: int, o_proj: _Constant | None) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.o_proj = o_proj
@@ -98,7 +98,7 @@ class _NoAttention(nn.Module):
 class _NoMLP(nn.Module):
     """Stands where a layer has no intermediate unit left: adds down_proj's bias to the residual, or nothing."""
 
-    def __init__(self, down_proj: nn.Module | None) -> None:
+    def __init__(self, down_proj: _Constant | None) -> None:
         super().__init__()
         self.down_proj = down_proj
 

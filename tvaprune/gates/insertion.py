@@ -165,13 +165,13 @@ class GatedModel:
             for handle in handles:
                 handle.remove()
             for norm, epsilon in norms:
-                norm.variance_epsilon = epsilon
+                norm.variance_epsilon = epsilon  # type: ignore[assignment]
 
     # With the dropped dimensions at zero, a mean square over the d' kept ones is the stock norm with
     # eps · d'/d, its output divided by sqrt(d / d'): x / sqrt(sum/d' + eps) = x·sqrt(d'/d) / sqrt(sum/d + eps·d'/d).
     def _before_norm(self, epsilon: float) -> Any:
         def hook(norm: nn.Module, args: Any) -> None:
-            norm.variance_epsilon = epsilon / self._norm_scale**2
+            norm.variance_epsilon = epsilon / self._norm_scale**2  # type: ignore[assignment]
 
         return hook
 

@@ -23,7 +23,7 @@ class UnitCosts(NamedTuple):
 
 
 def decoder_parameters(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_heads: Tensor) -> Tensor:
-    """Parameters of the decoder layers (TVA-Prune section 3.1; CoFi section 2), without embeddings, head and final norm.
+    """Parameters of the decoder layers (TVA-Prune section 3.1): without embeddings, head, final norm.
 
     Sum over layers of 2·head_dim·k·h·(1+G) + 3·m·h + 2·h, and the biases and query/key norms where the family has
     them. Departure from the paper: a layer whose block lost every unit also loses that block's norm, as in the

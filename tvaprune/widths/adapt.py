@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.model.topology import Topology
-from tvaprune.widths.masks import Masks, keep_best
+from tvaprune.widths.masks import Masks, keep_best, sparsity
 
 Rounding = Literal["nearest", "budget"]
 
@@ -101,3 +101,17 @@ def _share_budget(
     for _, _, layer in order[:room]:
         counts[layer] += multiple
     return counts
+
+
+def adapt_metrics(topology: Topology, before: Masks, after: Masks, target_sparsity: float) -> dict[str, float]:
+    """metrics/adapt.json: sparsities as shares of the decoder layers' parameters, widths in units."""
+    return {
+        "target_sparsity": target_sparsity,
+        "sparsity_before": sparsity(topology, before),
+        "sparsity_decoder": sparsity(topology, after),
+        "hidden_before": float(before.keep["hidden"].sum()),
+        "hidden_after": float(after.keep["hidden"].sum()),
+        "intermediate_mean_before": float(before.keep["intermediate"].sum(-1).double().mean()),
+        "intermediate_mean_after": float(after.keep["intermediate"].sum(-1).double().mean()),
+        "kv_heads_kept": float(after.keep["kv_heads"].sum()),
+    }

@@ -1,0 +1,219 @@
+"""Gate training: the budget at every step, resumption bit by bit, the gates' gradients."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_models import FAMILIES, random_masks, tiny_model
+from tvaprune.gates import insertion, vib
+from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
+from tvaprune.gates.curvature import gate_curvature
+from tvaprune.gates.insertion import GatedModel, NoisePool, hard_gates
+from tvaprune.gates.training import GateTraining, learn_gates
+from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.widths.masks import sparsity
+
+WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+SETTINGS = GateTraining(
+    steps=30, batch_size=2, constraint="budget", ramp=0.6, init="curvature", init_log_var=0.0, curvature_windows=4,
+    head_start={"hidden": 1.0, "intermediate": 0.0, "kv_heads": 0.5}, log_var_lr=0.05, mu_lr=0.01, lambda_lr=0.1,
+    noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0, distillation_weight=1.0, slope=(2.0, 8.0), clip=None,
+)  # fmt: skip
+PAPER = replace(SETTINGS, constraint="lagrangian", init="constant", init_log_var=-3.0, noise=1.0, slope=(1.0, 1.0), log_var_lr=0.2,
+                kl_weight=dict.fromkeys(AXES, 1e-6), distillation_weight=0.0, lambda_lr=20.0, clip=1.0)  # fmt: skip
+
+
+class Memory:
+    """Keeps the state as a file would; `stop_after` saves it raises, as a kill would."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.state: bytes | None = None
+        self.left = stop_after
+
+    def load(self) -> dict[str, Any] | None:
+        import io
+
+        return None if self.state is None else torch.load(io.BytesIO(self.state), weights_only=True)
+
+    def save(self, state: dict[str, Any]) -> None:
+        import io
+
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        self.state = stream.getvalue()
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_budget_is_met_at_every_step_and_at_the_end(family: str) -> None:
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    learned = learn_gates(model, topology, WINDOWS, 0.4, SETTINGS, progress=False)
+    full = [torch.tensor(64), torch.full((3,), 96), torch.full((3,), topology.kv_heads)]
+    dearest = max(float(cost.max()) for cost in unit_costs(topology, *full)) + 2 * topology.hidden  # and its norms
+    dearest /= dense_decoder_parameters(topology)
+    for row in learned.curve:
+        assert row["target"] - 1e-9 <= row["sparsity"] <= row["target"] + dearest
+    assert sparsity(topology, learned.masks) == pytest.approx(0.4, abs=0.002)
+    assert sparsity(topology, learned.masks) >= 0.4
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, noise=0.5), PAPER])
+def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(settings: GateTraining) -> None:
+    topology = Topology.of(tiny_model("llama").config)
+    undisturbed = learn_gates(tiny_model("llama"), topology, WINDOWS, 0.3, settings, progress=False)
+    killed = Memory(stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        learn_gates(tiny_model("llama"), topology, WINDOWS, 0.3, settings, saver=killed, progress=False)
+    resumed = learn_gates(tiny_model("llama"), topology, WINDOWS, 0.3, settings, saver=killed, progress=False)
+    for axis in AXES:
+        assert torch.equal(undisturbed.masks.mu[axis], resumed.masks.mu[axis])
+        assert torch.equal(undisturbed.masks.log_alpha[axis], resumed.masks.log_alpha[axis])
+        assert torch.equal(undisturbed.masks.keep[axis], resumed.masks.keep[axis])
+    assert undisturbed.curve == resumed.curve
+
+
+def test_the_papers_form_learns_and_is_projected_onto_the_target() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    learned = learn_gates(model, topology, WINDOWS, 0.3, PAPER, progress=False)
+    assert learned.curve[-1]["sparsity"] > 0.02
+    assert sparsity(topology, learned.masks) == pytest.approx(0.3, abs=0.002)
+
+
+def test_axes_out_of_play_stay_whole() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    masks = learn_gates(model, topology, WINDOWS, 0.3, SETTINGS, axes=("intermediate",), progress=False).masks
+    assert masks.keep["hidden"].all()
+    assert masks.keep["kv_heads"].all()
+    assert sparsity(topology, masks) == pytest.approx(0.3, abs=0.002)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("qwen2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = model(WINDOWS.long()).logits
+    learn_gates(model, Topology.of(model.config), WINDOWS, 0.3, replace(SETTINGS, steps=3), progress=False)
+    assert torch.equal(model(WINDOWS.long()).logits, logits)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_gate_gradients_are_those_of_plain_autograd(noisy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the gate written as x · (z + sigma · eps), differentiated by autograd alone."""
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    masks = random_masks(topology, seed=2)
+    noise = NoisePool(0, torch.device("cpu"), torch.float32, size=1 << 15) if noisy else None
+
+    def gradients() -> list[torch.Tensor]:
+        gates = {axis: value.requires_grad_() for axis, value in hard_gates(masks.keep, masks.mu).items()}
+        sigma = {axis: (0.1 * masks.keep[axis]).requires_grad_() for axis in AXES} if noisy else None
+        with GatedModel(model, topology).inserted() as gated:
+            if noise is not None:
+                noise.start_step(5)
+            gated.set(gates, int(masks.keep["hidden"].sum()), sigma, noise)
+            logits = model(WINDOWS[:2].long()).logits[:, :-1].flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, WINDOWS[:2, 1:].long().flatten()).backward()
+        return [value.grad for value in (*gates.values(), *(sigma.values() if sigma else ()))]
+
+    ours = gradients()
+
+    class Plain:
+        @staticmethod
+        def apply(x: torch.Tensor, z: torch.Tensor, sigma: Any, eps: Any) -> torch.Tensor:
+            return x * z if sigma is None else x * (z + sigma * eps)
+
+    monkeypatch.setattr(insertion, "_Multiply", Plain)
+    for own, plain in zip(ours, gradients(), strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_tangent_gradient_does_not_move_the_budget() -> None:
+    topology = Topology.of(tiny_model("llama").config)
+    scores = random_masks(topology, seed=4).log_alpha
+    hard = hard_gates_under_budget(topology, scores, 0.3, slope=4.0, minimum_hidden=1)
+    gradient = {axis: torch.randn(topology.gate_shape(axis)) for axis in AXES}
+    across, price = tangent_to_budget(topology, hard, gradient)
+    along = {axis: (gradient[axis] * hard.surrogate[axis] - across[axis]) / price for axis in AXES}
+    inner = sum(float((across[axis] * along[axis]).sum()) for axis in AXES)
+    size = sum(float(along[axis].square().sum()) for axis in AXES)
+    assert price != 0
+    assert abs(inner) < 1e-5 * size
+    # What was removed is the budget's own gradient: each unit's parameters through the surrogate.
+    parameters = along["intermediate"] / hard.surrogate["intermediate"]
+    torch.testing.assert_close(
+        parameters, torch.full_like(parameters, 3.0 * int(hard.keep["hidden"].sum())), rtol=1e-2, atol=1
+    )
+
+
+def test_schedule_rises_to_the_target_and_stays() -> None:
+    values = [cubic_ramp(step / 100, 0.5, 0.7) for step in range(101)]
+    assert values[0] == 0
+    assert values == sorted(values)
+    assert values[70:] == [pytest.approx(0.5)] * 31
+
+
+def test_kl_gradient_is_autograds() -> None:
+    mu, log_var = torch.randn(50, requires_grad=True), torch.randn(50, requires_grad=True)
+    vib.kl(mu, log_var).backward()
+    by_mu, by_log_var = vib.kl_gradient(mu.detach(), log_var.detach())
+    torch.testing.assert_close(mu.grad, by_mu)
+    torch.testing.assert_close(log_var.grad, by_log_var)
+
+
+def test_stationary_point_balances_curvature_and_kl() -> None:
+    mu, curvature, price = torch.full((20,), 1.3), torch.rand(20) + 50, 0.01
+    log_var = vib.stationary_log_var(mu, curvature, price).requires_grad_()
+    cost = (0.5 * curvature * log_var.exp()).sum() + price * vib.kl(mu, log_var)
+    (gradient,) = torch.autograd.grad(cost, log_var)
+    assert float(gradient.abs().max()) < 1e-2 * price
+
+
+def test_curvature_is_the_squared_gradient_per_window() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    with GatedModel(model, topology).inserted() as gated:
+        whole = gate_curvature(gated, WINDOWS[:3].long(), seed=1, progress=False)
+        logits = model(WINDOWS.long()).logits
+    assert torch.equal(logits, tiny_model("llama")(WINDOWS.long()).logits)
+    assert all((whole[axis] >= 0).all() and whole[axis].sum() > 0 for axis in AXES)
+
+
+def test_curvature_is_that_of_the_distillation_loss() -> None:
+    """On many windows it approaches the diagonal of the Hessian of KL(dense || gated), here by finite differences."""
+    model = tiny_model("llama", layers=1)
+    topology = Topology.of(model.config)
+    windows = WINDOWS[:1].long()
+    with GatedModel(model, topology).inserted() as gated:
+        draws = [gate_curvature(gated, windows, seed=seed, progress=False)["intermediate"] for seed in range(300)]
+        dense = model(windows).logits.log_softmax(-1)
+
+        def divergence(unit: int, step: float) -> float:
+            gate = {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}
+            gate["intermediate"][0, unit] += step
+            gated.set(gate, topology.hidden)
+            return float((dense.exp() * (dense - model(windows).logits.log_softmax(-1))).sum())
+
+        estimate = torch.stack(draws).mean(0)[0]
+        units = estimate.topk(8).indices.tolist()
+        exact = [(divergence(unit, 0.05) + divergence(unit, -0.05)) / 0.05**2 for unit in units]
+    for unit, curvature in zip(units, exact, strict=True):
+        assert float(estimate[unit]) == pytest.approx(curvature, rel=0.35)
+
+
+def test_kept_parameters_under_hard_gates_never_exceed_the_budget() -> None:
+    topology = Topology.of(tiny_model("llama").config)
+    for seed in range(20):
+        scores = random_masks(topology, seed).log_alpha
+        target = 0.05 + 0.04 * seed
+        hard = hard_gates_under_budget(topology, scores, target, 4.0, minimum_hidden=1)
+        assert kept_decoder_parameters(topology, hard.keep) <= (1 - target) * dense_decoder_parameters(topology)

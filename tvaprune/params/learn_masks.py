@@ -1,0 +1,67 @@
+"""Parameters of the learn_masks stage."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tvaprune.params.loading import StageParams
+
+AxisName = Literal["hidden", "intermediate", "kv_heads"]
+
+
+class PerAxis(BaseModel):
+    """One number an axis."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    hidden: float
+    intermediate: float
+    kv_heads: float
+
+
+class GateParams(BaseModel):
+    """How gates are trained; the fields are explained in tvaprune.gates.training.GateTraining."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    steps: int = Field(description="Optimiser steps.", ge=1)
+    batch_size: int = Field(description="Windows a step.", ge=1)
+    constraint: Literal["budget", "lagrangian"] = Field(description="Exact budget, or the paper's penalty.")
+    ramp: float = Field(description="Share of the steps over which the target rises.", ge=0, le=1)
+    init: Literal["curvature", "constant"] = Field(description="Where log_var starts.")
+    init_log_var: float = Field(description="The constant, for init: constant.", ge=-20, le=20)
+    curvature_windows: int = Field(description="Windows for init: curvature.", ge=1)
+    head_start: PerAxis = Field(description="Added to log_alpha at the start.")
+    log_var_lr: float = Field(description="Learning rate of log_var.", ge=0)
+    mu_lr: float = Field(description="Learning rate of mu; 0 keeps it at 1.", ge=0)
+    lambda_lr: float = Field(description="Learning rate of the Lagrangian's multipliers.", ge=0)
+    noise: float = Field(description="Share of sigma that is sampled, 0 to 1.", ge=0, le=1)
+    kl_weight: PerAxis = Field(description="Weight of the KL.")
+    ce_weight: float = Field(description="Weight of the cross-entropy on the text.", ge=0)
+    distillation_weight: float = Field(description="Weight of the KL to the dense model's predictions.", ge=0)
+    slope: tuple[float, float] = Field(description="Slope of the sigmoid, at the start and at the end.")
+    clip: float | None = Field(description="Gradient norm at most; null = not clipped.", gt=0)
+
+    @model_validator(mode="after")
+    def _objective(self) -> "GateParams":
+        if self.ce_weight + self.distillation_weight == 0:
+            raise ValueError("ce_weight and distillation_weight are both 0: there is nothing to learn from")
+        return self
+
+
+class LearnMasksParams(StageParams):
+    section = "learn_masks"
+    shared: ClassVar[tuple[str, ...]] = ("sparsity", "seed")
+
+    sparsity: float = Field(description="Share of the decoder layers' parameters to remove.", gt=0, lt=1)
+    seed: int = Field(description="Of initialisation, noise and random scores.", ge=0)
+    method: Literal["tva"] = Field(description="What finds the masks.")
+    axes: tuple[AxisName, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
+    gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
+    gates: GateParams
+
+    @model_validator(mode="before")
+    @classmethod
+    def _distinct_axes(cls, values: Any) -> Any:
+        axes = values.get("axes") if isinstance(values, dict) else None
+        if isinstance(axes, list) and len(set(map(str, axes))) != len(axes):
+            raise ValueError(f"axes = {axes}: each axis at most once")
+        return values

@@ -22,8 +22,10 @@ SETTINGS = GateTraining(
     head_start={"hidden": 1.0, "intermediate": 0.0, "kv_heads": 0.5}, log_var_lr=0.05, mu_lr=0.01, lambda_lr=0.1,
     noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0, distillation_weight=1.0, slope=(2.0, 8.0), clip=None,
 )  # fmt: skip
-PAPER = replace(SETTINGS, constraint="lagrangian", init="constant", init_log_var=-3.0, noise=1.0, slope=(1.0, 1.0), log_var_lr=0.2,
-                kl_weight=dict.fromkeys(AXES, 1e-6), distillation_weight=0.0, lambda_lr=20.0, clip=1.0)  # fmt: skip
+PAPER = replace(
+    SETTINGS, constraint="lagrangian", init="constant", init_log_var=-3.0, noise=1.0, slope=(1.0, 1.0),
+    log_var_lr=0.2, kl_weight=dict.fromkeys(AXES, 1e-6), distillation_weight=0.0, lambda_lr=20.0, clip=1.0,
+)  # fmt: skip
 
 
 class Memory:

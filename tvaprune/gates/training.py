@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -141,30 +142,23 @@ def learn_gates(
             windows = input_ids[-settings.curvature_windows :].long().to(device)
             curvature = gate_curvature(gated, windows, seed=seed, progress=progress)
             gates.start_at_stationary_point(curvature)
-        bar = tqdm(
-            range(start, settings.steps), initial=start, total=settings.steps, desc="gates", disable=not progress
-        )
+        steps = range(start, settings.steps)
+        bar = tqdm(steps, initial=start, total=settings.steps, desc="gates", disable=not progress)
         for step in bar:
             batch = _batch(input_ids, step, settings.batch_size).to(device)
             labels = next_token_labels(batch)
             if step % BARE_EVERY == BARE_EVERY // 2:
                 timings["bare"].append(_bare_step(gated, batch, labels, device))
-            teacher, teacher_seconds = None, 0.0
+            teacher = None
             if settings.distillation_weight > 0:
-                teacher, teacher_seconds = _timed(lambda b=batch: _teacher_hidden(gated, b), device)
-                timings["teacher"].append(teacher_seconds)
-            row, seconds = _timed(
-                lambda b=batch, y=labels, t=teacher, s=step: _step(gated, gates, b, y, t, s, target_sparsity, noise),
-                device,
-            )
+                teacher, seconds = _timed(partial(_teacher_hidden, gated, batch), device)
+                timings["teacher"].append(seconds)
+            work = partial(_step, gated, gates, batch, labels, teacher, step, target_sparsity, noise)
+            row, seconds = _timed(work, device)
             timings["step"].append(seconds)
             curve.append(row)
-            bar.set_postfix(
-                loss=f"{row['loss']:.3f}",
-                sparsity=f"{row['sparsity']:.3f}",
-                target=f"{row['target']:.3f}",
-                refresh=False,
-            )
+            shown = {name: f"{row[name]:.3f}" for name in ("loss", "sparsity", "target")}
+            bar.set_postfix(shown, refresh=False)
             if saver is not None and (step + 1) % SAVE_EVERY == 0:
                 saver.save({"gates": gates.state_dict(), "curve": curve, "timings": timings, "step": step + 1})
     masks = project(topology, gates.masks(), target_sparsity, axes)

@@ -1,0 +1,50 @@
+"""All sections at once, so that a mistake in the last stage's section shows before the first stage runs."""
+
+from pathlib import Path
+
+from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
+from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
+from tvaprune.params.compact import CompactParams
+from tvaprune.params.eval_perplexity import EvalPerplexityParams
+from tvaprune.params.eval_zeroshot import EvalZeroshotParams
+from tvaprune.params.fetch_inputs import FetchInputsParams
+from tvaprune.params.finetune_lora import FinetuneLoraParams
+from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.params.loading import ParameterError, StageParams, read_yaml
+from tvaprune.params.sample_calibration import SampleCalibrationParams
+from tvaprune.params.update_weights import UpdateWeightsParams
+
+SECTIONS: tuple[type[StageParams], ...] = (
+    FetchInputsParams,
+    SampleCalibrationParams,
+    LearnMasksParams,
+    AdaptDimensionsParams,
+    UpdateWeightsParams,
+    CompactParams,
+    FinetuneLoraParams,
+    BenchmarkSpeedParams,
+    EvalPerplexityParams,
+    EvalZeroshotParams,
+)
+
+
+def check_everything(path: Path) -> None:
+    """Read every section.
+
+    Raises:
+        ParameterError: all problems of all sections, a line each.
+    """
+    content = read_yaml(path)
+    known = {stage.section for stage in SECTIONS} | {key for stage in SECTIONS for key in stage.shared}
+    problems = [
+        f"{path}: unknown top-level key {key!r}; known keys are {', '.join(sorted(known))}"
+        for key in content
+        if key not in known
+    ]
+    for stage in SECTIONS:
+        try:
+            stage.load(path)
+        except ParameterError as error:
+            problems.append(str(error))
+    if problems:
+        raise ParameterError("\n".join(dict.fromkeys(problems)))

@@ -1,0 +1,47 @@
+# Needs make and Python 3.11 or newer. Every target makes .venv first, and again only where a lock file changed.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# DVC runs each stage as `python -m stages.NAME`: that python has to be .venv's, and the core that of this directory.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+unexport PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help repro test test-slow lint clean-env
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+repro: $(VENV)/.installed ## run the whole pipeline: fetch, prune, fine-tune, measure
+	$(BIN)/dvc repro
+
+test: lint ## every check and every fast test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev ## the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev ## style, types and layers alone
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean-env: ## remove .venv
+	rm -rf $(VENV)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+			"name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: requirements.lock | $(BIN)/pip
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.lock
+	@touch $@

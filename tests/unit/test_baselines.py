@@ -1,0 +1,531 @@
+"""Baselines: every score against a slow direct reference, every method on budget, whole groups, repeatable."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from tests.tiny_models import tiny_model
+from tvaprune.gates.baselines import activation_scores, gradient_scores, loraprune
+from tvaprune.gates.baselines.activations import input_statistics
+from tvaprune.gates.baselines.allocation import Stages, agree, allocate_uniform, percentiles
+from tvaprune.gates.baselines.bonsai import ridge_utility
+from tvaprune.gates.baselines.depth import depth, similarities
+from tvaprune.gates.baselines.registry import BASELINES, SUPPORTED_AXES, BaselineOptions, score_baseline
+from tvaprune.gates.insertion import GatedModel, hard_gates
+from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
+from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.widths.masks import Masks, UnreachableSparsityError, keep_best
+
+WINDOWS = torch.randint(0, 128, (6, 20), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
+QUICK = BaselineOptions(
+    flap_bias=False, bonsai_rounds=2, bonsai_submodels=4, bonsai_prior_windows=2, loraprune_steps=6,
+    loraprune_prune_every=2, nirvana_candidates=2, nirvana_kl_windows=2,
+)  # fmt: skip
+CASES = [
+    (method, axes)
+    for method in BASELINES
+    for axes in (AXES, UNITS, ("intermediate",), ("hidden",))
+    if set(axes) <= set(SUPPORTED_AXES[method]) and (method != "depth" or axes == UNITS)
+]
+
+
+def score(method: str, family: str = "llama", sparsity: float = 0.3, axes: tuple[Axis, ...] = UNITS, **given) -> Masks:
+    model = given.pop("model", None) or tiny_model(family)
+    windows = given.pop("windows", WINDOWS)
+    options = given.pop("options", QUICK)
+    topology = Topology.of(model.config)
+    return score_baseline(
+        method, model, topology, windows, sparsity, axes=axes, options=options, progress=False, **given
+    )
+
+
+def loss(model: PreTrainedModel, windows: Tensor = WINDOWS) -> Tensor:
+    """Mean next-token cross-entropy by the model's own logits."""
+    logits = model(input_ids=windows.long()).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].long().flatten())
+
+
+def weight_gradients(model: PreTrainedModel, objective: Tensor) -> dict[str, Tensor]:
+    """Plain autograd."""
+    names = [name for name, _ in model.named_parameters()]
+    return dict(zip(names, torch.autograd.grad(objective, list(model.parameters())), strict=True))
+
+
+def one_unit(topology: Topology, axes: tuple[Axis, ...]) -> float:
+    """Parameters of the cheapest unit in play in the dense model, with a norm that may go with it."""
+    full = [torch.tensor(topology.hidden), *(torch.full((topology.layers,), topology.width(a)) for a in UNITS)]
+    costs = dict(zip(AXES, unit_costs(topology, *full), strict=True))
+    return min(float(costs[axis].max()) for axis in axes) + topology.hidden
+
+
+@pytest.mark.parametrize(("method", "axes"), CASES)
+def test_every_method_meets_the_budget_to_one_unit(method: str, axes: tuple[Axis, ...]) -> None:
+    topology = Topology.of(tiny_model("llama").config)
+    masks = score(method, sparsity=0.25, axes=axes)
+    budget = 0.75 * dense_decoder_parameters(topology)
+    assert budget - one_unit(topology, axes) < kept_decoder_parameters(topology, masks.keep) <= budget
+    for axis in AXES:
+        assert masks.keep[axis].shape == topology.gate_shape(axis)
+        assert masks.keep[axis].dtype == torch.bool
+        assert masks.log_alpha[axis].dtype == masks.mu[axis].dtype == torch.float32
+        assert masks.log_alpha[axis].isfinite().all()
+        assert torch.equal(masks.keep[axis], masks.log_alpha[axis] > 0)
+        assert torch.equal(masks.mu[axis], torch.ones(topology.gate_shape(axis)))
+        if axis not in axes:
+            assert masks.keep[axis].all()
+
+
+@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize(("family", "sparsity"), [("llama_mqa", 0.0), ("qwen3", 0.55)])
+def test_other_families_and_sparsities(method: str, family: str, sparsity: float) -> None:
+    topology = Topology.of(tiny_model(family).config)
+    masks = score(method, family, sparsity)
+    budget = (1 - sparsity) * dense_decoder_parameters(topology)
+    assert budget - one_unit(topology, UNITS) < kept_decoder_parameters(topology, masks.keep) <= budget + 1e-6
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_the_same_seed_gives_the_same_masks_and_leaves_the_model_alone(method: str) -> None:
+    model = tiny_model("llama_tied")
+    model.get_submodule("model.layers.0.mlp").requires_grad_(True)
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    first, second = (score(method, model=model, seed=5) for _ in range(2))
+    for axis in AXES:
+        assert torch.equal(first.keep[axis], second.keep[axis])
+        assert torch.equal(first.log_alpha[axis], second.log_alpha[axis])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("method", ["random", "bonsai", "loraprune"])
+def test_another_seed_gives_other_masks(method: str) -> None:
+    first, second = (score(method, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.log_alpha["intermediate"], second.log_alpha["intermediate"])
+
+
+@pytest.mark.parametrize("method", ["wanda_sp", "flap", "llm_pruner", "nirvana", "depth"])
+def test_the_order_of_the_windows_does_not_matter(method: str) -> None:
+    options = BaselineOptions(flap_bias=True)
+    given, turned = (score(method, windows=windows, options=options) for windows in (WINDOWS, WINDOWS.flip(0)))
+    for axis in AXES:
+        assert torch.equal(given.keep[axis], turned.keep[axis])
+        torch.testing.assert_close(given.log_alpha[axis], turned.log_alpha[axis])
+    for name, bias in given.bias.items():
+        torch.testing.assert_close(bias, turned.bias[name])
+
+
+def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"learn_masks\.axes.*wanda_sp prunes intermediate, kv_heads"):
+        score("wanda_sp", axes=AXES)
+    with pytest.raises(ValueError, match=r"learn_masks\.axes.*depth drops whole layers"):
+        score("depth", axes=("intermediate",))
+    with pytest.raises(ValueError, match=r"learn_masks\.axes"):
+        score("random", axes=())
+    with pytest.raises(ValueError, match=r"learn_masks\.method = 'tva'"):
+        score("tva")
+    with pytest.raises(ValueError, match="sparsity = 1"):
+        score("random", sparsity=1.0)
+    with pytest.raises(UnreachableSparsityError):
+        score("magnitude", sparsity=0.9, axes=("intermediate",))
+    with pytest.raises(ValueError, match="protects the first 2 and the last 1"):
+        score("llm_pruner", options=BaselineOptions(protect_first=2, protect_last=1))
+    with pytest.raises(ValueError, match="candidates"):
+        score("nirvana", options=BaselineOptions(nirvana_candidates=7))
+    with pytest.raises(ValueError, match="submodels = 3"):
+        score("bonsai", options=BaselineOptions(bonsai_submodels=3))
+    with pytest.raises(ValueError, match="bias"):
+        score("flap", "llama_bias", options=BaselineOptions())
+
+
+# ---- allocation
+
+
+def test_uniform_keeps_the_same_share_everywhere() -> None:
+    topology = Topology(layers=5, hidden=64, intermediate=200, kv_heads=4, group_size=2, head_dim=8)
+    generator = torch.Generator().manual_seed(0)
+    scores = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in AXES}
+    for axes in (AXES, UNITS):
+        masks = allocate_uniform(topology, scores, 0.4, axes)
+        widths = masks.widths()
+        shares = widths["intermediate"] / 200
+        assert widths["kv_heads"].unique().numel() == 1
+        assert int(widths["intermediate"].max() - widths["intermediate"].min()) <= 1
+        assert abs(float(shares.mean()) - float(widths["kv_heads"][0]) / 4) <= 0.5 / 4 + 0.05
+        for layer in range(5):
+            expected = keep_best(scores["intermediate"][layer], int(widths["intermediate"][layer]))
+            assert torch.equal(masks.keep["intermediate"][layer], expected)
+        removed = 1 - kept_decoder_parameters(topology, masks.keep) / dense_decoder_parameters(topology)
+        assert removed == pytest.approx(0.4, abs=0.001 if axes == UNITS else 0.02)
+
+
+def test_protected_layers_stay_whole_and_the_others_pay() -> None:
+    for method in ("llm_pruner", "loraprune"):
+        options = BaselineOptions(protect_first=1, protect_last=1, loraprune_steps=4, loraprune_prune_every=2)
+        masks = score(method, sparsity=0.2, options=options)
+        topology = Topology.of(tiny_model("llama").config)
+        budget = 0.8 * dense_decoder_parameters(topology)
+        for axis in UNITS:
+            assert masks.keep[axis][[0, 2]].all()
+        assert budget - one_unit(topology, UNITS) < kept_decoder_parameters(topology, masks.keep) <= budget
+
+
+def test_percentiles_give_ties_to_the_lower_index() -> None:
+    assert percentiles(torch.tensor([1.0, 3.0, 1.0, 2.0])).tolist() == [0.375, 0.875, 0.125, 0.625]
+
+
+def test_agreement_keeps_the_ranking() -> None:
+    values = torch.tensor([[0.5, -0.2, -0.1, 0.3, -0.4]])
+    keep = torch.tensor([[True, True, True, True, False]])
+    masks = Masks(dict.fromkeys(AXES, keep), dict.fromkeys(AXES, values), dict.fromkeys(AXES, values))
+    agreed = agree(masks, AXES).log_alpha["intermediate"]
+    assert torch.equal(agreed > 0, keep)
+    assert torch.equal(agreed.argsort(), values.argsort())
+
+
+def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
+    topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=2, group_size=1, head_dim=4)
+    generator = torch.Generator().manual_seed(0)
+    stages = Stages(topology, UNITS)
+    dropped: list[Tensor] = []
+    for sparsity in (0.2, 0.4, 0.6):
+        before = stages.keep["intermediate"].clone()
+        stages.prune({axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNITS}, sparsity)
+        assert not (stages.keep["intermediate"] & ~before).any()
+        dropped.append(before & ~stages.keep["intermediate"])
+    log_alpha = stages.masks().log_alpha["intermediate"]
+    levels = [log_alpha[units] for units in (*dropped, stages.keep["intermediate"])]
+    for lower, higher in pairwise(levels):
+        assert lower.max() < higher.min()
+
+
+# ---- scores from activations
+
+
+def _inputs(model: PreTrainedModel, name: str) -> Tensor:
+    """What enters a projection, all windows at once: float64 [tokens, inputs]."""
+    caught: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    model(input_ids=WINDOWS.long())
+    handle.remove()
+    return caught[0].flatten(0, 1).double()
+
+
+def _pool_heads(topology: Topology, per_input: Tensor) -> Tensor:
+    """Sum over the query rows of each key-value head, by loops."""
+    pooled = torch.zeros(topology.kv_heads, dtype=per_input.dtype)
+    for head in range(topology.kv_heads * topology.group_size):
+        for dim in range(topology.head_dim):
+            pooled[head // topology.group_size] += per_input[head * topology.head_dim + dim]
+    return pooled
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_wanda_and_flap_scores_by_their_formulas(family: str) -> None:
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    statistics = input_statistics(model, topology, WINDOWS, progress=False)
+    wanda = activation_scores.wanda_scores(model, topology, statistics, UNITS)
+    flap = activation_scores.flap_scores(model, topology, statistics, UNITS)
+    plain = activation_scores.magnitude_scores(model, topology, UNITS)
+    for layer in range(topology.layers):
+        for axis, name in (("kv_heads", "self_attn.o_proj"), ("intermediate", "mlp.down_proj")):
+            path = f"model.layers.{layer}.{name}"
+            x, w = _inputs(model, path), model.get_submodule(path).weight.double()
+            reference = {"wanda": w.abs().sum(0) * x.norm(dim=0), "magnitude": w.square().sum(0)}
+            variance = ((x - x.mean(0)) ** 2).mean(0) * w.square().sum(0)
+            reference["flap"] = (variance - variance.mean()) / variance.std()
+            if axis == "kv_heads":
+                reference = {key: _pool_heads(topology, value) for key, value in reference.items()}
+                reference["flap"] = reference["flap"] / topology.query_rows
+            torch.testing.assert_close(wanda[axis][layer].double(), reference["wanda"], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(plain[axis][layer].double(), reference["magnitude"], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(flap[axis][layer].double(), reference["flap"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "llama_bias"])
+def test_magnitude_of_a_residual_dimension_is_every_weight_it_owns(family: str) -> None:
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    scores = activation_scores.magnitude_scores(model, topology, ("hidden",))["hidden"]
+    for unit in (0, 17, 63):
+        total = model.model.embed_tokens.weight[:, unit].square().sum() + model.model.norm.weight[unit] ** 2
+        if family != "llama_tied":
+            total += model.lm_head.weight[:, unit].square().sum()
+        for layer in model.model.layers:
+            total += layer.input_layernorm.weight[unit] ** 2 + layer.post_attention_layernorm.weight[unit] ** 2
+            attention, mlp = layer.self_attn, layer.mlp
+            for read in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+                total += read.weight[:, unit].square().sum()
+            for written in (attention.o_proj, mlp.down_proj):
+                total += written.weight[unit].square().sum()
+                if written.bias is not None:
+                    total += written.bias[unit] ** 2
+        torch.testing.assert_close(scores[unit], total, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_of_flap_keeps_the_mean_of_every_projection() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    masks = score("flap", model=model, sparsity=0.5, options=BaselineOptions())
+    assert set(masks.bias) <= {
+        f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    seen = 0
+    for layer in range(3):
+        heads = masks.keep["kv_heads"][layer].repeat_interleave(topology.query_rows)
+        for name, keep in (("self_attn.o_proj", heads), ("mlp.down_proj", masks.keep["intermediate"][layer])):
+            path = f"model.layers.{layer}.{name}"
+            if keep.all():
+                assert path not in masks.bias
+                continue
+            seen += 1
+            x, w = _inputs(model, path), model.get_submodule(path).weight.double()
+            masked = (x * keep) @ w.T + masks.bias[path].double()
+            torch.testing.assert_close(masked.mean(0), (x @ w.T).mean(0), rtol=1e-5, atol=1e-6)
+            assert masks.bias[path].dtype == torch.float32
+    assert seen >= 3
+    without = score("flap", model=model, sparsity=0.5)
+    assert without.bias == {}
+    assert torch.equal(without.keep["intermediate"], masks.keep["intermediate"])
+
+
+def test_flap_has_one_threshold_over_layers_and_axes() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    masks = score("flap", model=model)
+    scores = activation_scores.flap_scores(
+        model, topology, input_statistics(model, topology, WINDOWS, progress=False), UNITS
+    )
+    kept = torch.cat([scores[axis][masks.keep[axis]] for axis in UNITS])
+    dropped = torch.cat([scores[axis][~masks.keep[axis]] for axis in UNITS])
+    # But for the units that filled what a head was too large for.
+    assert int((dropped > kept.min()).sum()) <= topology.layers * topology.kv_heads
+    assert masks.widths()["intermediate"].unique().numel() > 1
+
+
+# ---- scores from gradients
+
+
+def _vectors(topology: Topology, products: dict[str, Tensor], signed: bool) -> dict[Axis, Tensor]:
+    """Sum w·g into units from elementwise products, by the layout of Llama written out."""
+
+    def total(values: Tensor) -> Tensor:
+        """[units, elements] to [units]."""
+        return values.sum(1).abs() if signed else values.abs().sum(1)
+
+    def rows(path: str) -> Tensor:
+        values = products[path + ".weight"]
+        bias = products.get(path + ".bias")
+        return total(values if bias is None else torch.cat([values, bias[:, None]], 1))
+
+    out: dict[Axis, Tensor] = {axis: torch.zeros(topology.gate_shape(axis)) for axis in AXES}
+    norms = ["model.norm"]
+    for layer in range(topology.layers):
+        mlp, attention = f"model.layers.{layer}.mlp", f"model.layers.{layer}.self_attn"
+        down, o = products[f"{mlp}.down_proj.weight"], products[f"{attention}.o_proj.weight"]
+        out["intermediate"][layer] = rows(f"{mlp}.gate_proj") + rows(f"{mlp}.up_proj") + total(down.T)
+        query = rows(f"{attention}.q_proj") + total(o.T)
+        keys = rows(f"{attention}.k_proj") + rows(f"{attention}.v_proj")
+        for head in range(topology.kv_heads):
+            out["kv_heads"][layer, head] = (
+                query[head * topology.query_rows : (head + 1) * topology.query_rows].sum()
+                + keys[head * topology.head_dim : (head + 1) * topology.head_dim].sum()
+            )
+        for read in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            out["hidden"] += total(products[f"model.layers.{layer}.{read}.weight"].T)
+        out["hidden"] += rows(f"{attention}.o_proj") + rows(f"{mlp}.down_proj")
+        norms += [f"model.layers.{layer}.{name}" for name in ("input_layernorm", "post_attention_layernorm")]
+    for name in norms:
+        out["hidden"] += products[f"{name}.weight"].abs()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in products:
+            out["hidden"] += total(products[name].T)
+    return out
+
+
+FAMILIES = ["llama", "llama_tied", "llama_bias", "qwen3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llm_pruner_scores_equal_full_autograd(family: str) -> None:
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    scores = gradient_scores.llm_pruner_scores(model, topology, WINDOWS, AXES, progress=False)
+    model.requires_grad_(True)
+    gradients = weight_gradients(model, loss(model))
+    products = {name: (p * gradients[name]).detach() for name, p in model.named_parameters()}
+    reference = _vectors(topology, products, signed=True)
+    for axis in AXES:
+        torch.testing.assert_close(scores[axis], reference[axis], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["loss", "logits"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nirvana_scores_equal_full_autograd(family: str, objective: str) -> None:
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    arguments = (model, topology, WINDOWS, AXES, objective)
+    scores = gradient_scores.nirvana_scores(*arguments, progress=False)
+    by_layer = gradient_scores.nirvana_scores(*arguments, layers_at_once=2, progress=False)
+    model.requires_grad_(True)
+    outputs = {"loss": loss, "logits": lambda model: model(input_ids=WINDOWS.long()).logits.max(dim=1).values.mean()}
+    gradients = weight_gradients(model, outputs[objective](model))
+    products = {name: (p * gradients[name]).detach() for name, p in model.named_parameters()}
+    reference = _vectors(topology, products, signed=False)
+    for axis in AXES:
+        torch.testing.assert_close(scores[axis], reference[axis], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(scores[axis], by_layer[axis])
+
+
+def test_nirvana_drops_the_same_share_of_heads_and_units_and_empties_no_layer() -> None:
+    model = tiny_model("llama_mha", layers=5)
+    for ratio in (1.0, 3.0):
+        options = BaselineOptions(nirvana_mlp_to_attention=ratio)
+        masks = score("nirvana", model=model, sparsity=0.5, options=options)
+        dropped = {axis: float((~masks.keep[axis]).float().mean()) for axis in UNITS}
+        assert dropped["intermediate"] == pytest.approx(ratio * dropped["kv_heads"], abs=ratio * 0.05 + 0.05)
+        assert all(bool((width > 0).all()) for width in (masks.widths()[axis] for axis in UNITS))
+
+
+def test_nirvana_takes_the_candidate_nearest_to_the_dense_model() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    chosen = score("nirvana", model=model, options=BaselineOptions(nirvana_candidates=3, nirvana_kl_windows=6))
+    divergences = []
+    for windows in WINDOWS.tensor_split(3):
+        masks = score("nirvana", model=model, windows=windows, options=BaselineOptions())
+        with GatedModel(model, topology).inserted() as gated:
+            dense = model(input_ids=WINDOWS.long()).logits[:, :-1].log_softmax(-1)
+            gated.set(hard_gates(masks.keep), kept_hidden=topology.hidden)
+            masked = model(input_ids=WINDOWS.long()).logits[:, :-1].log_softmax(-1)
+        divergences.append((float((dense.exp() * (dense - masked)).sum(-1).mean()), masks))
+    best = min(divergences, key=lambda pair: pair[0])[1]
+    assert torch.equal(chosen.keep["intermediate"], best.keep["intermediate"])
+    assert torch.equal(chosen.keep["kv_heads"], best.keep["kv_heads"])
+
+
+def test_the_importance_of_loraprune_by_full_autograd() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.1.mlp.up_proj"
+    module = model.get_submodule(name)
+    adapter = loraprune.Adapter(module, 4, 8.0, generator)
+    with torch.no_grad():
+        adapter.b.normal_(0, 0.1, generator=generator)
+    handle = module.register_forward_hook(adapter)
+    loss(model).backward()
+    handle.remove()
+    merged = (module.weight + 2.0 * adapter.b @ adapter.a).detach().requires_grad_()
+    importance = adapter.importance()
+    pooled = loraprune.step_scores(topology, {f"{name}.weight": adapter}, ("intermediate",))["intermediate"]
+    module.weight = torch.nn.Parameter(merged.detach())
+    model.requires_grad_(True)
+    gradient = weight_gradients(model, loss(model))[f"{name}.weight"]
+    # W' = W + s·BA: ∂B = s·G·Aᵀ and ∂A = s·Bᵀ·G.
+    on_a, on_b = 2.0 * adapter.b.T @ gradient, 2.0 * gradient @ adapter.a.T
+    torch.testing.assert_close(adapter.b.grad, on_b, rtol=1e-3, atol=1e-6)
+    expected = ((on_b @ adapter.a + adapter.b @ on_a - on_b @ on_a) * merged).abs()
+    torch.testing.assert_close(importance, expected.detach(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(pooled[1], F.normalize(expected.sum(1), dim=0).detach(), rtol=1e-3, atol=1e-6)
+    assert not pooled[[0, 2]].any()
+
+
+# ---- sub-models and layers
+
+
+def test_ridge_by_the_normal_equations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(10, 30, generator=generator) < 0.5
+    utility = torch.randn(10, generator=generator, dtype=torch.float64)
+    z = kept.double() - kept.double().mean(0)
+    strength = 0.5 * (z @ z.T).diagonal().mean()
+    direct = torch.linalg.solve(z.T @ z + strength * torch.eye(30).double(), z.T @ (utility - utility.mean()))
+    torch.testing.assert_close(ridge_utility(kept, utility, 0.5), direct)
+
+
+def test_ridge_finds_the_units_that_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.stack([torch.randperm(20, generator=generator) < 10 for _ in range(200)])
+    weight = torch.zeros(20, dtype=torch.float64)
+    weight[[3, 8]] = torch.tensor([2.0, 1.0]).double()
+    beta = ridge_utility(halves, halves.double() @ weight, 0.01)
+    assert beta.argsort(descending=True)[:2].tolist() == [3, 8]
+
+
+def test_bonsai_runs_as_many_forwards_as_it_says_and_drops_dead_units_first() -> None:
+    model = tiny_model("llama")
+    dead = torch.arange(0, 96, 4)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight[:, dead] = 0
+    forwards = []
+    handle = model.model.register_forward_hook(lambda *_: forwards.append(1))
+    options = BaselineOptions(bonsai_rounds=2, bonsai_submodels=6, bonsai_windows=2, bonsai_prior_windows=3)
+    masks = score("bonsai", model=model, sparsity=0.05, axes=("intermediate",), options=options)
+    handle.remove()
+    assert len(forwards) == 2 * (3 + 6 * 2)
+    dropped = (~masks.keep["intermediate"]).nonzero()[:, 1]
+    assert len(dropped) > 20
+    assert set(dropped.tolist()) <= set(dead.tolist())
+
+
+def _streams(model: PreTrainedModel) -> list[Tensor]:
+    """The residual stream before each layer and after the last: [windows, seq, hidden] each."""
+    caught: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(lambda _, args: caught.append(args[0])) for layer in model.model.layers]
+    handles.append(model.model.norm.register_forward_pre_hook(lambda _, args: caught.append(args[0])))
+    model(input_ids=WINDOWS.long())
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("sparsity", [0.2, 0.4, 0.5, 0.75])
+def test_depth_drops_the_most_similar_layers(contiguous: bool, sparsity: float) -> None:
+    model = tiny_model("llama", layers=5)
+    for index, scale in enumerate((1.0, 0.1, 0.8, 0.2, 0.3)):
+        layer = model.model.layers[index]
+        layer.self_attn.o_proj.weight.mul_(scale)
+        layer.mlp.down_proj.weight.mul_(scale)
+    topology = Topology.of(model.config)
+    count = math.ceil(sparsity * 5)
+    streams = _streams(model)
+    influence, angles = similarities(model, topology, WINDOWS, count, progress=False)
+    expected = []
+    for index in range(5):
+        cosines = [
+            float(a @ b / (a.norm() * b.norm()))
+            for a, b in zip(streams[index].flatten(0, 1), streams[index + 1].flatten(0, 1), strict=True)
+        ]
+        expected.append(1 - sum(cosines) / len(cosines))
+    assert influence.tolist() == pytest.approx(expected, abs=1e-5)
+    distances = [
+        float(F.cosine_similarity(streams[i], streams[i + count], dim=-1).double().clamp(-1, 1).arccos().mean())
+        / math.pi
+        for i in range(6 - count)
+    ]
+    assert angles.tolist() == pytest.approx(distances, abs=1e-5)
+    start = distances.index(min(distances))
+    layers = range(start, start + count) if contiguous else sorted(range(5), key=lambda i: expected[i])[:count]
+    last = max(layers, key=lambda i: expected[i])
+    masks = depth(model, topology, WINDOWS, sparsity, contiguous, progress=False)
+    for index in range(5):
+        for axis in UNITS:
+            keep = masks.keep[axis][index]
+            assert index == last or (not keep.any() if index in layers else keep.all())
+    budget = (1 - sparsity) * dense_decoder_parameters(topology)
+    assert budget - 3 * topology.hidden - topology.hidden < kept_decoder_parameters(topology, masks.keep) <= budget
+    for axis in UNITS:
+        assert torch.equal(masks.keep[axis], masks.log_alpha[axis] > 0)

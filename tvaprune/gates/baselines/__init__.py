@@ -1,0 +1,1 @@
+"""Published pruning methods, scored on the same axes, budget and calibration text as the gates."""

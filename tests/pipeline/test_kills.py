@@ -1,0 +1,61 @@
+"""SIGKILL in the middle of a stage, then `dvc repro`: the same hashes as an undisturbed run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.workspace import Workspace
+
+Reached = Callable[[Path], bool]
+
+
+def saved_state(stage: str) -> Reached:
+    return lambda root: any((root / ".resume").glob(f"{stage}-*/state.pt"))
+
+
+def exists(path: str) -> Reached:
+    return lambda root: (root / path).exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "reached", "dvc_too"),
+    [
+        ("learn_masks", saved_state("learn_masks"), True),
+        pytest.param("learn_masks", saved_state("learn_masks"), False, marks=pytest.mark.slow),
+        pytest.param("finetune_lora", saved_state("finetune_lora"), False, marks=pytest.mark.slow),
+        pytest.param("finetune_lora", saved_state("finetune_lora"), True, marks=pytest.mark.slow),
+        pytest.param("fetch_inputs", exists("data/heldout"), True, marks=pytest.mark.slow),
+        pytest.param("sample_calibration", exists("artifacts/calibration"), True, marks=pytest.mark.slow),
+        pytest.param("adapt_dimensions", exists("artifacts/adapted"), True, marks=pytest.mark.slow),
+        pytest.param("update_weights", exists("artifacts/update"), True, marks=pytest.mark.slow),
+        pytest.param("compact", exists("artifacts/compact"), True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_stage_ends_as_an_undisturbed_one(
+    workspace: Workspace, stage: str, reached: Reached, dvc_too: bool
+) -> None:
+    undisturbed = workspace.hashes()
+    workspace.forget(stage)
+    assert workspace.hashes() != undisturbed
+    workspace.kill_during(stage, reached, dvc_too=dvc_too)
+    assert workspace.hashes() != undisturbed
+    interrupted = reached(workspace.root)
+    assert workspace.repro() >= {stage}
+    assert interrupted
+    assert workspace.hashes() == undisturbed
+    assert list((workspace.root / ".resume").glob("*/state.pt")) == []
+
+
+@pytest.mark.slow
+def test_a_second_writer_is_refused_while_the_first_lives(workspace: Workspace) -> None:
+    """A SIGTERM to DVC alone leaves its stage running; the next `dvc repro` must not write beside it."""
+    undisturbed = workspace.hashes()
+    workspace.forget("learn_masks")
+    with workspace.running("learn_masks", saved_state("learn_masks")) as orphan:
+        done = workspace.dvc("repro", "learn_masks", check=False)
+        assert done.returncode != 0
+        assert "another process is already making this output" in done.stderr
+        assert orphan.is_running()
+    workspace.repro()
+    assert workspace.hashes() == undisturbed

@@ -1,0 +1,61 @@
+"""A changed parameter reruns what depends on it and nothing else. check_params reads them all, so it always runs."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.pipeline.workspace import Workspace, stages_run
+
+MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot"}
+FROM_ADAPT = {"adapt_dimensions", "update_weights", "compact", "finetune_lora", *MEASURES}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("eval_zeroshot.limit", 2, {"eval_zeroshot"}),
+        pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=slow),
+        pytest.param("adapt_dimensions.multiple", 8, FROM_ADAPT, marks=slow),
+        pytest.param("sparsity", 0.4, {"learn_masks", *FROM_ADAPT}, marks=slow),
+    ],
+)
+def test_a_change_reruns_exactly_what_it_must(workspace: Workspace, key: str, value: Any, expected: set[str]) -> None:
+    workspace.set_param(key, value)
+    assert workspace.repro() == expected | {"check_params"}
+    assert workspace.repro() == set()
+
+
+def test_a_changed_comment_in_params_reruns_nothing(workspace: Workspace) -> None:
+    path = workspace.root / "params.yaml"
+    path.write_text(path.read_text() + "# a note\n")
+    assert workspace.repro() == set()
+
+
+@pytest.mark.slow
+def test_without_finetuning_the_pipeline_ends_and_compares_two_models(workspace: Workspace) -> None:
+    workspace.set_param("finetune_lora.enabled", False)
+    assert workspace.repro() == {"check_params", "finetune_lora", *MEASURES}
+    folder = workspace.root / "metrics"
+    assert json.loads((folder / "finetune.json").read_text()) == {"enabled": 0}
+    for name in ("perplexity", "zeroshot"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        assert "compact" in content
+        assert "finetuned" not in content
+
+
+@pytest.mark.slow
+def test_an_experiment_in_a_copy_reruns_the_same_and_leaves_the_workspace_alone(workspace: Workspace) -> None:
+    """`dvc exp run --temp` works in a copy of the workspace, which has the committed and changed files only."""
+    before = workspace.hashes()
+    done = workspace.dvc("exp", "run", "--temp", "-n", "finer", "-S", "adapt_dimensions.multiple=8")
+    assert stages_run(done.stdout) == FROM_ADAPT | {"check_params"}
+    assert workspace.hashes() == before
+    assert workspace.dvc("status", "--json").stdout.strip() == "{}"
+    workspace.dvc("exp", "apply", "finer")
+    after = workspace.hashes()
+    changed = {path for path in before if before[path] != after[path]}
+    assert {"artifacts/adapted", "artifacts/compact", "artifacts/finetuned"} <= changed
+    assert "artifacts/masks" not in changed
+    assert workspace.repro() == set()

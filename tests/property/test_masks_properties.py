@@ -1,0 +1,133 @@
+"""Projection and adaptation on random topologies and scores."""
+
+from dataclasses import replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny_models import random_masks
+from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters, kept_decoder_parameters, unit_costs
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.widths.adapt import adapt, nearest_multiple
+from tvaprune.widths.masks import Masks, project, sparsity
+
+topologies = st.builds(
+    Topology,
+    layers=st.integers(1, 4),
+    hidden=st.sampled_from([32, 64]),
+    intermediate=st.sampled_from([48, 96]),
+    kv_heads=st.integers(1, 4),
+    group_size=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8]),
+    attention_bias=st.booleans(),
+    output_bias=st.booleans(),
+    mlp_bias=st.booleans(),
+    qk_norm=st.booleans(),
+)
+targets = st.floats(0.05, 0.8)
+seeds = st.integers(0, 2**16)
+
+
+def dearest_unit(topology: Topology) -> float:
+    """The parameters of the most expensive unit, its block's norm included."""
+    counts = [torch.tensor(topology.hidden), *(torch.full((topology.layers,), topology.width(a)) for a in AXES[1:])]
+    return max(float(cost.max()) for cost in unit_costs(topology, *counts)) + topology.hidden + 2 * topology.head_dim
+
+
+@settings(max_examples=60, deadline=None)
+@given(topology=topologies, target=targets, seed=seeds)
+def test_projection_meets_the_budget_from_below_and_closely(topology: Topology, target: float, seed: int) -> None:
+    masks = project(topology, random_masks(topology, seed), target)
+    dense = dense_decoder_parameters(topology)
+    budget = (1 - target) * dense
+    kept = kept_decoder_parameters(topology, masks.keep)
+    assert kept <= budget
+    assert kept > budget - dearest_unit(topology) or all(bool(keep.all()) for keep in masks.keep.values())
+    assert int(masks.keep["hidden"].sum()) >= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(topology=topologies, target=targets, seed=seeds)
+def test_projection_prefers_higher_scores_and_puts_the_threshold_at_zero(
+    topology: Topology, target: float, seed: int
+) -> None:
+    """Every unit above the threshold stays, one below it only where room was left over."""
+    before = random_masks(topology, seed)
+    masks = project(topology, before, target)
+    for axis in AXES:
+        assert masks.keep[axis][masks.log_alpha[axis] > 0].all()
+        order = before.log_alpha[axis].flatten().argsort()
+        assert torch.equal(order, masks.log_alpha[axis].flatten().argsort())
+        assert torch.equal(before.mu[axis], masks.mu[axis])
+
+
+@settings(max_examples=30, deadline=None)
+@given(topology=topologies, seed=seeds, low=targets, high=targets)
+def test_more_sparsity_keeps_fewer_parameters(topology: Topology, seed: int, low: float, high: float) -> None:
+    low, high = min(low, high), max(low, high)
+    masks = random_masks(topology, seed)
+    assert sparsity(topology, project(topology, masks, low)) <= sparsity(topology, project(topology, masks, high)) or (
+        sparsity(topology, project(topology, masks, low)) - high <= dearest_unit(topology)
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(topology=topologies, target=targets, seed=seeds)
+def test_projection_of_shifted_scores_is_the_same(topology: Topology, target: float, seed: int) -> None:
+    """Only the order and the differences of scores matter; exact in binary for whole numbers."""
+    masks = random_masks(topology, seed)
+    rounded = replace(masks, log_alpha={axis: (score * 64).round() for axis, score in masks.log_alpha.items()})
+    shifted = replace(masks, log_alpha={axis: score + 8 for axis, score in rounded.log_alpha.items()})
+    one, other = project(topology, rounded, target), project(topology, shifted, target)
+    assert all(torch.equal(one.keep[axis], other.keep[axis]) for axis in AXES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(topology=topologies, target=targets, seed=seeds, multiple=st.sampled_from([1, 4, 8, 16]))
+def test_nearest_gives_multiples_of_the_best_units(topology: Topology, target: float, seed: int, multiple: int) -> None:
+    before = project(topology, random_masks(topology, seed), target)
+    after = adapt(topology, before, target, "nearest", multiple, multiple)
+    vectors = [(before.keep["hidden"], after.keep["hidden"], after.log_alpha["hidden"], topology.hidden)]
+    for layer in range(topology.layers):
+        parts = (masks.keep["intermediate"][layer] for masks in (before, after))
+        vectors.append((*parts, after.log_alpha["intermediate"][layer], topology.intermediate))
+    for was, now, score, width in vectors:
+        count = int(was.sum())
+        assert int(now.sum()) == (nearest_multiple(count, multiple, width) if count else 0)
+        assert abs(int(now.sum()) - count) <= max(multiple / 2, multiple - count) or not count
+        if 0 < int(now.sum()) < width:
+            assert score[now].min() >= score[~now].max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(topology=topologies, target=st.floats(0.05, 0.6), seed=seeds, multiple=st.sampled_from([1, 4, 8]))
+def test_budget_gives_multiples_within_the_target_or_says_why_not(
+    topology: Topology, target: float, seed: int, multiple: int
+) -> None:
+    before = project(topology, random_masks(topology, seed), target)
+    try:
+        after = adapt(topology, before, target, "budget", multiple, multiple)
+    except ValueError as error:
+        if "already exceeds the budget" not in str(error):
+            raise
+        return
+    widths = after.widths()
+    assert int(widths["hidden"]) % multiple == 0
+    assert (widths["intermediate"] % multiple == 0).all()
+    budget = (1 - target) * dense_decoder_parameters(topology)
+    kept = kept_decoder_parameters(topology, after.keep)
+    assert kept <= budget
+    group = (3 * int(widths["hidden"]) + 2 * topology.mlp_bias) * multiple
+    full = (widths["intermediate"] == topology.intermediate) | (before.keep["intermediate"].sum(-1) == 0)
+    assert kept + group > budget or bool(full.all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(topology=topologies, seed=seeds)
+def test_fewer_units_are_never_more_parameters(topology: Topology, seed: int) -> None:
+    masks = random_masks(topology, seed)
+    counts = [masks.keep["hidden"].sum(), masks.keep["intermediate"].sum(-1), masks.keep["kv_heads"].sum(-1)]
+    fewer = [(count - 1).clamp(min=0) for count in counts]
+    assert decoder_parameters(topology, *fewer) < decoder_parameters(topology, *counts)
+    assert kept_decoder_parameters(topology, Masks.dense(topology).keep) == dense_decoder_parameters(topology)

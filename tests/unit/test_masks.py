@@ -1,0 +1,186 @@
+"""Masks, their projection onto a budget and their adaptation: what the property tests do not cover."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_models import FAMILIES, random_masks, tiny_model
+from tvaprune.artifacts import ArtifactError
+from tvaprune.model.sparsity import (
+    decoder_parameters,
+    dense_decoder_parameters,
+    kept_decoder_parameters,
+    shared_parameters,
+    unit_costs,
+)
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.widths.adapt import adapt, adapt_metrics, nearest_multiple
+from tvaprune.widths.masks import (
+    Masks,
+    UnreachableSparsityError,
+    keep_above,
+    keep_best,
+    project,
+    read_masks,
+    solve_threshold,
+    sparsity,
+    write_masks,
+)
+
+TOPOLOGY = Topology(layers=4, hidden=64, intermediate=96, kv_heads=4, group_size=2, head_dim=8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_count_is_the_models_own(family: str) -> None:
+    """Every parameter of the model is in a decoder layer or shared; none is counted twice."""
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    in_layers = sum(weight.numel() for name, weight in model.named_parameters() if ".layers." in name)
+    assert dense_decoder_parameters(topology) == in_layers
+    tied = model.config.tie_word_embeddings
+    everything = sum(weight.numel() for weight in model.parameters())
+    assert in_layers + shared_parameters(topology, 64, model.config.vocab_size, tied) == everything
+
+
+def test_the_count_is_the_papers_formula_for_a_model_without_biases() -> None:
+    """Section 3.1: sum over layers of 2·head_dim·k·h·(1+G) + 3·m·h + 2·h."""
+    h, m, k = torch.tensor(50), torch.tensor([96, 1, 40, 7]), torch.tensor([4, 1, 2, 3])
+    expected = sum(2 * 8 * kk * 50 * 3 + 3 * mm * 50 + 2 * 50 for mm, kk in zip(m.tolist(), k.tolist(), strict=True))
+    assert int(decoder_parameters(TOPOLOGY, h, m, k)) == expected
+
+
+def test_an_empty_block_loses_its_norm_too() -> None:
+    h, full = torch.tensor(64), torch.full((4,), 96)
+    some = torch.tensor([0, 4, 4, 4])
+    whole = decoder_parameters(TOPOLOGY, h, full, torch.full((4,), 4))
+    assert int(whole - decoder_parameters(TOPOLOGY, h, full, some)) == 2 * 8 * 4 * 64 * 3 + 64
+
+
+def test_unit_costs_are_what_one_unit_more_adds() -> None:
+    h, m, k = torch.tensor(50), torch.tensor([90, 20, 40, 7]), torch.tensor([3, 1, 2, 3])
+    costs = unit_costs(TOPOLOGY, h, m, k)
+    base = decoder_parameters(TOPOLOGY, h, m, k)
+    one = torch.tensor([0, 1, 0, 0])
+    assert costs.hidden == decoder_parameters(TOPOLOGY, h + 1, m, k) - base
+    assert costs.intermediate[1] == decoder_parameters(TOPOLOGY, h, m + one, k) - base
+    assert costs.kv_heads[1] == decoder_parameters(TOPOLOGY, h, m, k + one) - base
+
+
+def test_keep_is_strictly_above_the_threshold() -> None:
+    scores = {axis: torch.zeros(TOPOLOGY.gate_shape(axis)) for axis in AXES}
+    scores["hidden"][3] = 1e-6
+    keep = keep_above(scores, 0.0)
+    assert keep["hidden"].nonzero().flatten().tolist() == [3]
+    assert not keep["intermediate"].any()
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    assert keep_best(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), 3).tolist() == [True, True, False, True, False]
+
+
+def test_at_least_one_hidden_dimension_stays_and_it_is_the_best() -> None:
+    scores = {axis: torch.zeros(TOPOLOGY.gate_shape(axis)) for axis in AXES}
+    scores["hidden"][5] = 0.5
+    assert keep_above(scores, 9.0, minimum_hidden=1)["hidden"].nonzero().flatten().tolist() == [5]
+
+
+def test_an_unreachable_sparsity_names_it_and_what_is_reachable() -> None:
+    masks = random_masks(TOPOLOGY, seed=0)
+    with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9: the axes in play reach 0\.4\d\d at most"):
+        project(TOPOLOGY, masks, 0.9, axes=("kv_heads",))
+
+
+def test_equal_scores_are_dropped_no_further_than_the_budget_asks() -> None:
+    """All scores equal: a threshold alone would keep everything or nothing."""
+    masks = Masks.dense(TOPOLOGY)
+    projected = project(TOPOLOGY, masks, 0.2, axes=("intermediate",))
+    assert sparsity(TOPOLOGY, projected) >= 0.2
+    assert projected.keep["hidden"].all()
+
+
+def test_the_threshold_is_the_lowest_that_fits() -> None:
+    masks = random_masks(TOPOLOGY, seed=3)
+    budget = 0.7 * dense_decoder_parameters(TOPOLOGY)
+    threshold = solve_threshold(TOPOLOGY, masks.log_alpha, 0.3)
+    assert kept_decoder_parameters(TOPOLOGY, keep_above(masks.log_alpha, threshold, 1)) <= budget
+    every = torch.cat([masks.log_alpha[axis].flatten() for axis in AXES])
+    below = every[every.double() < threshold].max()
+    nearest = kept_decoder_parameters(TOPOLOGY, keep_above(masks.log_alpha, float(below) - 1e-9, 1))
+    assert nearest > budget or float(below) + 1e-6 > threshold
+
+
+def test_masks_read_back_as_written(tmp_path: Path) -> None:
+    masks = replace(random_masks(TOPOLOGY, seed=1), bias={"model.layers.0.mlp.down_proj": torch.randn(64)})
+    write_masks(tmp_path / "masks", masks, method="tva", target_sparsity=0.2)
+    again = read_masks(tmp_path / "masks", TOPOLOGY)
+    for part in ("keep", "log_alpha", "mu"):
+        for axis in AXES:
+            assert torch.equal(getattr(masks, part)[axis], getattr(again, part)[axis])
+    assert torch.equal(again.bias["model.layers.0.mlp.down_proj"], masks.bias["model.layers.0.mlp.down_proj"])
+    meta = json.loads((tmp_path / "masks" / "meta.json").read_text())
+    assert meta["widths"]["kv_heads"] == masks.keep["kv_heads"].sum(-1).tolist()
+    assert meta["polarity"] == "True = keep"
+
+
+def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
+    write_masks(tmp_path, random_masks(TOPOLOGY, seed=1))
+    with pytest.raises(ArtifactError, match=r"intermediate\.mask is \(4, 96\), but the model needs \(4, 128\)"):
+        read_masks(tmp_path, replace(TOPOLOGY, intermediate=128))
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, 16), (1, 16), (7, 16), (23, 16), (24, 32), (39, 32), (40, 48), (95, 96), (96, 96)]
+)
+def test_nearest_multiple_is_equation_3_clamped(count: int, expected: int) -> None:
+    """n' = floor((n + T/2) / T) · T: halves go up; at least one multiple."""
+    assert nearest_multiple(count, 16, 96) == expected
+
+
+def test_nearest_multiple_of_an_odd_multiple_matches_equation_3() -> None:
+    for count in range(3, 99):
+        assert nearest_multiple(count, 9, 99) == max(9, int((count + 9 / 2) // 9) * 9)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "budget"])
+def test_a_layer_without_an_mlp_stays_without_one(rounding: str) -> None:
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2), 0.5)
+    masks.keep["intermediate"][2] = False
+    adapted = adapt(TOPOLOGY, masks, 0.5, rounding, 16, 16)  # type: ignore[arg-type]
+    widths = adapted.widths()["intermediate"]
+    assert int(widths[2]) == 0
+    assert (widths[torch.tensor([0, 1, 3])] >= 16).all()
+
+
+def test_kv_heads_are_left_as_they_are() -> None:
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2), 0.5)
+    assert torch.equal(adapt(TOPOLOGY, masks, 0.5, "budget", 8, 8).keep["kv_heads"], masks.keep["kv_heads"])
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "named"), [(48, 16, "hidden = 48"), (16, 36, "intermediate = 36")])
+def test_a_multiple_that_does_not_divide_is_named(hidden: int, intermediate: int, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"adapt_dimensions\.multiple\.{named}"):
+        adapt(TOPOLOGY, Masks.dense(TOPOLOGY), 0.2, "nearest", hidden, intermediate)
+
+
+def test_a_budget_below_one_multiple_a_layer_is_refused() -> None:
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2), 0.9)
+    with pytest.raises(ValueError, match=r"sparsity = 0\.95: one multiple of 96 a layer"):
+        adapt(TOPOLOGY, masks, 0.95, "budget", 8, 96)
+
+
+def test_adapt_metrics_tell_before_from_after() -> None:
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=5), 0.3)
+    after = adapt(TOPOLOGY, masks, 0.3, "nearest", 16, 16)
+    report = adapt_metrics(TOPOLOGY, masks, after, 0.3)
+    assert report["hidden_before"] == _count(masks.keep["hidden"])
+    assert report["hidden_after"] == _count(after.keep["hidden"])
+    assert report["sparsity_decoder"] == sparsity(TOPOLOGY, after)
+    assert report["intermediate_mean_after"] == _count(after.keep["intermediate"]) / 4
+
+
+def _count(keep: Tensor) -> int:
+    return int(keep.sum())

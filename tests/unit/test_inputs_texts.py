@@ -140,3 +140,21 @@ def test_a_dump_gives_its_articles_only(tmp_path: Path) -> None:
     path = tmp_path / "dump.xml.bz2"
     path.write_bytes(bz2.compress(xml.encode()))
     assert list(read_dump(path)) == [("Kept", PARAGRAPHS)]
+
+
+def test_requests_give_each_text_once_and_papers_in_full(tmp_path: Path) -> None:
+    import gzip
+
+    from tvaprune.inputs.texts import _read_requests
+
+    long = "A paragraph that says enough to be more than a caption, which is a hundred characters and some more words."
+    paper = {"title": "On gates", "abstract": "We prune.", "text": {"paragraphs": [[long, "Table 1"], ["1.1em"]]}}
+    passage = {"text": "Once  upon a time."}
+    path = tmp_path / "requests.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for number, doc in enumerate([paper, paper, passage]):
+            file.write(json.dumps({"native_id": number, "doc": doc}) + "\n")
+    assert list(_read_requests(path, "text")) == [
+        Document("0", f"On gates\n\nWe prune.\n\n{long}"),
+        Document("2", "Once upon a time."),
+    ]

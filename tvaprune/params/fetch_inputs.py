@@ -44,9 +44,9 @@ class ModelPackage(_Package):
 
 class TextPackage(_Package):
     label: str = Field(description="Names the output file.", pattern="^[A-Za-z0-9._-]+$")
-    format: Literal["text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki"] = Field(
+    format: Literal["text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki", "requests"] = Field(
         description="How the member is read: files of text, speeches with a transcriber's marks, rows, "
-        "a JSON object of title -> record, or a MediaWiki dump."
+        "a JSON object of title -> record, a MediaWiki dump, or requests of an evaluation and what they are about."
     )
     member: str = Field(description='The file inside the wheel, or a folder, ending in "/".', min_length=1)
     text_field: str = Field("text", description="Field of a row or record that holds the text.", min_length=1)

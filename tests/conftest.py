@@ -10,7 +10,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook
 
-install_import_hook("tvaprune", "beartype.beartype")
+# Where tensors are: parameters are pydantic's to check.
+CHECKED = ("checkpoint", "gates", "losses", "measures", "model", "recovery", "widths")
+install_import_hook([f"tvaprune.{name}" for name in CHECKED], "beartype.beartype")
 
 for name in ("TVAPRUNE_DEVICE", "TVAPRUNE_DTYPE", "DVC_STAGE", "DVC_ROOT"):
     os.environ.pop(name, None)

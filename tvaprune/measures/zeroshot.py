@@ -134,7 +134,7 @@ def _write_tasks(folder: Path, rows: Rows) -> None:
         (folder / f"{task}.yaml").write_text(json.dumps(definition))
 
 
-class _LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+class _LanguageModel(HFLM):
     """lm-eval's Hugging Face model, with log-likelihoods in float32 and of the choices' tokens alone.
 
     lm-eval makes log-probabilities of the whole vocabulary at every position, in the model's dtype: at

@@ -56,7 +56,7 @@ class LearnMasksParams(StageParams):
     method: Literal["tva"] = Field(description="What finds the masks.")
     axes: tuple[AxisName, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
-    gates: GateParams
+    gates: GateParams = Field(description="How gates are trained, for method tva.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,62 @@
+"""The environment decides where to compute; a wrong choice is told before any work."""
+
+import pytest
+import torch
+
+from tvaprune.device import pick_device, pick_dtype, synchronise
+
+CPU = torch.device("cpu")
+
+
+def test_without_a_gpu_the_cpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device() == CPU
+
+
+def test_with_a_gpu_it_is_taken_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device() == torch.device("cuda")
+    monkeypatch.setenv("TVAPRUNE_DEVICE", "cpu")
+    assert pick_device() == CPU
+    monkeypatch.setenv("TVAPRUNE_DEVICE", "cuda:1")
+    assert pick_device() == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("name", "message"), [("gpu", "not a device"), ("cuda", "has no CUDA device")])
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TVAPRUNE_DEVICE", name)
+    with pytest.raises(ValueError, match=f"TVAPRUNE_DEVICE='{name}': .*{message}"):
+        pick_device()
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_the_cpu_computes_in_bfloat16_only_where_it_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert pick_dtype(CPU) == (torch.bfloat16 if avx512 or amx else torch.float32)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert pick_dtype(torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_the_environment_overrides_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVAPRUNE_DTYPE", "float16")
+    assert pick_dtype(CPU) == torch.float16
+    monkeypatch.setenv("TVAPRUNE_DTYPE", "int8")
+    with pytest.raises(ValueError, match="TVAPRUNE_DTYPE='int8': use one of float32, bfloat16, float16"):
+        pick_dtype(CPU)
+
+
+def test_only_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    synchronise(CPU)
+    assert waited == []
+    synchronise(torch.device("cuda"))
+    assert waited == [torch.device("cuda")]

@@ -1,0 +1,264 @@
+"""The rules of the house that a machine can check: layers, code dependencies, help, parameters, no places."""
+
+import ast
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from tools.dvc_deps import code_dependencies, import_graph
+from tvaprune.params.everything import SECTIONS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DVC_STAGES: dict[str, dict[str, Any]] = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
+STAGES = sorted(path.stem for path in (REPOSITORY / "stages").glob("[!_]*.py"))
+
+
+def tracked(pattern: str = "*") -> list[Path]:
+    """Files that git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", pattern]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    return [REPOSITORY / name for name in filter(None, listed.split("\0")) if (REPOSITORY / name).is_file()]
+
+
+def test_every_stage_script_is_in_the_pipeline() -> None:
+    assert set(STAGES) == set(DVC_STAGES)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        return import_graph()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_code_dependencies_are_the_import_closure(stage: str, graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few serve stale results, too many retrain gates for a comment: `python -m tools.dvc_deps` writes them."""
+    monkeypatch.chdir(REPOSITORY)
+    declared = [dep for dep in DVC_STAGES[stage]["deps"] if dep.endswith(".py")]
+    assert declared == code_dependencies(stage, graph)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_runs_as_a_module_with_its_default_paths(stage: str) -> None:
+    """Parameters in `cmd` would hide from `-S`; a `wdir` would miss the copy that an experiment runs in."""
+    assert DVC_STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+    assert "wdir" not in DVC_STAGES[stage]
+    for kind in ("outs", "metrics", "plots"):
+        for out in DVC_STAGES[stage].get(kind, []):
+            options = next(iter(out.values())) if isinstance(out, dict) else {}
+            assert not options.get("persist")
+            assert kind != "outs" or options.get("cache", True), "outs without a cache lose the stage's run-cache"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_says_what_the_stage_reads_and_writes(stage: str) -> None:
+    app = typer.Typer()
+    module = importlib.import_module(f"stages.{stage}")
+    app.command()(module.main)
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert shown.exit_code == 0
+    text = " ".join(shown.output.split())
+    assert re.search(r"\breads\b", text, re.IGNORECASE)
+    assert re.search(r"\bwrites\b", text, re.IGNORECASE)
+    for parameter in typer.main.get_command(app).params:
+        assert getattr(parameter, "help", None), f"{stage}: option {parameter.name} has no help"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_outputs_and_inputs_in_dvc_yaml_are_the_scripts_defaults(stage: str) -> None:
+    """Every path that DVC knows is an option's default, or lies in a directory that is."""
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"stages.{stage}").main)
+    defaults = {str(parameter.default) for parameter in typer.main.get_command(app).params}
+    entry = DVC_STAGES[stage]
+    declared = [dep for dep in entry["deps"] if not dep.endswith(".py") and dep != "artifacts/params.ok"]
+    for kind in ("outs", "metrics", "plots"):
+        declared += [next(iter(out)) if isinstance(out, dict) else out for out in entry.get(kind, [])]
+    for path in declared:
+        assert {path, str(Path(path).parent)} & defaults, f"{stage}: {path} is no option's default"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)
+def test_declared_parameters_are_those_that_the_stage_reads(section: Any) -> None:
+    """An undeclared key reruns nothing; a superfluous one reruns too much."""
+    assert sorted(DVC_STAGES[section.section]["params"]) == sorted([section.section, *section.shared])
+
+
+def test_check_params_watches_every_parameter() -> None:
+    content = YAML(typ="safe").load(REPOSITORY / "params.yaml")
+    assert sorted(DVC_STAGES["check_params"]["params"]) == sorted(content)
+
+
+def models(kind: Any, seen: set[type[BaseModel]]) -> Iterator[type[BaseModel]]:
+    """The pydantic models below an annotation."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if kind in seen:
+            return
+        seen.add(kind)
+        yield kind
+        for field in kind.model_fields.values():
+            yield from models(field.annotation, seen)
+    for part in getattr(kind, "__args__", ()):
+        yield from models(part, seen)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)
+def test_every_parameter_is_described_and_unknown_ones_are_refused(section: Any) -> None:
+    for model in models(section, set()):
+        assert model.model_config.get("extra") == "forbid", model
+        # In a model whose fields are the axes, or the kind of source, the names say all.
+        named = {"hidden", "intermediate", "kv_heads", "source"}
+        missing = [n for n, field in model.model_fields.items() if not field.description and n not in named]
+        assert missing == [], model
+
+
+def test_sub_packages_hold_a_docstring_alone() -> None:
+    """Code in them would be a dependency that dvc.yaml does not list."""
+    for path in [*(REPOSITORY / "tvaprune").rglob("__init__.py"), REPOSITORY / "stages" / "__init__.py"]:
+        if path.parent == REPOSITORY / "tvaprune":
+            continue
+        body = ast.parse(path.read_text()).body
+        assert len(body) == 1, path
+        assert isinstance(body[0], ast.Expr), path
+        assert isinstance(body[0].value, ast.Constant), path
+
+
+def test_scripts_wire_and_do_not_compute() -> None:
+    """A stage is one function around one call into the core; logic in scripts gets copied."""
+    for stage in STAGES:
+        source = (REPOSITORY / "stages" / f"{stage}.py").read_text()
+        functions = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+        assert functions == ["main"], stage
+        assert len(source.splitlines()) <= 85, stage
+
+
+GUARD = "import sys; sys.path.insert(0, {root!r}); import tvaprune"
+
+
+@pytest.mark.parametrize(
+    ("in_stage", "own", "allowed"), [(True, True, True), (True, False, False), (False, False, True)]
+)
+def test_a_stage_refuses_the_core_of_another_checkout(tmp_path: Path, in_stage: bool, own: bool, allowed: bool) -> None:
+    environment = {"PATH": "/usr/bin:/bin", **({"DVC_STAGE": "learn_masks"} if in_stage else {})}
+    done = subprocess.run(
+        [sys.executable, "-c", GUARD.format(root=str(REPOSITORY))],
+        cwd=REPOSITORY if own else tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) is allowed, done.stderr
+    if not allowed:
+        assert "ImportError: tvaprune was imported from" in done.stderr
+
+
+# Spelt in parts, or this file would be its own finding.
+PLACES = re.compile(
+    "|".join(
+        [
+            r"/" + r"home/\w",
+            r"/" + r"Users/\w",
+            r"/" + r"root/",
+            r"/" + r"work/(?:main|shared)",
+            r"(?<![\w.])/" + r"tmp/",
+            r"files\." + r"pythonhosted",
+            r"pypi\." + r"org",
+            r"download\." + r"pytorch",
+            r"--(?:extra-)?" + r"index-url",
+        ]
+    )
+)
+TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".lock", ".json", ".csv", ".txt", ".cfg", ".sh", ""}
+
+
+def test_tracked_files_name_no_machine_and_no_registry() -> None:
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()[:100]}"
+        for path in tracked()
+        if path.suffix in TEXT
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if PLACES.search(line)
+    ]
+    assert found == []
+
+
+def test_the_lock_pins_every_direct_dependency_to_what_is_installed() -> None:
+    """Exact, no local build suffix, no hashes: any index serves it."""
+    import tomllib
+    from importlib.metadata import version
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    pins = {}
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        for line in (REPOSITORY / name).read_text().splitlines():
+            if line and not line.startswith(("#", "-r ")):
+                assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), line
+                package, pinned = line.split("==")
+                assert package not in pins, package
+                pins[package] = pinned
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(text)
+        pinned = pins[canonicalize_name(wanted.name)]
+        assert wanted.specifier.contains(pinned), wanted
+        assert version(wanted.name).split("+")[0] == pinned, wanted
+
+
+VIOLATIONS = {
+    "tvaprune/model/topology.py": "import tvaprune.gates.vib",
+    "tvaprune/measures/latency.py": "import tvaprune.recovery.lora",
+    "tvaprune/params/compact.py": "import tvaprune.model.sparsity",
+    "tvaprune/widths/adapt.py": "import ruamel.yaml",
+    "tvaprune/gates/vib.py": "import typer",
+    "tvaprune/losses.py": "import stages._errors",
+    "stages/compact.py": "import stages.learn_masks",
+}
+
+
+def test_the_linter_accepts_the_layers_as_they_are(tmp_path: Path) -> None:
+    done = lint(copied(tmp_path))
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_linter_refuses_every_kind_of_violation(tmp_path: Path) -> None:
+    """A contract that cannot fail is a defect: each violation has to show in the report."""
+    root = copied(tmp_path)
+    for name, line in VIOLATIONS.items():
+        path = root / name
+        path.write_text(path.read_text() + f"\n{line}\n")
+    (root / "tvaprune" / "new_module.py").write_text('"""In no layer."""\n')
+    done = lint(root)
+    assert done.returncode != 0
+    report = " ".join(done.stdout.split())
+    for name, line in VIOLATIONS.items():
+        importer, imported = name.removesuffix(".py").replace("/", "."), line.removeprefix("import ").split(".yaml")[0]
+        assert re.search(rf"{re.escape(importer)} -> {re.escape(imported)}", report), (importer, imported)
+    assert "new_module" in report
+
+
+def copied(directory: Path) -> Path:
+    for path in tracked():
+        name = path.relative_to(REPOSITORY)
+        if name.parts[0] in {"stages", "tvaprune", "tools", "tests"} or str(name) == "pyproject.toml":
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, directory / name)
+    return directory
+
+
+def lint(root: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-logo", "--no-cache"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)

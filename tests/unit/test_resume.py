@@ -1,0 +1,135 @@
+"""State that outlives a kill: keyed by everything, replaced whole, one writer."""
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from tvaprune.resume import AnotherWriterError, ResumableRun, hash_files
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with an input, which is also the current directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "input"
+    path.mkdir()
+    (path / "a.txt").write_text("one")
+    return path
+
+
+def interrupted(settings: dict[str, int], code: Path, state: dict[str, object]) -> Path:
+    """A run that saved its state and then died; its directory."""
+    run = ResumableRun("stage", settings, [code])
+    with suppress(KeyboardInterrupt), run:
+        run.save(state)
+        raise KeyboardInterrupt
+    return run.directory
+
+
+def test_an_interrupted_run_is_resumed_and_a_finished_one_forgotten(code: Path) -> None:
+    interrupted({"steps": 3}, code, {"step": 2, "weights": torch.arange(3.0)})
+    with ResumableRun("stage", {"steps": 3}, [code]) as run:
+        state = run.load()
+        assert state is not None
+        assert state["step"] == 2
+        assert torch.equal(state["weights"], torch.arange(3.0))
+    with ResumableRun("stage", {"steps": 3}, [code]) as run:
+        assert run.load() is None
+
+
+def test_other_settings_inputs_or_stages_find_no_state(code: Path) -> None:
+    interrupted({"steps": 3}, code, {"step": 2})
+    with ResumableRun("stage", {"steps": 4}, [code]) as run:
+        assert run.load() is None
+    with ResumableRun("other", {"steps": 3}, [code]) as run:
+        assert run.load() is None
+    (code / "a.txt").write_text("two")
+    with ResumableRun("stage", {"steps": 3}, [code]) as run:
+        assert run.load() is None
+    (code / "a.txt").write_text("one")
+    with ResumableRun("stage", {"steps": 3}, [code]) as run:
+        assert run.load() == {"step": 2}
+
+
+def test_a_damaged_state_is_ignored(code: Path) -> None:
+    directory = interrupted({}, code, {"step": 2})
+    path = directory / "state.pt"
+    path.write_bytes(path.read_bytes()[:50])
+    with ResumableRun("stage", {}, [code]) as run:
+        assert run.load() is None
+
+
+def test_a_kill_while_saving_leaves_the_state_before(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ResumableRun("stage", {}, [code])
+
+    def half(state: object, stream: object) -> None:
+        stream.write(b"half of a state")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt), run:
+        run.save({"step": 1})
+        monkeypatch.setattr(torch, "save", half)
+        run.save({"step": 2})
+    monkeypatch.undo()
+    monkeypatch.chdir(code.parent)
+    with ResumableRun("stage", {}, [code]) as again:
+        assert again.load() == {"step": 1}
+
+
+def test_state_that_would_run_code_is_not_read(code: Path) -> None:
+    directory = interrupted({}, code, {"step": 2})
+    torch.save({"step": Path("a")}, directory / "state.pt")
+    with ResumableRun("stage", {}, [code]) as run:
+        assert run.load() is None
+
+
+def test_a_second_writer_is_refused_and_told_what_to_do(code: Path) -> None:
+    with (
+        ResumableRun("stage", {"a": 1}, [code]),
+        pytest.raises(AnotherWriterError, match="stage: another process is already making this output"),
+        ResumableRun("stage", {"a": 2}, [code]),
+    ):
+        pytest.fail("two writers of the same outputs")
+
+
+def test_other_stages_run_beside(code: Path) -> None:
+    with ResumableRun("one", {}, [code]), ResumableRun("two", {}, [code]) as run:
+        run.save({"step": 1})
+
+
+def test_the_lock_of_a_killed_process_does_not_stay(code: Path) -> None:
+    script = (
+        "import os, signal; from pathlib import Path; from tvaprune.resume import ResumableRun\n"
+        f"with ResumableRun('stage', {{}}, [Path({str(code)!r})]) as run:\n"
+        "    run.save({'step': 7}); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{script}"], cwd=".")
+    assert done.returncode == -9
+    with ResumableRun("stage", {}, [code]) as run:
+        assert run.load() == {"step": 7}
+
+
+def test_state_lives_under_the_original_repository(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queued experiment runs in a copy that is removed; $DVC_ROOT is where it came from."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "original"))
+    directory = interrupted({}, code, {"step": 1})
+    assert directory.parent == tmp_path / "original" / ".resume"
+
+
+def test_a_hash_sees_names_and_contents_but_not_where_the_directory_lies(tmp_path: Path) -> None:
+    def tree(name: str, files: dict[str, str]) -> Path:
+        for file, content in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return tmp_path / name
+
+    same = [hash_files([tree(name, {"a": "1", "b/c": "2"})]) for name in ("x", "y")]
+    assert same[0] == same[1]
+    assert hash_files([tree("z", {"a": "2", "b/c": "1"})]) != same[0]
+    assert hash_files([tree("v", {"a": "1", "b/d": "2"})]) != same[0]

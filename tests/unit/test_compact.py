@@ -131,3 +131,16 @@ def test_a_mask_that_keeps_nothing_is_refused(tmp_path: Path) -> None:
     masks.keep["hidden"][:] = False
     with pytest.raises(ValueError, match="no hidden dimension"):
         compact(dense, masks, weight_update(masks, "none"), tmp_path / "compact")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_implementation_can_be_changed(implementation: str, tmp_path: Path) -> None:
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    masks = random_masks(Topology.of(load_config(dense)), seed=17)
+    compact(dense, masks, weight_update(masks, "none"), tmp_path / "compact")
+    model = load(tmp_path / "compact")
+    expected = model(PROMPTS).logits
+    model.set_attn_implementation(implementation)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    assert attention.config._attn_implementation == implementation
+    torch.testing.assert_close(model(PROMPTS).logits, expected, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ import torch
 
 from tests.tiny_models import FAMILIES, random_masks, tiny_model
 from tvaprune.gates import insertion, vib
+from tvaprune.gates.attention import use_training_attention
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
 from tvaprune.gates.curvature import gate_curvature
 from tvaprune.gates.insertion import GatedModel, NoisePool, hard_gates
@@ -219,3 +220,11 @@ def test_kept_parameters_under_hard_gates_never_exceed_the_budget() -> None:
         target = 0.05 + 0.04 * seed
         hard = hard_gates_under_budget(topology, scores, target, 4.0, minimum_hidden=1)
         assert kept_decoder_parameters(topology, hard.keep) <= (1 - target) * dense_decoder_parameters(topology)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_mqa", "qwen3"])
+def test_training_attention_is_the_stock_one(family: str) -> None:
+    stock, ours = tiny_model(family), tiny_model(family)
+    use_training_attention(ours)
+    assert ours.config._attn_implementation == "tvaprune_grouped"
+    torch.testing.assert_close(ours(WINDOWS.long()).logits, stock(WINDOWS.long()).logits, rtol=1e-4, atol=1e-4)

@@ -77,8 +77,11 @@ class _Constant(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
 
-class _NoAttention(nn.Module):
-    """Stands where a layer has no key-value head left: adds o_proj's bias to the residual, or nothing."""
+class _NoHeads(nn.Module):
+    """Stands where a layer has no key-value head left: adds o_proj's bias to the residual, or nothing.
+
+    (transformers takes a module file with a class named *Attention* for one with attention code of its own.)
+    """
 
     def __init__(self, layer_idx: int, o_proj: _Constant | None) -> None:
         super().__init__()
@@ -157,7 +160,7 @@ class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
             if extra:
                 attention.o_proj = nn.Linear(attention.o_proj.in_features, width, bias=True)
         else:
-            layer.self_attn = _NoAttention(index, _Constant(width) if output_bias else None)
+            layer.self_attn = _NoHeads(index, _Constant(width) if output_bias else None)
             layer.input_layernorm = nn.Identity()
         if not has_mlp:
             layer.mlp = _NoMLP(_Constant(width) if down_bias else None)

@@ -34,7 +34,7 @@ class Found:
     """
 
     masks: Masks
-    curve: list[dict[str, float]]
+    curve: list[dict[str, float | int]]
     steps: int
     seconds: float
     step_seconds: float

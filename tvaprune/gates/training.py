@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,13 @@ class Learned:
     """
 
     masks: Masks
-    curve: list[dict[str, float]]
+    curve: list[dict[str, float | int]]
     step_seconds: float
     bare_step_seconds: float
     teacher_seconds: float
 
 
+@runtime_checkable
 class Saver(Protocol):
     """Where training keeps its state; `tvaprune.resume.ResumableRun` is one."""
 
@@ -128,7 +129,7 @@ def learn_gates(
     device = next(model.parameters()).device
     gates = _Gates(topology, settings, axes, device, seed)
     timings: dict[str, list[float]] = {"step": [], "bare": [], "teacher": []}
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, float | int]] = []
     start = 0
     state = saver.load() if saver is not None else None
     noise = None
@@ -278,7 +279,7 @@ def _step(
     step: int,
     target: float,
     noise: NoisePool | None,
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Forward, backward and update; the row of the curve."""
     progress = (step + 1) / gates.settings.steps
     if noise is not None:
@@ -296,7 +297,7 @@ def _budget_step(
     progress: float,
     target: float,
     noise: NoisePool | None,
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     settings, topology = gates.settings, gates.topology
     scheduled = cubic_ramp(progress, target, settings.ramp)
     slope = settings.slope[0] + (settings.slope[1] - settings.slope[0]) * progress
@@ -354,7 +355,7 @@ def _lagrangian_step(
     progress: float,
     target: float,
     noise: NoisePool | None,
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """The paper's own step: every gate open and noisy, the sparsity pulled by a penalty on its expectation."""
     settings, topology = gates.settings, gates.topology
     scheduled = linear_ramp(progress, target, settings.ramp)

@@ -21,7 +21,7 @@ from tvaprune.gates.constraint import (
 from tvaprune.gates.curvature import gate_curvature
 from tvaprune.gates.insertion import GatedModel, NoisePool
 from tvaprune.gates.vib import EPSILON, kl, kl_gradient, log_alpha, soft_keep, stationary_log_var
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune.losses import DistillationLoss, distillation_loss, next_token_labels
 from tvaprune.model import topology as layout
 from tvaprune.model.sparsity import unit_costs
 from tvaprune.model.topology import AXES, Axis, Topology
@@ -78,7 +78,8 @@ class Learned:
         masks: projected onto the target, threshold 0.
         curve: one row a step: step, loss, ce, distillation, sparsity, target, hidden_kept.
         step_seconds: median over steps of the whole step but the teacher's forward.
-        bare_step_seconds: median of forward, loss and backward to the embeddings without gates, same batches.
+        bare_step_seconds: median of the same forward, objective and backward (to the embeddings) without gates, on
+            some of the same batches, in between.
         teacher_seconds: median of the dense model's forward for distillation; 0 without.
     """
 
@@ -148,12 +149,12 @@ def learn_gates(
         for step in bar:
             batch = _batch(input_ids, step, settings.batch_size).to(device)
             labels = next_token_labels(batch)
-            if step % BARE_EVERY == min(BARE_EVERY // 2, settings.steps - 1):
-                timings["bare"].append(_bare_step(gated, batch, labels, device))
             teacher = None
             if settings.distillation_weight > 0:
                 teacher, seconds = _timed(partial(_teacher_hidden, gated, batch), device)
                 timings["teacher"].append(seconds)
+            if step % BARE_EVERY == min(BARE_EVERY // 2, settings.steps - 1):
+                timings["bare"].append(_timed(partial(_bare_step, gated, settings, batch, labels, teacher), device)[1])
             work = partial(_step, gated, gates, batch, labels, teacher, step, target_sparsity, noise)
             row, seconds = _timed(work, device)
             timings["step"].append(seconds)
@@ -400,10 +401,12 @@ def _hidden(gated: GatedModel, batch: Tensor, **inputs: Tensor) -> Tensor:
     return layout.decoder(gated.model)(**given, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
-def _loss(gated: GatedModel, settings: GateTraining, batch: Tensor, labels: Tensor, teacher: Tensor | None) -> Any:
+def _loss(
+    gated: GatedModel, settings: GateTraining, batch: Tensor, labels: Tensor, teacher: Tensor | None, **inputs: Tensor
+) -> DistillationLoss:
     head = layout.head(gated.model).weight
     return distillation_loss(
-        _hidden(gated, batch),
+        _hidden(gated, batch, **inputs),
         head,
         teacher,
         None if teacher is None else head,
@@ -419,16 +422,13 @@ def _teacher_hidden(gated: GatedModel, batch: Tensor) -> Tensor:
     return _hidden(gated, batch)
 
 
-def _bare_step(gated: GatedModel, batch: Tensor, labels: Tensor, device: torch.device) -> float:
-    """Seconds of forward, cross-entropy and backward to the embeddings of the model without gates."""
+def _bare_step(
+    gated: GatedModel, settings: GateTraining, batch: Tensor, labels: Tensor, teacher: Tensor | None
+) -> None:
+    """What a step would cost without gates: to measure, not to learn from."""
     gated.clear()
-    head = layout.head(gated.model).weight
     embedded = layout.embedding(gated.model)(batch).detach().requires_grad_()
-
-    def run() -> None:
-        distillation_loss(_hidden(gated, batch, inputs_embeds=embedded), head, None, None, labels).loss.backward()
-
-    return _timed(run, device)[1]
+    _loss(gated, settings, batch, labels, teacher, inputs_embeds=embedded).loss.backward()
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -1,5 +1,6 @@
 """Parameter counts of a pruned decoder: exact for whole units, differentiable for soft counts."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ def unit_costs(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_head
         return UnitCosts(*torch.autograd.grad(decoder_parameters(topology, *counts), counts))
 
 
+@cache
 def dense_decoder_parameters(topology: Topology) -> int:
     """Parameters of the decoder layers before pruning."""
     full = {axis: torch.ones(topology.gate_shape(axis), dtype=torch.bool) for axis in AXES}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
-from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.model.topology import AXES, Axis, Topology
 
 
@@ -120,25 +120,34 @@ def solve_threshold(
         UnreachableSparsityError: dropping every unit that may be dropped is not enough.
     """
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
-    finite = torch.cat([score[score.isfinite()].flatten() for score in scores.values()])
+    ascending = {axis: score.detach().cpu().sort(-1).values for axis, score in scores.items()}
+    finite = torch.cat([score[score.isfinite()].flatten() for score in ascending.values()])
+
+    def parameters(threshold: float) -> float:
+        """Kept when every unit strictly above the threshold is: counts by binary search, as this runs every step."""
+        at = torch.tensor([threshold], dtype=finite.dtype)
+        counts = {}
+        for axis, values in ascending.items():
+            per_vector = at.expand(*values.shape[:-1], 1).contiguous()
+            counts[axis] = values.shape[-1] - torch.searchsorted(values, per_vector, right=True).squeeze(-1)
+        counts["hidden"] = counts["hidden"].clamp_min(minimum_hidden)
+        return float(decoder_parameters(topology, counts["hidden"], counts["intermediate"], counts["kv_heads"]))
 
     def fits(threshold: float) -> bool:
-        return kept_decoder_parameters(topology, keep_above(scores, threshold, minimum_hidden)) <= budget
+        return parameters(threshold) <= budget
 
-    low, high = float(finite.min()) - 1, float(finite.max())
+    low, high = float(finite.min() - 1), float(finite.max())
     if not fits(high):
-        reachable = 1 - kept_decoder_parameters(topology, keep_above(scores, high, minimum_hidden)) / (
-            dense_decoder_parameters(topology)
-        )
+        reachable = 1 - parameters(high) / dense_decoder_parameters(topology)
         raise UnreachableSparsityError(
             f"sparsity = {target_sparsity}: the axes in play reach {reachable:.3f} at most; "
             "lower sparsity or add axes to learn_masks.axes"
         )
     if fits(low):
         return low
-    # The doubles between low and high are finitely many: stop where no score lies between the two any more.
+    # Scores are float32, so a threshold is told apart from another only as one: stop where none lies between.
     while True:
-        middle = (low + high) / 2
+        middle = float(torch.tensor((low + high) / 2, dtype=finite.dtype))
         if not low < middle < high:
             return high
         if fits(middle):

@@ -11,7 +11,12 @@ ranks it.
 import torch
 from torch import Tensor
 
-from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters, unit_costs
+from tvaprune.model.sparsity import (
+    decoder_parameters,
+    dense_decoder_parameters,
+    kept_decoder_parameters,
+    unit_costs,
+)
 from tvaprune.model.topology import AXES, Axis, Topology
 from tvaprune.widths.masks import Masks, keep_best, project
 
@@ -39,7 +44,7 @@ def allocate_global(topology: Topology, scores: Scores, target_sparsity: float, 
     Args:
         scores: float32 for the axes in play, shapes of `Topology.gate_shape`; higher = keep.
     """
-    masks = project(topology, _masks(topology, scores), target_sparsity, axes)
+    masks = _on_budget(topology, scores, target_sparsity, axes)
     return agree(masks, axes)
 
 
@@ -66,7 +71,7 @@ def allocate_balanced(
     for axis in axes:
         if keep_one and axis != "hidden":
             protected[axis] = ranked[axis].scatter(-1, ranked[axis].argmax(-1, keepdim=True), torch.inf)
-    masks = project(topology, _masks(topology, protected), target_sparsity, axes)
+    masks = _on_budget(topology, protected, target_sparsity, axes)
     threshold = _threshold(protected, masks, axes)
     log_alpha = {axis: ranked[axis] - threshold if axis in axes else masks.log_alpha[axis] for axis in AXES}
     return agree(Masks(masks.keep, log_alpha, masks.mu), axes)
@@ -108,7 +113,7 @@ def allocate_uniform(
         if axis != "hidden":
             fixed[axis][whole] = torch.inf
         shifted[axis] = rank - (1 - count / topology.width(axis))
-    masks = project(topology, _masks(topology, fixed), target_sparsity, axes)
+    masks = _on_budget(topology, fixed, target_sparsity, axes)
     shifted[finest] = percentiles(scores[finest]).cpu() - _threshold(fixed, masks, axes)
     for axis in axes:
         if axis != "hidden":
@@ -141,7 +146,7 @@ class Stages:
         for axis in self.axes:
             if axis != "hidden":
                 left[axis][self._whole] = torch.inf
-        masks = project(self.topology, _masks(self.topology, left), target_sparsity, self.axes)
+        masks = _on_budget(self.topology, left, target_sparsity, self.axes)
         for axis in self.axes:
             # A stage's scores span less than 3, so that stages cannot overlap.
             sunk = self._log_alpha[axis] - 3
@@ -190,6 +195,29 @@ def _protected(topology: Topology, first: int, last: int) -> Tensor:
 
 def _ones(topology: Topology) -> Scores:
     return {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}
+
+
+def _on_budget(topology: Topology, scores: Scores, target_sparsity: float, axes: tuple[Axis, ...]) -> Masks:
+    """`project`, and then the best dropped units of the cheapest axis, as many as the budget still has room for.
+
+    Where the threshold stops at a residual dimension or a head, the room that it leaves is worth hundreds of
+    intermediate units, more than `project` tries.
+    """
+    masks = project(topology, _masks(topology, scores), target_sparsity, axes)
+    finest = _finest(topology, axes)
+    keep = masks.keep[finest]
+    room = (1 - target_sparsity) * dense_decoder_parameters(topology) - kept_decoder_parameters(topology, masks.keep)
+    widths = masks.widths()
+    costs = dict(
+        zip(AXES, unit_costs(topology, widths["hidden"], widths["intermediate"], widths["kv_heads"]), strict=True)
+    )
+    count = int(room / float(costs[finest].max()))
+    # A layer that lost all its units would bring back a norm too.
+    open_to_more = ~keep & scores[finest].cpu().isfinite() & keep.any(-1, keepdim=True)
+    count = min(count, int(open_to_more.sum()))
+    candidates = masks.log_alpha[finest].masked_fill(~open_to_more, -torch.inf)
+    added = keep_best(candidates.flatten(), count).view_as(keep)
+    return masks.with_keep({**masks.keep, finest: keep | added})
 
 
 def _masks(topology: Topology, scores: Scores) -> Masks:

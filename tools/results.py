@@ -1,7 +1,7 @@
 """The tables of docs/results.md, from the metrics that the pipeline wrote.
 
-`python -m tools.results` prints the workspace's own table; `python -m tools.results --experiments` also one row for each
-experiment of the current commit (`dvc exp show`), methods by sparsity.
+`python -m tools.results` prints the workspace's own table; with `--experiments` also one row for each experiment of the
+current commit (`dvc exp show`).
 """
 
 import json
@@ -24,7 +24,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def workspace_table(metrics: dict[str, Any]) -> str:
     """Dense, pruned and recovered side by side."""
     rows = [
-        "| | parameters | perplexity | prefill tokens/s | decode tokens/s | PIQA | HellaSwag (norm) | ARC-easy | mean of six |",
+        "| | parameters | perplexity | prefill tok/s | decode tok/s | PIQA | HellaSwag (norm) | ARC-easy | mean of six |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     compact = metrics["compact"]
@@ -41,10 +41,11 @@ def workspace_table(metrics: dict[str, Any]) -> str:
         cells += [f"{scores[task][kind]:.3f}" for task, kind in TASKS] + [f"{scores['mean_acc']:.3f}"]
         rows.append("| " + " | ".join(cells) + " |")
     limit = metrics["zeroshot"]["limit"]
+    rows_used = "all" if not limit else f"{limit:.0f}"
     rows.append(
-        f"\nTarget {compact['sparsity_decoder']:.1%} of the decoder layers ({compact['sparsity_model']:.1%} of the model). "
+        f"\n{compact['sparsity_decoder']:.1%} of the decoder layers removed ({compact['sparsity_model']:.1%} of the model). "
         f"Perplexity on {metrics['perplexity']['tokens']:.0f} held-out tokens in windows of "
-        f"{metrics['perplexity']['window']:.0f}; zero-shot on {'all' if not limit else f'{limit:.0f}'} rows of each task "
+        f"{metrics['perplexity']['window']:.0f}; zero-shot on {rows_used} rows of each task "
         f"(standard error about {metrics['zeroshot']['dense']['mean_acc_stderr']:.3f} of the mean); masks learned in "
         f"{metrics['masks']['seconds']:.0f} s, masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
     )

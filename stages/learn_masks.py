@@ -7,10 +7,13 @@ import typer
 
 from stages._errors import clear_errors
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.checkpoint.loading import load
+from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.device import pick_device, pick_dtype
+from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.report import masks_metrics, write_curve, write_widths
-from tvaprune.gates.run import find_masks
+from tvaprune.gates.run import check_method, find_masks
+from tvaprune.gates.training import GateTraining
+from tvaprune.model.topology import Topology
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.resume import ResumableRun
 from tvaprune.widths.masks import write_masks
@@ -38,6 +41,7 @@ def main(
     """
     with clear_errors():
         params = LearnMasksParams.load(params_file)
+        check_method(params.method, params.axes, params.sparsity, Topology.of(load_config(model)))
         ids, _ = read_artifact(calibration, "calibration")
         device = pick_device()
         dtype = pick_dtype(device)
@@ -50,7 +54,8 @@ def main(
                 ids["input_ids"],
                 ids["validation_ids"],
                 params.sparsity,
-                params.gates.model_dump(),
+                GateTraining(**params.gates.model_dump()),
+                BaselineOptions(**params.baseline.model_dump()),
                 method=params.method,
                 axes=params.axes,
                 seed=params.seed,

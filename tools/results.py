@@ -24,7 +24,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def workspace_table(metrics: dict[str, Any]) -> str:
     """Dense, pruned and recovered side by side."""
     rows = [
-        "| | parameters | perplexity | prefill tok/s | decode tok/s | PIQA | HellaSwag (norm) | ARC-easy | mean of six |",
+        "| | parameters | perplexity | prefill tok/s | decode tok/s | PIQA | HellaSwag | ARC-easy | mean of six |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     compact = metrics["compact"]
@@ -43,7 +43,7 @@ def workspace_table(metrics: dict[str, Any]) -> str:
     limit = metrics["zeroshot"]["limit"]
     rows_used = "all" if not limit else f"{limit:.0f}"
     rows.append(
-        f"\n{compact['sparsity_decoder']:.1%} of the decoder layers removed ({compact['sparsity_model']:.1%} of the model). "
+        f"\n{compact['sparsity_decoder']:.1%} of the decoder removed ({compact['sparsity_model']:.1%} of the model). "
         f"Perplexity on {metrics['perplexity']['tokens']:.0f} held-out tokens in windows of "
         f"{metrics['perplexity']['window']:.0f}; zero-shot on {rows_used} rows of each task "
         f"(standard error about {metrics['zeroshot']['dense']['mean_acc_stderr']:.3f} of the mean); masks learned in "

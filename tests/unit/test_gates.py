@@ -9,13 +9,15 @@ import torch
 from tests.tiny_models import FAMILIES, random_masks, tiny_model
 from tvaprune.gates import insertion, vib
 from tvaprune.gates.attention import use_training_attention
+from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
 from tvaprune.gates.curvature import gate_curvature
 from tvaprune.gates.insertion import GatedModel, NoisePool, hard_gates
+from tvaprune.gates.run import check_method, find_masks
 from tvaprune.gates.training import GateTraining, learn_gates
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
 from tvaprune.model.topology import AXES, Topology
-from tvaprune.widths.masks import sparsity
+from tvaprune.widths.masks import UnreachableSparsityError, sparsity
 
 WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 SETTINGS = GateTraining(
@@ -228,3 +230,43 @@ def test_training_attention_is_the_stock_one(family: str) -> None:
     use_training_attention(ours)
     assert ours.config._attn_implementation == "tvaprune_grouped"
     torch.testing.assert_close(ours(WINDOWS.long()).logits, stock(WINDOWS.long()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tva", "deterministic", "vtrans", "random", "flap", "depth"])
+def test_every_method_meets_the_same_budget(method: str) -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    axes = ("intermediate", "kv_heads")
+    settings = replace(SETTINGS, steps=8, noise=0.3)
+    found = find_masks(
+        model, WINDOWS, WINDOWS[:2], 0.3, settings, BaselineOptions(), method=method, axes=axes, seed=0, progress=False
+    )
+    assert sparsity(topology, found.masks) == pytest.approx(0.3, abs=0.005)
+    assert found.validation_nll["binary"] != found.validation_nll["dense"]
+    learned_means = not all(torch.equal(mu, torch.ones_like(mu)) for mu in found.masks.mu.values())
+    assert learned_means == (method in {"tva", "deterministic"})
+    assert len(found.curve) == (8 if method in {"tva", "deterministic", "vtrans"} else 0)
+
+
+def test_gradient_checkpointing_learns_the_same_masks() -> None:
+    settings = replace(SETTINGS, steps=8)
+
+    def run(checkpointing: bool) -> torch.Tensor:
+        found = find_masks(
+            tiny_model("llama"), WINDOWS, WINDOWS[:2], 0.3, settings, BaselineOptions(),
+            method="tva", axes=AXES, seed=0, gradient_checkpointing=checkpointing, progress=False,
+        )  # fmt: skip
+        return found.masks.log_alpha["intermediate"]
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "axes"), [("flap", AXES), ("nothing", AXES), ("depth", ("intermediate",))])
+def test_a_method_is_refused_axes_it_cannot_prune(method: str, axes: tuple) -> None:
+    with pytest.raises(ValueError, match=r"learn_masks\.(axes|method)"):
+        check_method(method, axes, 0.2, Topology.of(tiny_model("llama").config))
+
+
+def test_an_unreachable_sparsity_is_refused_before_any_work() -> None:
+    with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9"):
+        check_method("tva", ("kv_heads",), 0.9, Topology.of(tiny_model("llama").config))

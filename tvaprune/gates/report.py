@@ -29,7 +29,7 @@ def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str
         "params_dense": decoder + outside[0],
         "params_kept": decoder_kept + outside[1],
         "hidden_kept": hidden,
-        "steps": found.steps,
+        "steps": len(found.curve),
         "seconds": found.seconds,
         "step_seconds": found.step_seconds,
         "bare_step_seconds": found.bare_step_seconds,

@@ -1,8 +1,7 @@
 """From a model and calibration windows to masks, by any method, with what it cost."""
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,13 +9,15 @@ from transformers import PreTrainedModel
 
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.gates.attention import use_training_attention
+from tvaprune.gates.baselines.registry import BaselineOptions, check_baseline, score_baseline
 from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.gates.training import GateTraining, Saver, learn_gates
+from tvaprune.gates.training import GateTraining, Learned, Saver, learn_gates
 from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.model import topology as layout
-from tvaprune.model.sparsity import dense_decoder_parameters
 from tvaprune.model.topology import AXES, Axis, Topology
-from tvaprune.widths.masks import Masks, UnreachableSparsityError, project
+from tvaprune.widths.masks import Masks, project
+
+GATE_METHODS = ("tva", "deterministic", "vtrans")
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,14 @@ class Found:
     Attributes:
         masks: projected onto the target.
         curve: one row a step; empty for methods without steps.
-        steps: optimiser steps taken.
         seconds: wall time, of this process alone when a run was resumed.
-        step_seconds, bare_step_seconds, teacher_seconds: see `Learned`.
+        step_seconds, bare_step_seconds, teacher_seconds: see `Learned`; 0 for methods without gates.
         peak_memory_bytes: highest memory of the process (device memory on CUDA).
         validation_nll: nats a token on held-out calibration windows: dense, masked with mu, masked with 0/1 gates.
     """
 
     masks: Masks
     curve: list[dict[str, float | int]]
-    steps: int
     seconds: float
     step_seconds: float
     bare_step_seconds: float
@@ -44,12 +43,25 @@ class Found:
     validation_nll: dict[str, float]
 
 
+def check_method(method: str, axes: tuple[Axis, ...], target_sparsity: float, topology: Topology) -> None:
+    """Refuse before any work what no calibration can mend.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
+        UnreachableSparsityError: the axes in play cannot remove so much.
+    """
+    if method not in GATE_METHODS:
+        check_baseline(method, axes, target_sparsity)
+    project(topology, Masks.dense(topology), target_sparsity, axes)
+
+
 def find_masks(
     model: PreTrainedModel,
     input_ids: Tensor,
     validation_ids: Tensor,
     target_sparsity: float,
-    gates: dict[str, Any],
+    gates: GateTraining,
+    baseline: BaselineOptions,
     *,
     method: str,
     axes: tuple[Axis, ...],
@@ -60,46 +72,59 @@ def find_masks(
 ) -> Found:
     """Find masks by the method named.
 
+    tva: the gates as set. deterministic: the same without noise and KL, the ablation of the bottleneck. vtrans: the
+    same without the means (Dutta et al. 2024, their baseline; with adapt_dimensions.multiple 1 it is not adapted
+    either). Any other: a published baseline.
+
     Args:
         model: dense, on its device; frozen here.
         input_ids: int32 [samples, seq_len], what masks are learned on.
         validation_ids: int32 [n, seq_len], what they are checked on; decides nothing.
-        gates: fields of `GateTraining`.
 
     Raises:
-        UnreachableSparsityError: before any work, when the axes in play cannot remove so much.
+        ValueError, UnreachableSparsityError: as `check_method`.
     """
     topology = Topology.of(model.config)
-    _check_reachable(topology, target_sparsity, axes)
+    check_method(method, axes, target_sparsity, topology)
     model.requires_grad_(False)
     use_training_attention(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
     started = time.perf_counter()
-    settings = GateTraining(**{**gates, "slope": tuple(gates["slope"])})
-    learned = learn_gates(
-        model, topology, input_ids, target_sparsity, settings, axes=axes, seed=seed, saver=saver, progress=progress
-    )
+    if method not in GATE_METHODS:
+        masks = score_baseline(
+            method,
+            model,
+            topology,
+            input_ids,
+            target_sparsity,
+            axes=axes,
+            seed=seed,
+            options=baseline,
+            progress=progress,
+        )
+        learned = Learned(masks, [], 0.0, 0.0, 0.0)
+    else:
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable()
+            model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
+        if method == "deterministic":
+            gates = replace(gates, noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0))
+        learned = learn_gates(
+            model, topology, input_ids, target_sparsity, gates, axes=axes, seed=seed, saver=saver, progress=progress
+        )
+        masks = learned.masks
+        if method == "vtrans":
+            masks = replace(masks, mu={axis: torch.ones_like(mu) for axis, mu in masks.mu.items()})
     seconds = time.perf_counter() - started
     return Found(
-        masks=learned.masks,
+        masks=masks,
         curve=learned.curve,
-        steps=settings.steps,
         seconds=seconds,
         step_seconds=learned.step_seconds,
         bare_step_seconds=learned.bare_step_seconds,
         teacher_seconds=learned.teacher_seconds,
         peak_memory_bytes=peak_memory_bytes(next(model.parameters()).device),
-        validation_nll=validation_nll(model, topology, learned.masks, validation_ids),
+        validation_nll=validation_nll(model, topology, masks, validation_ids),
     )
-
-
-def _check_reachable(topology: Topology, target_sparsity: float, axes: tuple[Axis, ...]) -> None:
-    everything = Masks.dense(topology)
-    project(topology, everything, target_sparsity, axes)
-    if dense_decoder_parameters(topology) * (1 - target_sparsity) < topology.hidden:
-        raise UnreachableSparsityError(f"sparsity = {target_sparsity}: leaves less than one unit")
 
 
 @torch.no_grad()

@@ -47,16 +47,48 @@ class GateParams(BaseModel):
         return self
 
 
+class BaselineParams(BaseModel):
+    """What the baselines leave open; explained in tvaprune.gates.baselines.registry.BaselineOptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    windows: int = Field(description="Calibration windows to use, spread evenly.", ge=1)
+    flap_allocation: Literal["adaptive", "uniform"] = Field(description="One threshold over layers, or one share each.")
+    flap_bias: bool = Field(description="Replace dropped inputs by their mean, as biases.")
+    protect_first: int = Field(description="Layers that llm_pruner and loraprune leave whole at the start.", ge=0)
+    protect_last: int = Field(description="Layers that llm_pruner and loraprune leave whole at the end.", ge=0)
+    nirvana_objective: Literal["logits", "loss"] = Field(description="What NIRVANA differentiates.")
+    nirvana_mlp_to_attention: float = Field(description="Share of units over share of heads dropped.", gt=0)
+    nirvana_candidates: int = Field(description="Calibration sets to choose among by KL; 1 = no choice.", ge=1)
+    nirvana_kl_windows: int = Field(description="Windows the choice is measured on.", ge=1)
+    nirvana_layers_at_once: int | None = Field(description="Layers with gradients in memory; null = all.", ge=1)
+    bonsai_rounds: int = Field(description="Rounds of pruning.", ge=1)
+    bonsai_submodels: int = Field(description="Random sub-models a round; even.", ge=2, multiple_of=2)
+    bonsai_windows: int = Field(description="Windows a sub-model's loss is measured on.", ge=1)
+    bonsai_prior_windows: int = Field(description="Windows of the activation prior.", ge=1)
+    bonsai_ridge: float = Field(description="Strength of the ridge.", gt=0)
+    loraprune_steps: int = Field(description="Steps of tuning.", ge=1)
+    loraprune_rank: int = Field(description="LoRA rank.", ge=1)
+    loraprune_alpha: float = Field(description="LoRA alpha.", gt=0)
+    loraprune_lr: float = Field(description="Learning rate.", gt=0)
+    loraprune_decay: float = Field(description="Decay of the moving average of importance.", ge=0, lt=1)
+    loraprune_prune_every: int = Field(description="Steps between two prunings.", ge=1)
+    depth_contiguous: bool = Field(description="One block of adjacent layers (PruneMe), or any (ShortGPT).")
+
+
 class LearnMasksParams(StageParams):
     section = "learn_masks"
     shared: ClassVar[tuple[str, ...]] = ("sparsity", "seed")
 
     sparsity: float = Field(description="Share of the decoder layers' parameters to remove.", gt=0, lt=1)
     seed: int = Field(description="Of initialisation, noise and random scores.", ge=0)
-    method: Literal["tva"] = Field(description="What finds the masks.")
+    method: Literal[
+        "tva", "deterministic", "vtrans", "random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai",
+        "loraprune", "depth",
+    ] = Field(description="What finds the masks.")  # fmt: skip
     axes: tuple[AxisName, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
-    gates: GateParams = Field(description="How gates are trained, for method tva.")
+    gates: GateParams = Field(description="For tva, deterministic and vtrans.")
+    baseline: BaselineParams = Field(description="For the other methods.")
 
     @model_validator(mode="before")
     @classmethod

@@ -183,7 +183,7 @@ class _Loop:
             self.parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
         )
         if schedule.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.steps = schedule.total_steps(len(train_ids))
         self.step = 0
         self.seconds = 0.0

@@ -11,6 +11,6 @@ def clear_errors() -> Iterator[None]:
     """Turn errors that name their cause (ValueError and its kin) into one line and exit status 1."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, BlockingIOError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error

@@ -10,9 +10,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook
 
-# Where tensors are: parameters are pydantic's to check.
-CHECKED = ("checkpoint", "gates", "losses", "measures", "model", "recovery", "widths")
-install_import_hook([f"tvaprune.{name}" for name in CHECKED], "beartype.beartype")
+import tests.typecheck  # noqa: F401  (the hook finds it by name)
+
+# Where tensors are: parameters are pydantic's to check, and the losses check their own shapes.
+CHECKED = ("checkpoint", "gates", "measures", "model", "recovery", "widths")
+install_import_hook([f"tvaprune.{name}" for name in CHECKED], "tests.typecheck.checked")
 
 for name in ("TVAPRUNE_DEVICE", "TVAPRUNE_DTYPE", "DVC_STAGE", "DVC_ROOT"):
     os.environ.pop(name, None)

@@ -29,10 +29,7 @@ def write_artifact(directory: Path, kind: str, tensors: dict[str, Tensor], **met
         meta: JSON values; must be the same for the same inputs.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {
-        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        for name, tensor in sorted(tensors.items())
-    }
+    contents = {name: _describe(tensor) for name, tensor in sorted(tensors.items())}
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
         directory / "tensors.safetensors",
@@ -52,7 +49,8 @@ def read_artifact(directory: Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         with safe_open(directory / "tensors.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise ArtifactError(f"{error.filename or directory}: no such file; is {directory} a {kind} artifact?") from None
+        absent = error.filename or directory / "tensors.safetensors"  # safetensors leaves the name out
+        raise ArtifactError(f"{absent}: no such file; is {directory} a {kind} artifact?") from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ArtifactError(f"{directory}: damaged {kind} artifact ({error}); remove it and run dvc repro") from error
     if meta.get("kind") != kind or meta.get("schema") != SCHEMA_VERSION:
@@ -61,9 +59,13 @@ def read_artifact(directory: Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             f"found {meta.get('kind')!r} schema {meta.get('schema')!r}"
         )
     for name, expected in meta["tensors"].items():
-        if name not in tensors or list(tensors[name].shape) != expected["shape"]:
-            raise ArtifactError(f"{directory}: tensor {name!r} is absent or not of shape {expected['shape']}")
+        if name not in tensors or _describe(tensors[name]) != expected:
+            raise ArtifactError(f"{directory}: tensor {name!r} is absent or not {expected}")
     return tensors, meta
+
+
+def _describe(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

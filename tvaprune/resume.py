@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 
-class AnotherWriterError(RuntimeError):
+class AnotherWriterError(BlockingIOError):
     """Another live process is making the same output."""
 
 

@@ -86,9 +86,10 @@ class Workspace:
         """`dvc repro STAGE` without DVC: it was killed as soon as `reached(root)`, its stage lives on, suspended."""
         with self._started(stage, reached) as dvc:
             orphan = _stage_process(dvc.pid, stage)
-            orphan.suspend()
             dvc.kill()
             dvc.wait(TIMEOUT_S)
+            # Only now: what is stopped when its group is orphaned is hung up by the kernel.
+            orphan.suspend()
             yield orphan
 
     def kill_during(self, stage: str, reached: Callable[[Path], bool], *, dvc_too: bool) -> None:

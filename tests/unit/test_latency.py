@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tests.tiny_models import tiny_model
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 from tvaprune.measures import latency
 
@@ -191,13 +192,15 @@ def test_load_timing_returns_every_model() -> None:
     calls = {"dense": 0, "compact": 0}
 
     def loader(name: str) -> Any:
-        def load() -> str:
+        def load() -> Any:
             calls[name] += 1
-            return f"{name} {calls[name]}"
+            return tiny_model("llama", seed=calls[name], layers=1)
 
         return load
 
     models, seconds = latency.load_timed({name: loader(name) for name in calls})
-    assert models == {"dense": "dense 2", "compact": "compact 2"}  # the first load, cold, is not the timed one
+    assert calls == {"dense": 2, "compact": 2}  # the first load, cold, is not the timed one
+    second = tiny_model("llama", seed=2, layers=1).state_dict()
+    assert all(torch.equal(models["compact"].state_dict()[name], tensor) for name, tensor in second.items())
     assert set(seconds) == {"dense", "compact"}
     assert all(value >= 0 for value in seconds.values())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -33,6 +33,7 @@ class DivergedError(ValueError):
     """The loss is no longer a finite number."""
 
 
+@runtime_checkable
 class SavedState(Protocol):
     """Where a run keeps its state between two processes (`tvaprune.resume.ResumableRun` is one)."""
 

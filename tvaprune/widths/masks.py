@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
-from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.model.sparsity import (
+    decoder_parameters,
+    dense_decoder_parameters,
+    kept_decoder_parameters,
+    unit_costs,
+)
 from tvaprune.model.topology import AXES, Axis, Topology
 
 
@@ -184,18 +189,26 @@ def project(
 
 
 def _fill(
-    topology: Topology, scores: dict[Axis, Tensor], keep: dict[Axis, Tensor], budget: float, attempts: int = 64
+    topology: Topology, scores: dict[Axis, Tensor], keep: dict[Axis, Tensor], budget: float
 ) -> dict[Axis, Tensor]:
-    """Bring back dropped units, best first, where the budget still has room for them."""
+    """Bring back dropped units, best first, until the budget has no room for the cheapest of them."""
     keep = {axis: mask.clone() for axis, mask in keep.items()}
     dropped = [
         (-float(scores[axis].flatten()[index]), AXES.index(axis), int(index))
         for axis in AXES
         for index in (~keep[axis]).flatten().nonzero().flatten().tolist()
     ]
-    for _, axis_index, index in sorted(dropped)[:attempts]:
+    counts = (keep["hidden"].sum(), keep["intermediate"].sum(-1), keep["kv_heads"].sum(-1))
+    cheapest = min(float(cost.min()) for cost in unit_costs(topology, *counts))
+    room = budget - kept_decoder_parameters(topology, keep)
+    for _, axis_index, index in sorted(dropped):
+        if room < cheapest:
+            break
         mask = keep[AXES[axis_index]].view(-1)
         mask[index] = True
-        if kept_decoder_parameters(topology, keep) > budget:
+        room_after = budget - kept_decoder_parameters(topology, keep)
+        if room_after < 0:
             mask[index] = False
+        else:
+            room = room_after
     return keep

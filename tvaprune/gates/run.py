@@ -72,7 +72,8 @@ def find_masks(
 ) -> Found:
     """Find masks by the method named.
 
-    tva: the gates as set. deterministic: the same without noise and KL, the ablation of the bottleneck. vtrans: the
+    tva: the gates as set. deterministic: the same without noise, KL and the start at the bottleneck's stationary point,
+    the ablation of the bottleneck. vtrans: the
     same without the means (Dutta et al. 2024, their baseline; with adapt_dimensions.multiple 1 it is not adapted
     either). Any other: a published baseline.
 
@@ -107,7 +108,7 @@ def find_masks(
             model.activation_checkpointing_enable()
             model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
         if method == "deterministic":
-            gates = replace(gates, noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0))
+            gates = replace(gates, noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0), init="constant")
         learned = learn_gates(
             model, topology, input_ids, target_sparsity, gates, axes=axes, seed=seed, saver=saver, progress=progress
         )

@@ -144,6 +144,15 @@ def test_a_wrong_parameter_stops_before_any_stage_works(workspace: Workspace) ->
     assert not (workspace.root / "data" / "model").exists()
 
 
+def test_what_the_model_cannot_have_stops_before_the_learning(workspace: Workspace) -> None:
+    workspace.set_param("adapt_dimensions.multiple", 7)
+    workspace.set_param("sparsity", 0.31)
+    done = workspace.dvc("repro", check=False)
+    assert done.returncode != 0
+    assert "adapt_dimensions.multiple.hidden = 7" in done.stderr
+    assert stages_run(done.stdout) == {"check_params", "check_model"}
+
+
 def test_artifacts_name_no_place_of_this_machine(finished: Workspace) -> None:
     """Absolute paths would change hashes from one clone to the next."""
     places = [str(finished.root), str(REPOSITORY)]

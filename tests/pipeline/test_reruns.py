@@ -8,7 +8,7 @@ import pytest
 from tests.pipeline.workspace import Workspace, stages_run
 
 MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot"}
-FROM_ADAPT = {"adapt_dimensions", "update_weights", "compact", "finetune_lora", *MEASURES}
+FROM_ADAPT = {"check_model", "adapt_dimensions", "update_weights", "compact", "finetune_lora", *MEASURES}
 slow = pytest.mark.slow
 
 

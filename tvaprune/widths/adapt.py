@@ -21,6 +21,20 @@ def nearest_multiple(count: int, multiple: int, width: int) -> int:
     return min(max((2 * count + multiple) // (2 * multiple) * multiple, multiple), width)
 
 
+def check_multiples(topology: Topology, hidden_multiple: int, intermediate_multiple: int) -> None:
+    """Refuse multiples that do not fit the model.
+
+    Raises:
+        ValueError: names the parameter, its value and the width.
+    """
+    for name, multiple, width in (
+        ("hidden", hidden_multiple, topology.hidden),
+        ("intermediate", intermediate_multiple, topology.intermediate),
+    ):
+        if width % multiple:
+            raise ValueError(f"adapt_dimensions.multiple.{name} = {multiple}: does not divide the {name} width {width}")
+
+
 def adapt(
     topology: Topology,
     masks: Masks,
@@ -42,12 +56,7 @@ def adapt(
     Raises:
         ValueError: a multiple that does not divide its width; a budget that one multiple a layer exceeds.
     """
-    for name, multiple, width in (
-        ("hidden", hidden_multiple, topology.hidden),
-        ("intermediate", intermediate_multiple, topology.intermediate),
-    ):
-        if width % multiple:
-            raise ValueError(f"adapt_dimensions.multiple.{name} = {multiple}: does not divide the {name} width {width}")
+    check_multiples(topology, hidden_multiple, intermediate_multiple)
     keep = {axis: mask.clone() for axis, mask in masks.keep.items()}
     hidden = nearest_multiple(int(keep["hidden"].sum()), hidden_multiple, topology.hidden)
     keep["hidden"] = keep_best(masks.log_alpha["hidden"], hidden)

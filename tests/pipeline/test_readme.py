@@ -1,0 +1,87 @@
+"""Every command of the README runs, in its order, on the tiny pipeline."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.workspace import REPOSITORY, Workspace
+
+README = (REPOSITORY / "README.md").read_text()
+# Set-up: `.ci/run` and the tests themselves come from it; here it is shown that make knows the targets.
+MAKE = re.compile(r"make ([a-z-]+)")
+# What the tiny model and the tiny tasks have no room for, and what would take long.
+SMALLER = {
+    "adapt_dimensions.multiple=64": "adapt_dimensions.multiple=8",
+    "eval_zeroshot.limit=200": "eval_zeroshot.limit=2",
+    "learn_masks.method=tva,flap,wanda_sp": "learn_masks.method=flap,wanda_sp",
+    "sparsity=0.2,0.5": "sparsity=0.3",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].split(" # ")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and line != "source .venv/bin/activate"]
+
+
+def test_make_has_the_targets_the_readme_names() -> None:
+    named = {match[1] for line in commands() if (match := MAKE.match(line))}
+    assert {"repro", "test"} <= named
+    for target in named:
+        subprocess.run(["make", "-n", target], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_dvc_command_runs(workspace: Workspace, tmp_path: Path) -> None:
+    run = [line for line in commands() if not MAKE.match(line)]
+    assert any("exp run" in line for line in run)
+    for line in run:
+        assert line.startswith("dvc "), f"no test knows how to run {line!r}"
+        for whole, smaller in SMALLER.items():
+            line = line.replace(whole, smaller)
+        arguments = [part.strip("'") for part in line.split()[1:]]
+        arguments = [part.replace("s3://bucket/tvaprune", str(tmp_path / "remote")) for part in arguments]
+        workspace.dvc(*arguments)
+        if line == "dvc queue start":
+            _wait_for_the_queue(workspace)
+    assert any((tmp_path / "remote").rglob("*"))
+
+
+def _wait_for_the_queue(workspace: Workspace) -> None:
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        status = workspace.dvc("queue", "status").stdout
+        assert "Failed" not in status, status
+        if "Running" not in status and "Queued" not in status:
+            assert status.count("Success") == 2, status
+            return
+        time.sleep(2)
+    pytest.fail("the queue did not end")
+
+
+def test_the_pruned_model_is_used_as_the_readme_shows(finished: Workspace, tmp_path: Path) -> None:
+    (snippet,) = blocks("python")
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", snippet], cwd=finished.root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_papers_preset_is_valid() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.check_params", "--params", "presets/paper.yaml", "--out", "/dev/null"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,49 @@
+"""The tables are the metrics' own figures."""
+
+from tools.results import experiments_table, workspace_table
+
+MODEL = {"ppl": 20.0}
+SCORES = {
+    "piqa": {"acc": 0.67},
+    "hellaswag": {"acc": 0.3, "acc_norm": 0.41},
+    "arc_easy": {"acc": 0.52},
+    "mean_acc": 0.45,
+    "mean_acc_stderr": 0.03,
+}
+METRICS = {
+    "compact": {
+        "params_dense": 134_515_008,
+        "params_kept": 113_226_048,
+        "sparsity_decoder": 0.2,
+        "sparsity_model": 0.158,
+        "max_abs_logit_diff": 9e-5,
+    },
+    "perplexity": {"dense": MODEL, "compact": {"ppl": 30.0}, "window": 1024, "tokens": 24_000},
+    "speed": dict.fromkeys(("prefill", "decode"), {"dense": {"tokens_per_s": 100}, "compact": {"tokens_per_s": 125}}),
+    "zeroshot": {"dense": SCORES, "compact": {**SCORES, "mean_acc": 0.4}, "limit": 40},
+    "masks": {"seconds": 300.0},
+}  # fmt: skip
+
+
+def test_the_workspace_table_has_a_row_for_each_model_that_was_measured() -> None:
+    lines = workspace_table(METRICS).splitlines()
+    assert lines[2].startswith("| dense | 134.5 M | 20.0 | 100 (1.00×)")
+    assert lines[3].startswith("| pruned | 113.2 M | 30.0 | 125 (1.25×)")
+    assert lines[3].endswith("0.670 | 0.410 | 0.520 | 0.400 |")
+    assert "LoRA" not in workspace_table(METRICS)
+
+
+def test_experiments_are_sorted_by_sparsity_and_perplexity() -> None:
+    def experiment(name: str, sparsity: float, ppl: float) -> dict:
+        metrics = {
+            "metrics/perplexity.json": {"data": {"dense": MODEL, "compact": {"ppl": ppl}}},
+            "metrics/masks.json": {"data": {"seconds": 10.0}},
+        }
+        params = {"params.yaml": {"data": {"sparsity": sparsity, "learn_masks": {"method": name}}}}
+        return {"rev": name * 3, "name": name, "data": {"metrics": metrics, "params": params}}
+
+    shown = [{**experiment("tva", 0.2, 30), "experiments": [{"revs": [experiment("flap", 0.2, 40)]}]}]
+    shown += [{"rev": "empty", "data": None}, experiment("random", 0.1, 90)]
+    rows = experiments_table(shown).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["random", "tva", "flap"]
+    assert rows[1].split(" | ")[3:6] == ["30.0", "", "1.50"]

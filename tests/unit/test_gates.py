@@ -8,13 +8,13 @@ import torch
 
 from tests.tiny_models import FAMILIES, random_masks, tiny_model
 from tvaprune.gates import insertion, vib
-from tvaprune.gates.attention import use_training_attention
 from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
 from tvaprune.gates.curvature import gate_curvature
 from tvaprune.gates.insertion import GatedModel, NoisePool, hard_gates
 from tvaprune.gates.run import check_method, find_masks
 from tvaprune.gates.training import GateTraining, learn_gates
+from tvaprune.model.attention import use_training_attention
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
 from tvaprune.model.topology import AXES, Topology
 from tvaprune.widths.masks import UnreachableSparsityError, sparsity
@@ -227,7 +227,7 @@ def test_kept_parameters_under_hard_gates_never_exceed_the_budget() -> None:
 @pytest.mark.parametrize("family", ["llama", "llama_mqa", "qwen3"])
 def test_training_attention_is_the_stock_one(family: str) -> None:
     stock, ours = tiny_model(family), tiny_model(family)
-    use_training_attention(ours)
+    use_training_attention(ours, torch.device("cpu"))
     assert ours.config._attn_implementation == "tvaprune_grouped"
     torch.testing.assert_close(ours(WINDOWS.long()).logits, stock(WINDOWS.long()).logits, rtol=1e-4, atol=1e-4)
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.gates.attention import use_training_attention
 from tvaprune.gates.baselines.registry import BaselineOptions, check_baseline, score_baseline
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.training import GateTraining, Learned, Saver, learn_gates
 from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.model import topology as layout
+from tvaprune.model.attention import use_training_attention
 from tvaprune.model.topology import AXES, Axis, Topology
 from tvaprune.widths.masks import Masks, project
 
@@ -88,7 +88,7 @@ def find_masks(
     topology = Topology.of(model.config)
     check_method(method, axes, target_sparsity, topology)
     model.requires_grad_(False)
-    use_training_attention(model)
+    use_training_attention(model, next(model.parameters()).device)
     started = time.perf_counter()
     if method not in GATE_METHODS:
         masks = score_baseline(

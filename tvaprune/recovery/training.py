@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.losses import DistillationKind, distillation_loss, next_token_labels
+from tvaprune.model.attention import use_training_attention
 from tvaprune.recovery.lora import LoraSettings, add_lora
 from tvaprune.recovery.schedule import Schedule, learning_rate_at, mix_seed, windows_of
 from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden, frozen_head
@@ -122,6 +123,8 @@ def finetune(
         DivergedError: the loss is not finite.
     """
     _check(student, teacher, train_ids, validation_ids)
+    for model in (student, teacher):
+        use_training_attention(model, device)
     used = {
         window
         for batch in range(schedule.total_steps(len(train_ids)) * schedule.accumulation)

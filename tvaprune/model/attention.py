@@ -39,9 +39,9 @@ def grouped_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def use_training_attention(model: PreTrainedModel) -> None:
-    """Switch a model on a CPU to `grouped_attention`; elsewhere its own kernels stay."""
-    if next(model.parameters()).device.type == "cpu":
+def use_training_attention(model: PreTrainedModel, device: torch.device) -> None:
+    """Switch a model that computes on a CPU to `grouped_attention`; on other devices its own kernels stay."""
+    if device.type == "cpu":
         ALL_ATTENTION_FUNCTIONS.register(NAME, grouped_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
         model.set_attn_implementation(NAME)

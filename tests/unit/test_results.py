@@ -10,6 +10,7 @@ SCORES = {
     "mean_acc": 0.45,
     "mean_acc_stderr": 0.03,
 }
+SPEED = {"dense": {"tokens_per_s": 100}, "compact": {"tokens_per_s": 125}}
 METRICS = {
     "compact": {
         "params_dense": 134_515_008,
@@ -19,7 +20,7 @@ METRICS = {
         "max_abs_logit_diff": 9e-5,
     },
     "perplexity": {"dense": MODEL, "compact": {"ppl": 30.0}, "window": 1024, "tokens": 24_000},
-    "speed": dict.fromkeys(("prefill", "decode"), {"dense": {"tokens_per_s": 100}, "compact": {"tokens_per_s": 125}}),
+    "speed": {"prefill": SPEED, "decode": SPEED},
     "zeroshot": {"dense": SCORES, "compact": {**SCORES, "mean_acc": 0.4}, "limit": 40},
     "masks": {"seconds": 300.0},
 }  # fmt: skip

@@ -12,7 +12,7 @@ from tvaprune.device import pick_device, pick_dtype
 from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.report import masks_metrics, write_curve, write_widths
 from tvaprune.gates.run import check_method, find_masks
-from tvaprune.gates.training import GateTraining
+from tvaprune.gates.state import GateTraining
 from tvaprune.model.topology import Topology
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.resume import ResumableRun

@@ -13,7 +13,8 @@ from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tange
 from tvaprune.gates.curvature import gate_curvature
 from tvaprune.gates.insertion import GatedModel, NoisePool, hard_gates
 from tvaprune.gates.run import check_method, find_masks
-from tvaprune.gates.training import GateTraining, learn_gates
+from tvaprune.gates.state import GateTraining
+from tvaprune.gates.training import learn_gates
 from tvaprune.model.attention import use_training_attention
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
 from tvaprune.model.topology import AXES, Topology

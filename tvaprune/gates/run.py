@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.gates.baselines.registry import BaselineOptions, check_baseline, score_baseline
 from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.gates.training import GateTraining, Learned, Saver, learn_gates
+from tvaprune.gates.state import GateTraining
+from tvaprune.gates.training import Learned, Saver, learn_gates
 from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.model import topology as layout
 from tvaprune.model.attention import use_training_attention

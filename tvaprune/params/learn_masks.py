@@ -19,7 +19,7 @@ class PerAxis(BaseModel):
 
 
 class GateParams(BaseModel):
-    """How gates are trained; the fields are explained in tvaprune.gates.training.GateTraining."""
+    """How gates are trained; the fields are explained in tvaprune.gates.state.GateTraining."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     steps: int = Field(description="Optimiser steps.", ge=1)

@@ -1,0 +1,152 @@
+"""The gates' trained parameters, how they are set to be trained, and their optimiser."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tvaprune.gates.vib import EPSILON, log_alpha, stationary_log_var
+from tvaprune.model.sparsity import unit_costs
+from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.widths.masks import Masks
+
+
+@dataclass(frozen=True)
+class GateTraining:
+    """How gates are learned; every number is a parameter of `learn_masks`.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: windows a step.
+        constraint: "budget" meets the scheduled target exactly at every step (ours); "lagrangian" is the
+            paper's (CoFi's) penalty.
+        ramp: share of the steps over which the target sparsity rises.
+        init: "curvature" starts log_var at the bottleneck's stationary point, "constant" at init_log_var.
+        init_log_var: mean of the normal (std 0.01) that log_var starts from with init "constant".
+        curvature_windows: calibration windows for init "curvature".
+        head_start: added to log_alpha at the start, per axis, on the scale of a standard deviation.
+        log_var_lr, mu_lr, lambda_lr: AdamW learning rates.
+        noise: share of sigma that is sampled in training, 0 (none) to 1 (the paper).
+        kl_weight: weight of the KL per axis.
+        ce_weight, distillation_weight: the objective's parts, on labels and on the dense model's own logits.
+        slope: slopes of the straight-through sigmoid at the start and at the end (budget), or of the soft keep
+            probability (lagrangian).
+        clip: gradient norm of the gates' parameters at most; None = not clipped.
+    """
+
+    steps: int
+    batch_size: int
+    constraint: Literal["budget", "lagrangian"]
+    ramp: float
+    init: Literal["curvature", "constant"]
+    init_log_var: float
+    curvature_windows: int
+    head_start: dict[Axis, float]
+    log_var_lr: float
+    mu_lr: float
+    lambda_lr: float
+    noise: float
+    kl_weight: dict[Axis, float]
+    ce_weight: float
+    distillation_weight: float
+    slope: tuple[float, float]
+    clip: float | None
+
+
+class Gates:
+    """The trained parameters, their optimiser, and one step of it."""
+
+    def __init__(
+        self, topology: Topology, settings: GateTraining, axes: tuple[Axis, ...], device: torch.device, seed: int
+    ) -> None:
+        self.topology, self.settings, self.axes = topology, settings, axes
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(axis: Axis, mean: float, std: float) -> Tensor:
+            return (mean + std * torch.randn(topology.gate_shape(axis), generator=generator)).to(device)
+
+        # VIBNet starts mu at N(1, 0.01); ours starts at 1, so that the model starts as the dense one.
+        mu_std = 0.0 if settings.constraint == "budget" else 0.01
+        self.mu = {axis: normal(axis, 1.0, mu_std) for axis in AXES}
+        self.log_var = {axis: normal(axis, settings.init_log_var - settings.head_start[axis], 0.01) for axis in AXES}
+        self.multipliers = torch.zeros(2, device=device)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.log_var.values()), "lr": settings.log_var_lr},
+                {"params": list(self.mu.values()), "lr": settings.mu_lr},
+                {"params": [self.multipliers], "lr": settings.lambda_lr, "maximize": True},
+            ],
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+        )
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def start_at_stationary_point(self, curvature: dict[Axis, Tensor]) -> None:
+        """log_var where KL and curvature balance, one price a parameter, on a common scale over the axes.
+
+        The spread of the logarithms over units is wide and its scale arbitrary (the price of a nat); it is set
+        to one standard deviation of the intermediate units' log_alpha, so that learning rates mean the same on
+        every model.
+        """
+        full = [torch.tensor(float(self.topology.hidden))]
+        full += [torch.full((self.topology.layers,), float(self.topology.width(a))) for a in AXES[1:]]
+        costs = unit_costs(self.topology, *full)
+        scores = {}
+        for axis, cost in zip(AXES, costs, strict=True):
+            price = cost.float().to(curvature[axis].device)
+            price = price if axis == "hidden" else price[:, None]
+            scores[axis] = log_alpha(self.mu[axis], stationary_log_var(self.mu[axis], curvature[axis], price))
+        centre, scale = scores["intermediate"].mean(), scores["intermediate"].std()
+        for axis in AXES:
+            score = (scores[axis] - centre) / scale + self.settings.head_start[axis]
+            self.log_var[axis].copy_(torch.log(self.mu[axis].square() + EPSILON) - score)
+
+    def scores(self) -> dict[Axis, Tensor]:
+        """log_alpha per axis; +inf on the axes that are not in play, so that they stay whole."""
+        return {
+            axis: log_alpha(self.mu[axis], self.log_var[axis])
+            if axis in self.axes
+            else torch.full_like(self.mu[axis], torch.inf)
+            for axis in AXES
+        }
+
+    def masks(self) -> Masks:
+        """As learned: keep where log_alpha > 0, not yet projected; on the CPU."""
+        scores = {axis: log_alpha(self.mu[axis], self.log_var[axis]).cpu() for axis in AXES}
+        return Masks(
+            keep={axis: score > 0 for axis, score in scores.items()},
+            log_alpha=scores,
+            mu={axis: mean.cpu() for axis, mean in self.mu.items()},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "mu": self.mu,
+            "log_var": self.log_var,
+            "multipliers": self.multipliers,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for axis in AXES:
+            self.mu[axis].copy_(state["mu"][axis])
+            self.log_var[axis].copy_(state["log_var"][axis])
+        self.multipliers.copy_(state["multipliers"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def step(
+        self, mu_gradient: dict[Axis, Tensor], log_var_gradient: dict[Axis, Tensor], ascent: Tensor, decay: float
+    ) -> None:
+        """One AdamW step, learning rates times `decay` (lambda's is not decayed)."""
+        for axis in AXES:
+            self.mu[axis].grad = mu_gradient[axis]
+            self.log_var[axis].grad = log_var_gradient[axis]
+        self.multipliers.grad = ascent
+        if self.settings.clip is not None:
+            trained = [*self.mu.values(), *self.log_var.values()]
+            nn.utils.clip_grad_norm_(trained, self.settings.clip)
+        groups = self.optimizer.param_groups
+        for index, (group, rate) in enumerate(zip(groups, self._rates, strict=True)):
+            group["lr"] = rate if index == 2 else rate * decay
+        self.optimizer.step()

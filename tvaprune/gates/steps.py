@@ -1,0 +1,151 @@
+"""One optimiser step of the gates, under the exact budget or under the paper's Lagrangian."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tvaprune.gates.constraint import (
+    cubic_ramp,
+    hard_gates_under_budget,
+    lagrangian,
+    linear_ramp,
+    tangent_to_budget,
+)
+from tvaprune.gates.insertion import GatedModel, NoisePool
+from tvaprune.gates.state import Gates, GateTraining
+from tvaprune.gates.vib import kl, kl_gradient, log_alpha, soft_keep
+from tvaprune.losses import DistillationLoss, distillation_loss
+from tvaprune.model import topology as layout
+from tvaprune.model.topology import AXES
+from tvaprune.widths.masks import Masks, sparsity
+
+Row = dict[str, float | int]
+
+
+class Batch(NamedTuple):
+    """What a step learns from.
+
+    Attributes:
+        input_ids: int64 [batch, seq].
+        labels: int64 [batch · seq], each position's next token, -100 where there is none.
+        teacher: the dense model's normed hidden states [batch · seq, hidden], or None.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    teacher: Tensor | None
+
+
+def budget_step(
+    gated: GatedModel, gates: Gates, batch: Batch, progress: float, target: float, noise: NoisePool | None
+) -> Row:
+    """One step under the exact budget: 0/1 gates forward, a straight-through sigmoid backward, along its tangent.
+
+    Args:
+        progress: share of the steps done with this one, 0 to 1.
+        target: final sparsity.
+    """
+    settings, topology = gates.settings, gates.topology
+    scheduled = cubic_ramp(progress, target, settings.ramp)
+    slope = settings.slope[0] + (settings.slope[1] - settings.slope[0]) * progress
+    scores = gates.scores()
+    hard = hard_gates_under_budget(topology, scores, scheduled, slope, minimum_hidden=1)
+    z = {axis: (hard.keep[axis] * gates.mu[axis]).requires_grad_() for axis in AXES}
+    sigma = None
+    if noise is not None:
+        # Relative to the solved threshold, where sigma equals mu.
+        sigma = {
+            axis: hard.keep[axis]
+            * gates.mu[axis].abs()
+            * settings.noise
+            * torch.exp(-(scores[axis] - hard.threshold) / 2)
+            for axis in AXES
+        }
+        sigma = {axis: value.requires_grad_() for axis, value in sigma.items()}
+    gated.set(z, int(hard.keep["hidden"].sum()), sigma, noise)
+    parts = objective(gated, settings, batch)
+    parts.loss.backward()
+    with torch.no_grad():
+        gate_gradient = {axis: _grad(z[axis]) * gates.mu[axis] for axis in AXES}
+        score_gradient, _ = tangent_to_budget(topology, hard, gate_gradient)
+        mu_gradient, log_var_gradient = {}, {}
+        for axis in AXES:
+            on_score = score_gradient[axis]
+            mu_gradient[axis] = _grad(z[axis]) * hard.keep[axis]
+            if sigma is not None:
+                on_score = on_score - 0.5 * _grad(sigma[axis]) * sigma[axis]
+            kl_mu, kl_log_var = kl_gradient(gates.mu[axis], gates.log_var[axis])
+            weight = settings.kl_weight[axis]
+            log_var_gradient[axis] = -on_score + weight * kl_log_var
+            mu_gradient[axis] = mu_gradient[axis] + weight * kl_mu
+            if axis not in gates.axes:
+                log_var_gradient[axis].zero_()
+        decay = 1.0 if progress <= settings.ramp else max((1 - progress) / (1 - settings.ramp), 0.02)
+        gates.step(mu_gradient, log_var_gradient, torch.zeros_like(gates.multipliers), decay)
+        reached = sparsity(topology, Masks(hard.keep, {}, {}))
+    return _row(parts, reached, scheduled, hard.keep["hidden"].sum())
+
+
+def lagrangian_step(
+    gated: GatedModel, gates: Gates, batch: Batch, progress: float, target: float, noise: NoisePool | None
+) -> Row:
+    """The paper's own step: every gate open and noisy, the sparsity pulled by a penalty on its expectation."""
+    settings, topology = gates.settings, gates.topology
+    scheduled = linear_ramp(progress, target, settings.ramp)
+    slope = settings.slope[0] + (settings.slope[1] - settings.slope[0]) * progress
+    mu = {axis: gates.mu[axis].detach().clone().requires_grad_() for axis in AXES}
+    log_var = {axis: gates.log_var[axis].detach().clone().requires_grad_() for axis in AXES}
+    sigma = {axis: settings.noise * torch.exp(log_var[axis] / 2) for axis in gates.axes} if noise is not None else None
+    gated.set({axis: mu[axis] for axis in AXES}, topology.hidden, sigma, noise)
+    parts = objective(gated, settings, batch)
+    keep_probability = {
+        axis: soft_keep(log_alpha(mu[axis], log_var[axis]), slope) if axis in gates.axes else torch.ones_like(mu[axis])
+        for axis in AXES
+    }
+    multipliers = gates.multipliers.detach().clone().requires_grad_()
+    penalty = lagrangian(topology, keep_probability, scheduled, multipliers)
+    bottleneck = sum(settings.kl_weight[axis] * kl(mu[axis], log_var[axis]) for axis in gates.axes)
+    (parts.loss + bottleneck + penalty.penalty.float()).backward()
+    with torch.no_grad():
+        gates.step(
+            {axis: _grad(mu[axis]) for axis in AXES},
+            {axis: _grad(log_var[axis]) for axis in AXES},
+            _grad(multipliers),
+            1 - progress + 1 / settings.steps,
+        )
+    return _row(parts, float(penalty.sparsity.detach()), scheduled, keep_probability["hidden"].detach().sum())
+
+
+def _row(parts: DistillationLoss, sparsity: float, target: float, hidden_kept: Tensor) -> Row:
+    return {
+        "loss": float(parts.loss.detach()),
+        "ce": float(parts.ce),
+        "distillation": float(parts.distillation),
+        "sparsity": sparsity,
+        "target": target,
+        "hidden_kept": float(hidden_kept),
+    }
+
+
+def _grad(tensor: Tensor) -> Tensor:
+    return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
+
+
+def hidden_states(gated: GatedModel, **inputs: Tensor) -> Tensor:
+    """Normed hidden states under the gates as set, [batch · seq, hidden]."""
+    return layout.decoder(gated.model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def objective(gated: GatedModel, settings: GateTraining, batch: Batch, **inputs: Tensor) -> DistillationLoss:
+    """The weighted sum of cross-entropy and distillation, on the batch's ids or on other `inputs` of the decoder."""
+    head = layout.head(gated.model).weight
+    return distillation_loss(
+        hidden_states(gated, **(inputs or {"input_ids": batch.input_ids})),
+        head,
+        batch.teacher,
+        None if batch.teacher is None else head,
+        batch.labels,
+        ce_weight=settings.ce_weight,
+        distillation_weight=settings.distillation_weight,
+    )

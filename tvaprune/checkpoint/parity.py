@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tvaprune.checkpoint.compact import read_tensors
 from tvaprune.checkpoint.loading import load
-from tvaprune.checkpoint.update import WeightUpdate, can_stay_tied, fold
+from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.checkpoint.update import WeightUpdate, can_stay_tied, fold, scales
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.model import topology as layout
 from tvaprune.model.topology import Topology
@@ -51,10 +51,11 @@ def masked_dense_logits(dense: Path, masks: Masks, update: WeightUpdate, input_i
     if tied and not stay_tied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     parameters = dict(model.named_parameters())
-    for name, tensor in read_tensors(dense):
+    checkpoint = Checkpoint.of(dense)
+    for name in checkpoint.info:
         if name in parameters and not (tied and name == "lm_head.weight"):
-            parameters[name].copy_(fold(topology, name, tensor, update, tied=stay_tied).float())
-    stored = tensor.dtype
+            parameters[name].copy_(fold(checkpoint.read(name), scales(topology, name, update, tied=stay_tied)).float())
+    stored = checkpoint.info["model.embed_tokens.weight"].dtype
     for name, bias in update.bias.items():
         projection = model.get_submodule(name)
         # The hidden gate of the masked model is 0 or 1 here, so mu is folded into the bias as it is into the rows.

@@ -65,29 +65,47 @@ def per_row(topology: Topology, units: str, per_unit: Tensor) -> Tensor:
     return per_unit
 
 
-def fold(topology: Topology, name: str, tensor: Tensor, update: WeightUpdate, tied: bool) -> Tensor:
-    """One dense tensor with the update folded in, in its own dtype.
+def scales(topology: Topology, name: str, update: WeightUpdate, tied: bool) -> tuple[Tensor | None, ...]:
+    """What multiplies a tensor along each of its dimensions, or None where nothing does.
 
     Tied embeddings stay tied: the embedding's columns take mu, and the final norm takes 1/mu, so that the head,
     which is the same matrix, sees what it saw before. Exact wherever mu is not 0.
 
     Args:
         name: of the tensor in the checkpoint.
-        tensor: the dense tensor, any floating dtype; computed in float32.
         tied: the head is the embedding matrix.
+
+    Returns:
+        For each dimension float32 [length] before cutting, or None.
     """
     where = cut(name)
-    result = tensor.float()
-    for dim, (units, scaled) in enumerate(zip(where.dims, where.scaled, strict=True)):
+    if tied and name == "model.norm.weight":
+        return (_unless_ones(1 / update.scale["hidden"]),)
+    result: list[Tensor | None] = []
+    for units, scaled in zip(where.dims, where.scaled, strict=True):
         axis = axis_of_dimension(units)
         if not scaled or axis is None or units is None:
+            result.append(None)
             continue
         per_unit = update.scale[axis] if where.layer is None or axis == "hidden" else update.scale[axis][where.layer]
-        shape = [1] * tensor.dim()
-        shape[dim] = -1
-        result = result * per_row(topology, units, per_unit).view(shape)
-    if tied and name == "model.norm.weight":
-        result = result / update.scale["hidden"]
+        result.append(_unless_ones(per_row(topology, units, per_unit)))
+    return tuple(result)
+
+
+def _unless_ones(scale: Tensor) -> Tensor | None:
+    return None if bool((scale == 1).all()) else scale
+
+
+def fold(tensor: Tensor, along: tuple[Tensor | None, ...]) -> Tensor:
+    """Multiply a tensor of any floating dtype along its dimensions, in float32; its own dtype comes back."""
+    if all(scale is None for scale in along):
+        return tensor
+    result = tensor.float()
+    for dim, scale in enumerate(along):
+        if scale is not None:
+            shape = [1] * tensor.dim()
+            shape[dim] = -1
+            result = result * scale.view(shape)
     return result.to(tensor.dtype)
 
 

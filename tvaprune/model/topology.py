@@ -39,6 +39,8 @@ class Topology:
         output_bias: o_proj has a bias.
         mlp_bias: gate, up and down have biases.
         qk_norm: each attention block has one RMSNorm over head_dim for queries and one for keys (Qwen3).
+        heads_divide_hidden: the family's config refuses a hidden width that is no multiple of its query heads
+            (LlamaConfig does, although head_dim is explicit; the others do not).
     """
 
     layers: int
@@ -51,6 +53,7 @@ class Topology:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    heads_divide_hidden: bool = False
 
     @classmethod
     def of(cls, config: Any) -> "Topology":
@@ -75,6 +78,7 @@ class Topology:
             output_bias=bias,
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             qk_norm=family == "qwen3",
+            heads_divide_hidden=family == "llama",
         )
 
     def width(self, axis: Axis) -> int:
@@ -84,6 +88,10 @@ class Topology:
     def gate_shape(self, axis: Axis) -> tuple[int, ...]:
         """[hidden] for the one vector of the whole model, else [layers, width]."""
         return (self.hidden,) if axis == "hidden" else (self.layers, self.width(axis))
+
+    def hidden_divisor(self, kv_heads: int) -> int:
+        """What a hidden width has to be a multiple of for the family's own config to take it."""
+        return kv_heads * self.group_size if self.heads_divide_hidden else 1
 
     @property
     def query_rows(self) -> int:

@@ -24,7 +24,7 @@ def main(
     ),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/adapt.json"),
     params_file: Annotated[
-        Path, typer.Option("--params", help="Parameters; section adapt_dimensions, and the top-level sparsity.")
+        Path, typer.Option("--params", help="Parameters; section adapt_dimensions, sparsity and compact.layout.")
     ] = Path("params.yaml"),
 ) -> None:
     """Resize the masks.
@@ -42,6 +42,7 @@ def main(
             params.rounding,
             params.multiple_of("hidden"),
             params.multiple_of("intermediate"),
+            layout=params.layout,
         )
         write_masks(adapted, after)
         report = adapt_metrics(topology, before, after, params.sparsity)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tvaprune.checkpoint.layouts import HEAD, Layout, Plan, plan, write_config
+from tvaprune.checkpoint.layouts import HEAD, Plan, plan, write_config
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint, CheckpointWriter
 from tvaprune.checkpoint.update import WeightUpdate, axis_of_dimension, fold, per_row, scales
 from tvaprune.model.topology import Topology, Units, cut
+from tvaprune.widths.adapt import Layout
 from tvaprune.widths.masks import Masks
 
 MODELING_FILE = Path(__file__).with_name("modeling_tvaprune.py")
@@ -143,7 +144,7 @@ def _widen(block: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def copy_companions(source: Path, out: Path, modeling: bool) -> None:
-    """All of a model directory but weights and config: tokenizer, generation settings; and the modeling file if asked."""
+    """All of a model directory but weights and config (tokenizer, generation settings); the modeling file if asked."""
     shutil.copytree(source, out, ignore=shutil.ignore_patterns(*_NOT_COPIED), dirs_exist_ok=True)
     if modeling:
         shutil.copyfile(MODELING_FILE, out / MODELING_FILE.name)

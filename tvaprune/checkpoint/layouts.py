@@ -1,15 +1,14 @@
 """What a pruned checkpoint looks like on disk: its config and the shapes of its tensors.
 
 uneven   each layer as wide as its mask says; carries its own modeling file
-uniform  every layer alike; the base family's own config
+uniform  every layer alike (adapt_dimensions sees to it); the base family's own config
 padded   uneven masks, zeros up to the widest layer; the base family's own config
-gguf     uniform where the masks are, padded otherwise, and model.gguf beside it
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -19,9 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tvaprune.checkpoint.tensor_files import TensorInfo
 from tvaprune.checkpoint.update import WeightUpdate, can_stay_tied
 from tvaprune.model.topology import Topology, Units, cut
+from tvaprune.widths.adapt import Layout
 from tvaprune.widths.masks import Masks
 
-Layout = Literal["uneven", "uniform", "padded", "gguf"]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Old Llama checkpoints hold the rotary frequencies, which every version since computes.
 _IGNORED = "rotary_emb.inv_freq"

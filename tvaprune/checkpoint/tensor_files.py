@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,7 +56,7 @@ class Checkpoint:
     _files: dict[str, Path]
 
     @classmethod
-    def of(cls, directory: Path) -> Self:
+    def of(cls, directory: Path) -> "Checkpoint":
         """Read the headers.
 
         Raises:
@@ -98,7 +98,7 @@ class Checkpoint:
                 yield start, file.get_slice(name)[start : start + step]
 
 
-def plan_shards(tensors: dict[str, TensorInfo], limit: int = SHARD_BYTES) -> list[dict[str, TensorInfo]]:
+def plan_shards(tensors: dict[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:
     """Tensors in order into shards of at most `limit` bytes; a tensor beyond it has a shard of its own."""
     shards: list[dict[str, TensorInfo]] = []
     used = 0
@@ -117,9 +117,9 @@ class CheckpointWriter(AbstractContextManager):
     Every tensor that was announced has to be written, in any number of blocks of rows but in the announced order.
     """
 
-    def __init__(self, directory: Path, tensors: dict[str, TensorInfo], limit: int = SHARD_BYTES) -> None:
+    def __init__(self, directory: Path, tensors: dict[str, TensorInfo], limit: int | None = None) -> None:
         self.directory = directory
-        self.shards = plan_shards(tensors, limit)
+        self.shards = plan_shards(tensors, limit or SHARD_BYTES)
         self._order = iter(tensors.items())
         self._left = 0
         self._starts = {next(iter(shard)): index for index, shard in enumerate(self.shards)}

@@ -26,11 +26,15 @@ class Multiple(BaseModel):
 
 class AdaptDimensionsParams(StageParams):
     section = "adapt_dimensions"
-    shared: ClassVar[tuple[str, ...]] = ("sparsity",)
+    shared: ClassVar[tuple[str, ...]] = ("sparsity", "compact.layout")
 
     sparsity: float = Field(description="Share of the decoder layers' parameters to remove.", gt=0, lt=1)
     multiple: Multiple = Field(description="T: widths become multiples of it; one number, or one an axis.")
     rounding: Literal["nearest", "budget"] = Field(description="Each width by itself, or all within the target.")
+
+    layout: Literal["uneven", "uniform", "padded"] = Field(
+        description="compact.layout: a config for all layers alike takes some widths only."
+    )
 
     def multiple_of(self, axis: Literal["hidden", "intermediate"]) -> int:
         return getattr(self.multiple, axis)

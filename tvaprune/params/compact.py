@@ -1,5 +1,7 @@
 """Parameters of the compact stage."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from tvaprune.params.loading import StageParams
@@ -8,5 +10,11 @@ from tvaprune.params.loading import StageParams
 class CompactParams(StageParams):
     section = "compact"
 
+    layout: Literal["uneven", "uniform", "padded"] = Field(
+        description="uneven: each layer as its mask says; uniform, padded: the base family's own config."
+    )
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(
+        description="Write model.gguf for llama.cpp beside the weights, in this type; null: none."
+    )
     max_abs_logit_diff: float = Field(description="The stage fails when masked and compact differ by more.", gt=0)
     prompt_tokens: int = Field(description="Tokens of the prompts that the two are compared on.", ge=2)

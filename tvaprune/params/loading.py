@@ -26,7 +26,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class StageParams(BaseModel):
-    """The parameters of one stage: its own section, and the top-level keys named in `shared`."""
+    """The parameters of one stage: its own section, and the keys named in `shared`.
+
+    A shared key is top-level (`seed`) or another section's (`compact.layout`, the field `layout` here).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     section: ClassVar[str]
@@ -44,11 +47,14 @@ class StageParams(BaseModel):
             raise ParameterError(f"{path}: section {cls.section!r} is missing or is not a mapping")
         merged = dict(content[cls.section])
         for key in cls.shared:
-            if key in merged:
-                raise ParameterError(f"{path}: {cls.section}.{key}: {key} is a top-level key, set it there")
-            if key not in content:
-                raise ParameterError(f"{path}: top-level key {key!r} is missing")
-            merged[key] = content[key]
+            section, _, name = key.rpartition(".")
+            if name in merged:
+                where = f"a key of section {section}" if section else "a top-level key"
+                raise ParameterError(f"{path}: {cls.section}.{name}: {name} is {where}, set it there")
+            place = content.get(section) if section else content
+            if not isinstance(place, dict) or name not in place:
+                raise ParameterError(f"{path}: {'' if section else 'top-level '}key {key!r} is missing")
+            merged[name] = place[name]
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -58,9 +64,10 @@ class StageParams(BaseModel):
     @classmethod
     def _describe(cls, problem: Any) -> str:
         location = ".".join(str(part) for part in problem["loc"])
-        name = location if location in cls.shared else f"{cls.section}.{location}".rstrip(".")
+        shared = {key.rpartition(".")[2]: key for key in cls.shared}
+        name = shared.get(location, f"{cls.section}.{location}".rstrip("."))
         if problem["type"] == "extra_forbidden":
-            return f"{name}: unknown key; known keys are {', '.join(sorted(set(cls.model_fields) - set(cls.shared)))}"
+            return f"{name}: unknown key; known keys are {', '.join(sorted(set(cls.model_fields) - set(shared)))}"
         if problem["type"] == "missing":
             return f"{name}: missing"
         return f"{name} = {problem['input']!r}: {problem['msg']}"

@@ -1,5 +1,6 @@
 """Kept widths to the hardware's multiples (TVA-Prune section 3.2)."""
 
+from math import lcm
 from typing import Literal
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.model.topology import Topology
 from tvaprune.widths.masks import Masks, keep_best, sparsity
+from tvaprune.widths.uniform import Widths, keep_uniform, uniform_widths
 
 Rounding = Literal["nearest", "budget"]
+Layout = Literal["uneven", "uniform", "padded"]
 
 
 def nearest_multiple(count: int, multiple: int, width: int) -> int:
@@ -42,8 +45,9 @@ def adapt(
     rounding: Rounding,
     hidden_multiple: int,
     intermediate_multiple: int,
+    layout: Layout = "uneven",
 ) -> Masks:
-    """Resize the masks of hidden and of each layer's intermediate to multiples.
+    """Resize the masks of hidden and of each layer's intermediate to multiples, and to what the layout can hold.
 
     Best units first by log_alpha (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays
     without one. kv_heads are aligned by head_dim already.
@@ -53,14 +57,31 @@ def adapt(
         budget: hidden to its nearest multiple; then whole multiples of intermediate units, over all layers
             together, best mean log_alpha first, while the parameters stay within the target.
 
+    layout:
+        uneven: nothing more is asked.
+        padded: the base family's config describes the widest layer, so hidden takes the nearest width that
+            it accepts (LlamaConfig wants a multiple of the query heads).
+        uniform: every layer the same widths, which that config accepts; with `budget` the least lost within the
+            target, with `nearest` the layers' mean widths rounded.
+
     Raises:
         ValueError: a multiple that does not divide its width; a budget that one multiple a layer exceeds.
     """
     check_multiples(topology, hidden_multiple, intermediate_multiple)
     keep = {axis: mask.clone() for axis, mask in masks.keep.items()}
-    hidden = nearest_multiple(int(keep["hidden"].sum()), hidden_multiple, topology.hidden)
-    keep["hidden"] = keep_best(masks.log_alpha["hidden"], hidden)
     kept = keep["intermediate"].sum(-1).tolist()
+    if layout == "uniform":
+        if rounding == "budget":
+            widths = uniform_widths(topology, masks, target_sparsity, hidden_multiple, intermediate_multiple)
+        else:
+            kv_heads = max(1, round(float(keep["kv_heads"].sum(-1).double().mean())))
+            intermediate = nearest_multiple(round(sum(kept) / len(kept)), intermediate_multiple, topology.intermediate)
+            widths = Widths(_nearest_hidden(topology, keep, hidden_multiple, kv_heads), intermediate, kv_heads)
+        return keep_uniform(masks, widths)
+    widest = 0 if layout == "uneven" else max(1, int(keep["kv_heads"].sum(-1).max()))
+    keep["hidden"] = keep_best(
+        masks.log_alpha["hidden"], _nearest_hidden(topology, keep, hidden_multiple, kv_heads=widest)
+    )
     if rounding == "nearest":
         counts = [nearest_multiple(n, intermediate_multiple, topology.intermediate) if n else 0 for n in kept]
     else:
@@ -70,6 +91,17 @@ def adapt(
         [keep_best(score, count) for score, count in zip(masks.log_alpha["intermediate"], counts, strict=True)]
     )
     return masks.with_keep(keep)
+
+
+def _nearest_hidden(topology: Topology, keep: dict, multiple: int, kv_heads: int) -> int:
+    """The nearest multiple to the kept hidden width that a config with so many heads takes; 0 heads: any multiple."""
+    step = lcm(multiple, topology.hidden_divisor(kv_heads)) if kv_heads else multiple
+    if step > topology.hidden:
+        raise ValueError(
+            f"adapt_dimensions.multiple.hidden = {multiple}: no multiple of it is a hidden width that the model's "
+            f"config takes with {kv_heads * topology.group_size} heads; use a smaller one, or compact.layout uneven"
+        )
+    return nearest_multiple(int(keep["hidden"].sum()), step, topology.hidden // step * step)
 
 
 def _share_budget(

@@ -1,0 +1,228 @@
+"""Stock layouts load with transformers alone and compute what the masked model computes; files are streamed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests.tiny_models import FAMILIES, random_masks, save_tiny_model
+from tvaprune.checkpoint.compact import compact
+from tvaprune.checkpoint.layouts import dense_tensors, plan
+from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.parity import compact_logits, compare, masked_dense_logits
+from tvaprune.checkpoint.tensor_files import Checkpoint, CheckpointWriter, TensorInfo, plan_shards
+from tvaprune.checkpoint.update import WeightUpdate, weight_update
+from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.widths.adapt import adapt
+from tvaprune.widths.masks import Masks, project
+
+PROMPTS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
+
+
+def adapted(topology: Topology, layout: str, sparsity: float = 0.4, seed: int = 3) -> Masks:
+    masks = project(topology, random_masks(topology, seed), sparsity)
+    return adapt(topology, masks, sparsity, "budget", 4, 8, layout=layout)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["uniform", "padded"])
+def test_stock_layouts_compute_what_the_masked_model_computes(family: str, layout: str, tmp_path: Path) -> None:
+    dense = save_tiny_model(family, tmp_path / "dense")
+    config = load_config(dense)
+    masks = adapted(Topology.of(config), layout)
+    update = weight_update(masks, "mean")
+    compact(dense, masks, update, tmp_path / "out", layout=layout)  # type: ignore[arg-type]
+    written = load_config(tmp_path / "out")
+    assert written.model_type == config.model_type
+    assert not list((tmp_path / "out").glob("*.py"))
+    expected = masked_dense_logits(dense, masks, update, PROMPTS)
+    parity = compare(expected, compact_logits(tmp_path / "out", PROMPTS))
+    assert parity.max_rel_logit_diff < 1e-5
+    assert parity.argmax_agreement == 1
+
+
+def test_padding_stands_for_blocks_that_are_gone(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    topology = Topology.of(load_config(dense))
+    masks = random_masks(topology, seed=3, empty_layer=1)
+    masks.keep["hidden"][:] = True
+    update = weight_update(masks, "mean")
+    compact(dense, masks, update, tmp_path / "out", layout="padded")
+    expected = masked_dense_logits(dense, masks, update, PROMPTS)
+    assert compare(expected, compact_logits(tmp_path / "out", PROMPTS)).max_rel_logit_diff < 1e-5
+    widest = masks.widths()["intermediate"].max()
+    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert weight.shape == (widest, topology.hidden)
+    assert not weight.any()
+
+
+@pytest.mark.parametrize("layout", ["uniform", "padded"])
+def test_stock_layouts_load_in_a_plain_process(layout: str, tmp_path: Path) -> None:
+    dense = save_tiny_model("llama_tied", tmp_path / "dense")
+    masks = adapted(Topology.of(load_config(dense)), layout)
+    compact(dense, masks, weight_update(masks, "mean"), tmp_path / "out", layout=layout)  # type: ignore[arg-type]
+    torch.save(PROMPTS, tmp_path / "prompts.pt")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("out").eval()
+assert "tvaprune" not in sys.modules and type(model).__name__ == "LlamaForCausalLM"
+with torch.no_grad():
+    torch.save(model(torch.load("prompts.pt")).logits, "logits.pt")
+"""
+    environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+    expected = masked_dense_logits(dense, masks, weight_update(masks, "mean"), PROMPTS)
+    assert compare(expected, torch.load(tmp_path / "logits.pt")).max_rel_logit_diff < 1e-5
+
+
+def test_flap_biases_fit_a_llama_config_and_no_other(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
+    for family in ("llama", "mistral"):
+        dense = save_tiny_model(family, tmp_path / family)
+        masks = adapted(Topology.of(load_config(dense)), "padded")
+        update = WeightUpdate({axis: masks.mu[axis] for axis in AXES}, {name: torch.randn(64) for name in names})
+        if family == "mistral":
+            with pytest.raises(ValueError, match=r"no place for FLAP's biases: set learn_masks\.baseline\.flap_bias"):
+                compact(dense, masks, update, tmp_path / "out", layout="padded")
+            continue
+        compact(dense, masks, update, tmp_path / "out", layout="padded")
+        expected = masked_dense_logits(dense, masks, update, PROMPTS)
+        assert compare(expected, compact_logits(tmp_path / "out", PROMPTS)).max_rel_logit_diff < 1e-5
+
+
+def test_sizes_that_the_config_refuses_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    masks = Masks.dense(Topology.of(load_config(dense)))
+    masks.keep["hidden"][0] = False
+    with pytest.raises(ValueError, match="hidden_size of 63 with 4 heads"):
+        compact(dense, masks, weight_update(masks, "none"), tmp_path / "out", layout="padded")
+    masks.keep["intermediate"][1, 5:] = False
+    with pytest.raises(ValueError, match=r"compact\.layout = uniform, but the masks keep 5 to 96 of intermediate"):
+        compact(dense, masks, weight_update(masks, "none"), tmp_path / "out", layout="uniform")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["uneven", "uniform", "padded"])
+def test_the_plan_from_a_config_alone_is_what_is_written(family: str, layout: str, tmp_path: Path) -> None:
+    """So that an 8B run can be checked on the meta device first."""
+    dense = save_tiny_model(family, tmp_path / "dense")
+    config = load_config(dense)
+    topology = Topology.of(config)
+    masks = adapted(topology, layout, seed=8)
+    update = weight_update(masks, "mean")
+    planned = plan(config, dense_tensors(config), masks, update, layout)  # type: ignore[arg-type]
+    size = compact(dense, masks, update, tmp_path / "out", layout=layout)  # type: ignore[arg-type]
+    assert Checkpoint.of(tmp_path / "out").info == planned.tensors
+    assert load(tmp_path / "out").num_parameters() == size.parameters_kept
+    in_layers = sum(info.numel for name, info in planned.tensors.items() if ".layers." in name)
+    if layout != "padded":
+        assert in_layers == kept_decoder_parameters(topology, masks.keep)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(sparsity=st.floats(0.05, 0.7), seed=st.integers(0, 99))
+def test_uniform_widths_meet_the_budget_and_the_config(family: str, sparsity: float, seed: int) -> None:
+    shape = {"layers": 3, "hidden": 64, "intermediate": 96, "head_dim": 16}
+    kv_heads = {"llama_mha": 4, "llama_mqa": 1}.get(family, 2)
+    topology = Topology(
+        **shape, kv_heads=kv_heads, group_size=4 // kv_heads, heads_divide_hidden=family.startswith("llama")
+    )
+    masks = project(topology, random_masks(topology, seed), sparsity)
+    after = adapt(topology, masks, sparsity, "budget", 4, 8, layout="uniform")
+    widths = after.widths()
+    hidden, kept = int(widths["hidden"]), widths["kv_heads"]
+    assert len(set(kept.tolist())) == len(set(widths["intermediate"].tolist())) == 1
+    assert hidden % topology.hidden_divisor(int(kept[0])) == 0
+    budget = (1 - sparsity) * dense_decoder_parameters(topology)
+    assert kept_decoder_parameters(topology, after.keep) <= budget
+
+
+def test_an_axis_that_the_masks_left_whole_stays_whole() -> None:
+    topology = Topology(layers=3, hidden=64, intermediate=96, kv_heads=2, group_size=2, head_dim=16)
+    masks = project(topology, random_masks(topology, 4), 0.3, axes=("intermediate",))
+    widths = adapt(topology, masks, 0.3, "budget", 4, 8, layout="uniform").widths()
+    assert int(widths["hidden"]) == 64
+    assert widths["kv_heads"].tolist() == [2, 2, 2]
+
+
+def test_nearest_uniform_widths_are_the_layers_means_rounded() -> None:
+    topology = Topology(layers=3, hidden=64, intermediate=96, kv_heads=2, group_size=2, head_dim=16)
+    masks = random_masks(topology, 4)
+    widths = adapt(topology, masks, 0.3, "nearest", 4, 8, layout="uniform").widths()
+    mean = float(masks.keep["intermediate"].sum(-1).float().mean())
+    assert abs(int(widths["intermediate"][0]) - mean) <= 4.5
+    assert len(set(widths["intermediate"].tolist())) == 1
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    limit=st.integers(1, 2000),
+    block=st.integers(1, 500),
+)
+def test_streamed_files_hold_what_was_written(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, limit: int, block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("files")
+    tensors = {f"t{i}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
+    described = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    save_file(tensors, directory / "whole.safetensors")
+    source = Checkpoint.of(directory)
+    out = directory / "out"
+    out.mkdir()
+    with pytest.MonkeyPatch.context() as patch, CheckpointWriter(out, described, limit) as writer:
+        patch.setattr("tvaprune.checkpoint.tensor_files._BLOCK_BYTES", block)
+        for name in tensors:
+            writer.begin(name)
+            for _, rows in source.blocks(name):
+                writer.write(rows)
+    found = {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    for shard in plan_shards(described, limit):
+        assert len(shard) == 1 or sum(info.nbytes for info in shard.values()) <= limit
+    assert (len(list(out.glob("*.safetensors"))) > 1) == (out / "model.safetensors.index.json").exists()
+
+
+def test_a_checkpoint_in_shards_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    masks = adapted(Topology.of(load_config(dense)), "uneven")
+    update = weight_update(masks, "mean")
+    compact(dense, masks, update, tmp_path / "one")
+    monkeypatch.setattr("tvaprune.checkpoint.tensor_files.SHARD_BYTES", 20_000)
+    compact(dense, masks, update, tmp_path / "many")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    torch.testing.assert_close(compact_logits(tmp_path / "many", PROMPTS), compact_logits(tmp_path / "one", PROMPTS))
+
+
+def test_a_tensor_that_was_announced_has_to_come(tmp_path: Path) -> None:
+    def write(name: str) -> None:
+        with CheckpointWriter(tmp_path, {"a": TensorInfo((2, 2), torch.float32)}) as writer:
+            writer.begin(name)
+            writer.write(torch.zeros(1, 2))
+
+    with pytest.raises(ValueError, match="announced was not written"):
+        write("a")
+    with pytest.raises(ValueError, match="'b' came where 'a' was due"):
+        write("b")
+
+
+def test_a_damaged_or_quantised_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
+        Checkpoint.of(tmp_path)
+    save_file({"w": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: w is stored as I8"):
+        Checkpoint.of(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+        Checkpoint.of(tmp_path)

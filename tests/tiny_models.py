@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tvaprune.model.topology import AXES, Topology
 from tvaprune.widths.masks import Masks
@@ -50,6 +51,35 @@ def tiny_model(family: str, seed: int = 0, layers: int = 3) -> PreTrainedModel:
 def save_tiny_model(family: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     tiny_model(family, seed).to(dtype).save_pretrained(directory)
     return directory
+
+
+def tiny_tokenizer(directory: Path, pre_tokenizer: pre_tokenizers.PreTokenizer | None = None) -> None:
+    """Put a byte-level BPE tokenizer as large as the model's vocabulary into its directory; bos is put before texts.
+
+    A vocabulary of less than 300 knows the bytes of ASCII alone.
+
+    Args:
+        pre_tokenizer: GPT-2's if None; its last step maps bytes to characters.
+    """
+    vocab_size = AutoConfig.from_pretrained(directory).vocab_size
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (letter not in "ĠĊ", ord(letter)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # transformers' Qwen2Tokenizer adds a token of its own
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=alphabet[: 256 if vocab_size >= 300 else 96],
+        limit_alphabet=256 if vocab_size >= 300 else 96,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["The bank's 1234 engineers don't think that THEY'LL pay 56.7 of it.\n\n  There!"], trainer
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
+    fast.save_pretrained(directory)
 
 
 def random_masks(topology: Topology, seed: int, keep_share: float = 0.6, empty_layer: int | None = None) -> Masks:

@@ -1,0 +1,222 @@
+"""A model directory's tokenizer in llama.cpp's terms.
+
+llama.cpp does not read the splitting rules of a tokenizer.json: it has its own implementations, picked by name. The
+names here are those of its src/llama-vocab.cpp, found from the rules themselves, and rules that it does not
+implement are refused, as a model that reads other tokens than it was trained on fails silently.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gguf import GGUFWriter, TokenType
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LAST_ALTERNATIVES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _LAST_ALTERNATIVES
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _LAST_ALTERNATIVES
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2_WORDS = "ByteLevel"
+# The steps of a byte-level tokenizer's pre_tokenizer, whether it takes a whole word's token before any merge
+# (ignore_merges), and llama.cpp's name for the two.
+_PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((_GPT2_WORDS,), False): "gpt-2",
+    (("Digits", _GPT2_WORDS), False): "smollm",
+    ((_LLAMA3,), True): "llama-bpe",
+    ((_LLAMA3,), False): "smaug-bpe",
+    ((_QWEN2,), False): "qwen2",
+    ((_TEKKEN,), True): "tekken",
+}
+_SPACE = "▁"  # U+2581, SentencePiece's space
+
+
+class Vocabulary(NamedTuple):
+    """What a GGUF file says of a tokenizer.
+
+    Attributes:
+        model: "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE).
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens: by id.
+        types: as many; gguf.TokenType.
+        merges: of byte-level BPE, best first, "left right".
+        scores: of SentencePiece, one a token; the pair whose token scores highest is merged first.
+        special_ids: of bos, eos, pad and unk, those that there are.
+        add_bos: texts are preceded by bos when they are tokenized.
+        add_eos: texts are followed by eos.
+        add_space_prefix: texts are preceded by a space (SentencePiece).
+        chat_template: Jinja, one or several by name.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    scores: list[float]
+    special_ids: dict[str, int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | dict[str, str] | None
+
+
+def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
+    """Read the tokenizer as transformers builds it from the directory.
+
+    Known differences that remain: llama.cpp does not normalise to NFC (Qwen2 does), and where a SentencePiece tokenizer
+    adds its leading space only to texts that have none, llama.cpp adds it always.
+
+    Args:
+        vocab_size: rows of the embedding; the tokenizer may have fewer tokens, not more.
+
+    Raises:
+        ValueError: no tokenizer, or a kind that llama.cpp does not have; says which.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{directory}: no tokenizer to export ({error}); GGUF holds one with the model") from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the embedding {vocab_size} rows")
+    kind = content["model"]["type"]
+    if kind != "BPE":
+        raise ValueError(f"{directory}: a tokenizer of type {kind} cannot be exported to GGUF; BPE can")
+    add_bos, add_eos = _added_around(directory, tokenizer)
+    sentencepiece = content["model"]["byte_fallback"]
+    tokens, types = _tokens(tokenizer, vocab_size, sentencepiece)
+    merges = content["model"]["merges"]
+    return Vocabulary(
+        model="llama" if sentencepiece else "gpt2",
+        pre="default" if sentencepiece else _pre_tokenizer(directory, content),
+        tokens=tokens,
+        types=types,
+        merges=[] if sentencepiece else [" ".join(pair) for pair in merges],
+        scores=_scores(tokens, merges) if sentencepiece else [],
+        special_ids={
+            name: number
+            for name in ("bos", "eos", "pad", "unk")
+            if (number := getattr(tokenizer, f"{name}_token_id")) is not None
+        },
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=sentencepiece and _adds_space_prefix(directory, content),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add the tokenizer's keys to a GGUF file's."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    for name, number in vocabulary.special_ids.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    template = vocabulary.chat_template
+    if isinstance(template, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+    elif template:
+        writer.add_chat_template(template)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, sentencepiece: bool) -> tuple[list[str], list[int]]:
+    """Texts and types by id; rows of the embedding without a token get a name that no text holds."""
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [int(TokenType.UNUSED)] * vocab_size
+    for text, number in tokenizer.get_vocab().items():
+        tokens[number] = text
+        is_byte = sentencepiece and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        types[number] = int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+    for number, token in tokenizer.added_tokens_decoder.items():
+        types[number] = int(TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
+    if sentencepiece and tokenizer.unk_token_id is not None:
+        types[tokenizer.unk_token_id] = int(TokenType.UNKNOWN)
+    return tokens, types
+
+
+def _pre_tokenizer(directory: Path, content: dict[str, Any]) -> str:
+    """llama.cpp's name for what a byte-level tokenizer does before its merges."""
+    normalizer, pre_tokenizer = content["normalizer"], content["pre_tokenizer"]
+    if normalizer not in (None, {"type": "NFC"}):
+        raise ValueError(f"{directory}: llama.cpp has no tokenizer with the normalizer {json.dumps(normalizer)}")
+    steps = _steps(pre_tokenizer)
+    # The mapping of bytes to characters comes last; where it also finds the words, it is a step like the others.
+    last = steps[-1] if steps else None
+    if last is not None and last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        described = tuple(_describe(step) for step in (steps if last["use_regex"] else steps[:-1]))
+        name = _PRE_TOKENIZERS.get((described, bool(content["model"]["ignore_merges"])))
+        if name is not None:
+            return name
+    raise ValueError(
+        f"{directory}: llama.cpp has no tokenizer with this pre_tokenizer (ignore_merges "
+        f"{content['model']['ignore_merges']}): {json.dumps(pre_tokenizer, ensure_ascii=False)}; known are "
+        f"{', '.join(_PRE_TOKENIZERS.values())} and SentencePiece's"
+    )
+
+
+def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+
+
+def _describe(step: dict[str, Any]) -> str:
+    """A step by its regular expression or its type; by its whole content where that is no step of a known one."""
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return step["pattern"].get("Regex", "")
+    if step["type"] == "ByteLevel" and step["use_regex"] and not step["add_prefix_space"]:
+        return _GPT2_WORDS
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "Digits"
+    return json.dumps(step)
+
+
+def _adds_space_prefix(directory: Path, content: dict[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before a text; its two forms are a normalizer and Metaspace."""
+    normalizer, pre_tokenizer = content["normalizer"], content["pre_tokenizer"]
+    if pre_tokenizer is None and normalizer is not None:
+        parts = normalizer.get("normalizers", [normalizer])
+        replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+        if parts == [replaces]:
+            return False
+        if parts == [{"type": "Prepend", "prepend": _SPACE}, replaces]:
+            return True
+    elif normalizer is None and pre_tokenizer["type"] == "Metaspace" and not pre_tokenizer["split"]:
+        return pre_tokenizer["prepend_scheme"] != "never"
+    raise ValueError(
+        f"{directory}: llama.cpp has no SentencePiece tokenizer with the normalizer {json.dumps(normalizer)} and the "
+        f"pre_tokenizer {json.dumps(pre_tokenizer)}"
+    )
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """Scores for which llama.cpp merges in the order of the merges: minus the first rank that makes a token."""
+    rank: dict[str, int] = {}
+    for number, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, number)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _added_around(directory: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before and eos after a text."""
+    bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for bos in (False, True):
+        for eos in (False, True):
+            if full == [tokenizer.bos_token_id] * bos + bare + [tokenizer.eos_token_id] * eos:
+                return bos, eos
+    raise ValueError(
+        f"{directory}: the tokenizer makes {full} of {bare}; llama.cpp adds nothing but a bos before and an eos after"
+    )

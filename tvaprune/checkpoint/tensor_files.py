@@ -141,12 +141,11 @@ class CheckpointWriter(AbstractContextManager):
     def write(self, block: Tensor) -> None:
         """The next rows of the tensor begun, in the announced dtype."""
         assert self._file is not None
-        data = block.contiguous().view(torch.uint8) if block.numel() else block
         self._left -= block.nbytes
         if self._left < 0:
             raise ValueError(f"{-self._left} bytes more than were announced")
         if block.numel():
-            self._file.write(memoryview(data.numpy()).cast("B"))
+            self._file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

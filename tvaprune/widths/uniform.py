@@ -65,11 +65,17 @@ def _fitting(topology: Topology, budget: float, candidates: dict[Axis, range]) -
 
 def keep_uniform(masks: Masks, widths: Widths) -> Masks:
     """Every layer's best units, as many in each."""
-    counts = {"hidden": widths.hidden, "intermediate": widths.intermediate, "kv_heads": widths.kv_heads}
-    keep = {"hidden": keep_best(masks.log_alpha["hidden"], widths.hidden)}
-    for axis in ("intermediate", "kv_heads"):
-        keep[axis] = torch.stack([keep_best(score, counts[axis]) for score in masks.log_alpha[axis]])
-    return masks.with_keep(keep)
+
+    def in_each_layer(axis: Axis, count: int) -> Tensor:
+        return torch.stack([keep_best(score, count) for score in masks.log_alpha[axis]])
+
+    return masks.with_keep(
+        {
+            "hidden": keep_best(masks.log_alpha["hidden"], widths.hidden),
+            "intermediate": in_each_layer("intermediate", widths.intermediate),
+            "kv_heads": in_each_layer("kv_heads", widths.kv_heads),
+        }
+    )
 
 
 def _parameters(topology: Topology, hidden: int, intermediate: int, kv_heads: int) -> float:

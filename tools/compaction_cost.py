@@ -1,0 +1,147 @@
+"""What compacting a large model costs: memory and speed, on a synthetic checkpoint of the right shapes.
+
+    python -m tools.compaction_cost --directory /large/disk
+
+writes an 8B checkpoint of noise shard by shard (16 GB, removed at the end), cuts it with random masks in
+a process of its own, and copies as many bytes as that read and wrote, in the same run.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedConfig
+
+from tvaprune.checkpoint.compact import compact
+from tvaprune.checkpoint.layouts import dense_tensors
+from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.tensor_files import CheckpointWriter
+from tvaprune.checkpoint.update import weight_update
+from tvaprune.cost import peak_memory_bytes
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.widths.adapt import adapt
+from tvaprune.widths.masks import Masks, project
+
+# Shapes of Llama-3-8B, so that the command needs no hub.
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+_COPY_BLOCK = 64_000_000
+
+
+def write_noise(config: PreTrainedConfig, directory: Path) -> None:
+    """A checkpoint of noise with the tensors of this config, written a block at a time."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = dense_tensors(config)
+    noise = torch.randn(_COPY_BLOCK // 2, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(config.dtype)
+    size = sum(info.nbytes for info in tensors.values())
+    with (
+        CheckpointWriter(directory, tensors) as writer,
+        tqdm(desc="dense checkpoint", total=size, unit="B", unit_scale=True) as progress,
+    ):
+        for name, info in tensors.items():
+            writer.begin(name)
+            width = info.numel // info.shape[0]
+            rows = max(1, len(noise) // width)
+            for start in range(0, info.shape[0], rows):
+                count = min(rows, info.shape[0] - start)
+                writer.write(noise[: count * width].view(count, *info.shape[1:]))
+                progress.update(count * width * noise.itemsize)
+    config.save_pretrained(directory)
+
+
+def random_masks(topology: Topology, sparsity: float) -> Masks:
+    """Random importances and means, projected and adapted to multiples of 128."""
+    generator = torch.Generator().manual_seed(1)
+    scores = {axis: torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
+    means = {axis: 1 + 0.1 * torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
+    masks = project(topology, Masks({axis: score > 0 for axis, score in scores.items()}, scores, means), sparsity)
+    return adapt(topology, masks, sparsity, "budget", 128, 128)
+
+
+def copy_bytes(source: Path, out: Path, written_bytes: int) -> float:
+    """Seconds to read every byte of the checkpoint and to write so many of them."""
+    out.mkdir(parents=True)
+    started = time.perf_counter()
+    shards = sorted(source.glob("*.safetensors"))
+    share = written_bytes / sum(shard.stat().st_size for shard in shards)
+    for shard in shards:
+        with shard.open("rb", buffering=0) as read, (out / shard.name).open("wb", buffering=0) as write:
+            while block := read.read(_COPY_BLOCK):
+                write.write(memoryview(block)[: round(len(block) * share)])
+    return time.perf_counter() - started
+
+
+def forget(directory: Path) -> None:
+    """Write a directory's files out and drop them from the page cache, so that both sides read from disk."""
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def child(dense: Path, out: Path, sparsity: float) -> None:
+    """The compaction, in a process whose peak memory is its own."""
+    topology = Topology.of(load_config(dense))
+    masks = random_masks(topology, sparsity)
+    update = weight_update(masks, "mean")
+    before = peak_memory_bytes(torch.device("cpu"))
+    started = time.perf_counter()
+    size = compact(dense, masks, update, out)
+    seconds = time.perf_counter() - started
+    figures = {
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
+        "memory_before_bytes": before,
+        "bytes_read": size.bytes_dense,
+        "bytes_written": size.bytes_kept,
+    }
+    print(json.dumps(figures))
+
+
+def main(
+    directory: Annotated[Path, typer.Option(help="Where to work; needs 45 GB for the 8B model, removed at the end.")],
+    config: Annotated[Path | None, typer.Option(help="Directory with a config.json; without it, Llama-3-8B.")] = None,
+    sparsity: Annotated[float, typer.Option(help="Share of the decoder layers' parameters to remove.")] = 0.5,
+) -> None:
+    """Measure, and print one JSON object."""
+    work = directory / "compaction_cost"
+    dense, out, copied = work / "dense", work / "compact", work / "copied"
+    described = load_config(config) if config else AutoConfig.for_model("llama", **LLAMA_3_8B)
+    try:
+        write_noise(described, dense)
+        forget(dense)
+        command = [sys.executable, "-c", f"from tools.compaction_cost import child, Path; child(Path({str(dense)!r}), "]
+        command[-1] += f"Path({str(out)!r}), {sparsity})"
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        figures = json.loads(done.stdout.splitlines()[-1])
+        forget(dense)
+        forget(out)
+        shutil.rmtree(out)
+        figures["copy_seconds"] = copy_bytes(dense, copied, figures["bytes_written"])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    figures["speed_against_copy"] = figures["copy_seconds"] / figures["seconds"]
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tvaprune.model.topology import AXES, Topology
+from tvaprune.model.topology import AXES, PLACES, Topology
 from tvaprune.widths.masks import Masks
 
 FAMILIES: dict[str, dict] = {
@@ -95,4 +95,5 @@ def random_masks(topology: Topology, seed: int, keep_share: float = 0.6, empty_l
     if empty_layer is not None:
         keep["intermediate"][empty_layer] = False
         keep["kv_heads"][empty_layer] = False
-    return Masks(keep=keep, log_alpha=log_alpha, mu=mu)
+    channel_mu = {place: 1 + 0.2 * torch.randn(topology.place_shape(place), generator=generator) for place in PLACES}
+    return Masks(keep=keep, log_alpha=log_alpha, mu=mu, channel_mu=channel_mu)

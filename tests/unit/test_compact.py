@@ -34,7 +34,8 @@ def test_masked_equals_compact_equals_gates_in_place(family: str, empty_layer: i
     folded = compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded)
     model = load(dense)
     with GatedModel(model, topology).inserted() as gated, torch.no_grad():
-        gated.set(hard_gates(masks.keep, masks.mu), kept_hidden=int(masks.keep["hidden"].sum()))
+        kept = int(masks.keep["hidden"].sum())
+        gated.set(hard_gates(masks.keep, masks.mu), kept, channel_mu=masks.channel_mu)
         in_place = compare(model(PROMPTS).logits, reloaded)
 
     for parity in (folded, in_place):

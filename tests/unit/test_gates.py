@@ -24,11 +24,13 @@ WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_see
 SETTINGS = GateTraining(
     steps=30, batch_size=2, constraint="budget", ramp=0.6, init="curvature", init_log_var=0.0, curvature_windows=4,
     head_start={"hidden": 1.0, "intermediate": 0.0, "kv_heads": 0.5}, log_var_lr=0.05, mu_lr=0.01, lambda_lr=0.1,
-    noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0, distillation_weight=1.0, slope=(2.0, 8.0), clip=None,
+    noise=0.0, channel_means=True, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0, distillation_weight=1.0,
+    slope=(2.0, 8.0), clip=None,
 )  # fmt: skip
 PAPER = replace(
     SETTINGS, constraint="lagrangian", init="constant", init_log_var=-3.0, noise=1.0, slope=(1.0, 1.0),
-    log_var_lr=0.2, kl_weight=dict.fromkeys(AXES, 1e-6), distillation_weight=0.0, lambda_lr=20.0, clip=1.0,
+    channel_means=False, log_var_lr=0.2, kl_weight=dict.fromkeys(AXES, 1e-6), distillation_weight=0.0,
+    lambda_lr=20.0, clip=1.0,
 )  # fmt: skip
 
 
@@ -82,6 +84,8 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(settings: GateTraining)
         assert torch.equal(undisturbed.masks.mu[axis], resumed.masks.mu[axis])
         assert torch.equal(undisturbed.masks.log_alpha[axis], resumed.masks.log_alpha[axis])
         assert torch.equal(undisturbed.masks.keep[axis], resumed.masks.keep[axis])
+    for place, mean in undisturbed.masks.channel_mu.items():
+        assert torch.equal(mean, resumed.masks.channel_mu[place])
     assert undisturbed.curve == resumed.curve
 
 
@@ -116,7 +120,7 @@ def test_gate_gradients_are_those_of_plain_autograd(noisy: bool, monkeypatch: py
     """Against the gate written as x · (z + sigma · eps), differentiated by autograd alone."""
     model = tiny_model("llama")
     topology = Topology.of(model.config)
-    masks = random_masks(topology, seed=2)
+    masks = random_masks(topology, seed=5)
     noise = NoisePool(0, torch.device("cpu"), torch.float32, size=1 << 15) if noisy else None
 
     def gradients() -> list[torch.Tensor]:
@@ -125,10 +129,11 @@ def test_gate_gradients_are_those_of_plain_autograd(noisy: bool, monkeypatch: py
         with GatedModel(model, topology).inserted() as gated:
             if noise is not None:
                 noise.start_step(5)
-            gated.set(gates, int(masks.keep["hidden"].sum()), sigma, noise)
+            means = {place: mean.clone().requires_grad_() for place, mean in masks.channel_mu.items()}
+            gated.set(gates, int(masks.keep["hidden"].sum()), sigma, noise, means)
             logits = model(WINDOWS[:2].long()).logits[:, :-1].flatten(0, 1)
             torch.nn.functional.cross_entropy(logits, WINDOWS[:2, 1:].long().flatten()).backward()
-        return [value.grad for value in (*gates.values(), *(sigma.values() if sigma else ()))]
+        return [value.grad for value in (*gates.values(), *means.values(), *(sigma.values() if sigma else ()))]
 
     ours = gradients()
 

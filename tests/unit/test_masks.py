@@ -120,6 +120,9 @@ def test_masks_read_back_as_written(tmp_path: Path) -> None:
     for part in ("keep", "log_alpha", "mu"):
         for axis in AXES:
             assert torch.equal(getattr(masks, part)[axis], getattr(again, part)[axis])
+    assert {place: mean.tolist() for place, mean in again.channel_mu.items()} == {
+        place: mean.tolist() for place, mean in masks.channel_mu.items()
+    }
     assert torch.equal(again.bias["model.layers.0.mlp.down_proj"], masks.bias["model.layers.0.mlp.down_proj"])
     meta = json.loads((tmp_path / "masks" / "meta.json").read_text())
     assert meta["widths"]["kv_heads"] == masks.keep["kv_heads"].sum(-1).tolist()

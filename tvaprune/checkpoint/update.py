@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tvaprune.artifacts import read_artifact, write_artifact
-from tvaprune.model.topology import AXES, Axis, Topology, cut
+from tvaprune.model.topology import AXES, PLACES, Axis, Place, Topology, Units, cut
 from tvaprune.widths.masks import Masks
 
 Method = Literal["mean", "none"]
@@ -21,10 +21,12 @@ class WeightUpdate:
     Attributes:
         scale: float32 per axis, shapes of `Topology.gate_shape`.
         bias: float32 [hidden] by projection, for example "model.layers.3.mlp.down_proj" (FLAP).
+        channel_scale: float32 [layers, channels] by place, beside the units' scale.
     """
 
     scale: dict[Axis, Tensor]
     bias: dict[str, Tensor] = field(default_factory=dict)
+    channel_scale: dict[Place, Tensor] = field(default_factory=dict)
 
 
 def weight_update(masks: Masks, method: Method) -> WeightUpdate:
@@ -34,11 +36,12 @@ def weight_update(masks: Masks, method: Method) -> WeightUpdate:
     gate multiplied in training.
     """
     scale = {axis: masks.mu[axis] if method == "mean" else torch.ones_like(masks.mu[axis]) for axis in AXES}
-    return WeightUpdate(scale, masks.bias)
+    return WeightUpdate(scale, masks.bias, masks.channel_mu if method == "mean" else {})
 
 
 def write_update(directory: Path, update: WeightUpdate) -> None:
     tensors = {f"{axis}.scale": update.scale[axis] for axis in AXES}
+    tensors |= {f"channel.{place}": scale for place, scale in update.channel_scale.items()}
     write_artifact(directory, "update", tensors | {f"bias.{name}": bias for name, bias in update.bias.items()})
 
 
@@ -48,6 +51,7 @@ def read_update(directory: Path) -> WeightUpdate:
     return WeightUpdate(
         {axis: tensors[f"{axis}.scale"] for axis in AXES},
         {name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},
+        {place: tensors[f"channel.{place}"] for place in PLACES if f"channel.{place}" in tensors},
     )
 
 
@@ -88,8 +92,19 @@ def scales(topology: Topology, name: str, update: WeightUpdate, tied: bool) -> t
             result.append(None)
             continue
         per_unit = update.scale[axis] if where.layer is None or axis == "hidden" else update.scale[axis][where.layer]
-        result.append(_unless_ones(per_row(topology, units, per_unit)))
+        along = per_row(topology, units, per_unit)
+        place = place_of(name, units)
+        if place in update.channel_scale and where.layer is not None:
+            along = along * update.channel_scale[place][where.layer]
+        result.append(_unless_ones(along))
     return tuple(result)
+
+
+def place_of(name: str, units: Units) -> Place | None:
+    """The place whose channels a dimension of a tensor is, or None."""
+    if ".self_attn.o_proj." in name:
+        return "attention_in" if units == "query" else "attention_out"
+    return "mlp_out" if ".mlp.down_proj." in name and units == "hidden" else None
 
 
 def _unless_ones(scale: Tensor) -> Tensor | None:

@@ -7,6 +7,10 @@ Where they multiply (TVA-Prune section 3.1; method per axis):
 
 Query head h belongs to key-value head h // group_size (repeat_interleave, as in transformers). The paper's
 Eq. 2 and the published code tile (h mod kv_heads), which is wrong for every Hugging Face checkpoint.
+
+Departure: at the outputs of o_proj and down_proj and before o_proj, a mean by channel and layer may multiply as well
+(`channel_mu`). It folds into the same rows and columns, and a gate's one mean for a whole head, or for a residual
+dimension in all layers, is coarse.
 """
 
 from collections.abc import Iterator
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tvaprune.model import topology as layout
-from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.model.topology import AXES, Axis, Place, Topology
 
 
 class NoisePool:
@@ -91,6 +95,7 @@ class GatedModel:
         self.topology = topology
         self._gates: dict[Axis, Tensor] = {}
         self._sigma: dict[Axis, Tensor] = {}
+        self._channel_mu: dict[Place, Tensor] = {}
         self._noise: NoisePool | None = None
         self._norm_scale = 1.0
 
@@ -100,6 +105,7 @@ class GatedModel:
         kept_hidden: int,
         sigma: dict[Axis, Tensor] | None = None,
         noise: NoisePool | None = None,
+        channel_mu: dict[Place, Tensor] | None = None,
     ) -> None:
         """Use these gates from the next forward on.
 
@@ -109,26 +115,32 @@ class GatedModel:
                 as the compact model will; the published training averages over all of them, and leaks.
             sigma: standard deviations of multiplicative noise, same shapes; 0 for a dropped unit.
             noise: where the normals come from; needed with sigma.
+            channel_mu: float32 per place, shapes of `Topology.place_shape`, beside the gates' own means; noise is
+                relative to it. Gradients flow to it.
         """
-        self._gates, self._sigma, self._noise = gates, sigma or {}, noise
+        self._gates, self._sigma, self._noise, self._channel_mu = gates, sigma or {}, noise, channel_mu or {}
         self._norm_scale = (self.topology.hidden / kept_hidden) ** 0.5
 
     def clear(self) -> None:
         """The dense model again."""
-        self._gates, self._sigma, self._noise, self._norm_scale = {}, {}, None, 1.0
+        self._gates, self._sigma, self._channel_mu, self._noise, self._norm_scale = {}, {}, {}, None, 1.0
 
-    def _multiply(self, x: Tensor, axis: Axis, layer: int | None) -> Tensor:
+    def _multiply(self, x: Tensor, axis: Axis, layer: int, place: Place | None) -> Tensor:
         gate = self._gates.get(axis)
         if gate is None:
             return x
         sigma = self._sigma.get(axis)
-        if layer is not None:
+        if axis != "hidden":
             gate = gate[layer]
             sigma = None if sigma is None else sigma[layer]
         if axis == "kv_heads":
             rows = self.topology.query_rows
             gate = gate.repeat_interleave(rows)
             sigma = None if sigma is None else sigma.repeat_interleave(rows)
+        if place in self._channel_mu:
+            mean = self._channel_mu[place][layer]
+            gate = gate * mean
+            sigma = None if sigma is None else sigma * mean.detach().abs()
         noise = self._noise.draw(x.shape) if sigma is not None and self._noise is not None else None
         return _Multiply.apply(x, gate, sigma, noise)
 
@@ -137,23 +149,27 @@ class GatedModel:
         """Attach the gates; detach them on leaving, whatever happens."""
         handles = []
 
-        def before(module: nn.Module, axis: Axis, layer: int) -> None:
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args: (self._multiply(args[0], axis, layer), *args[1:]))
-            )
+        def before(module: nn.Module, axis: Axis, layer: int, place: Place | None) -> None:
+            def hook(_: nn.Module, args: Any) -> Any:
+                return (self._multiply(args[0], axis, layer, place), *args[1:])
 
-        def after_hidden(module: nn.Module) -> None:
-            handles.append(module.register_forward_hook(lambda _, args, out: self._multiply(out, "hidden", None)))
+            handles.append(module.register_forward_pre_hook(hook))
+
+        def after_hidden(module: nn.Module, layer: int, place: Place | None) -> None:
+            def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+                return self._multiply(out, "hidden", layer, place)
+
+            handles.append(module.register_forward_hook(hook))
 
         norms: list[tuple[nn.Module, float]] = []
         try:
-            after_hidden(layout.embedding(self.model))
+            after_hidden(layout.embedding(self.model), 0, None)
             norms.append((layout.final_norm(self.model), 0.0))
             for index, layer in enumerate(layout.layers(self.model)):
-                before(layer.o_proj, "kv_heads", index)
-                after_hidden(layer.o_proj)
-                before(layer.down_proj, "intermediate", index)
-                after_hidden(layer.down_proj)
+                before(layer.o_proj, "kv_heads", index, "attention_in")
+                after_hidden(layer.o_proj, index, "attention_out")
+                before(layer.down_proj, "intermediate", index, None)
+                after_hidden(layer.down_proj, index, "mlp_out")
                 norms += [(layer.input_norm, 0.0), (layer.post_norm, 0.0)]
             norms = [(norm, norm.variance_epsilon) for norm, _ in norms]  # type: ignore[misc]
             for norm, epsilon in norms:

@@ -115,7 +115,7 @@ def find_masks(
         )
         masks = learned.masks
         if method == "vtrans":
-            masks = replace(masks, mu={axis: torch.ones_like(mu) for axis, mu in masks.mu.items()})
+            masks = replace(masks, mu={axis: torch.ones_like(mu) for axis, mu in masks.mu.items()}, channel_mu={})
     seconds = time.perf_counter() - started
     return Found(
         masks=masks,
@@ -139,7 +139,12 @@ def validation_nll(model: PreTrainedModel, topology: Topology, masks: Masks, win
     with GatedModel(model, topology).inserted() as gated:
         for name, gates in variants.items():
             if gates is not None:
-                gated.set({axis: gates[axis].to(device) for axis in AXES}, kept)
+                means = masks.channel_mu if name == "mean" else {}
+                gated.set(
+                    {axis: gates[axis].to(device) for axis in AXES},
+                    kept,
+                    channel_mu={place: mean.to(device) for place, mean in means.items()},
+                )
             for window in windows.long().to(device):
                 hidden = layout.decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
                 labels = next_token_labels(window[None])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tvaprune.gates.vib import EPSILON, log_alpha, stationary_log_var
 from tvaprune.model.sparsity import unit_costs
-from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.model.topology import AXES, PLACES, Axis, Place, Topology
 from tvaprune.widths.masks import Masks
 
 
@@ -27,6 +27,8 @@ class GateTraining:
         curvature_windows: calibration windows for init "curvature".
         head_start: added to log_alpha at the start, per axis, on the scale of a standard deviation.
         log_var_lr, mu_lr, lambda_lr: AdamW learning rates.
+        channel_means: learn `channel_mu` too, at mu's rate: a mean by channel and layer where one gate spans several
+            (see `tvaprune.gates.insertion`). The bottleneck's KL stays on the gates' own means.
         noise: share of sigma that is sampled in training, 0 (none) to 1 (the paper).
         kl_weight: weight of the KL per axis.
         ce_weight, distillation_weight: the objective's parts, on labels and on the dense model's own logits.
@@ -46,6 +48,7 @@ class GateTraining:
     log_var_lr: float
     mu_lr: float
     lambda_lr: float
+    channel_means: bool
     noise: float
     kl_weight: dict[Axis, float]
     ce_weight: float
@@ -70,11 +73,13 @@ class Gates:
         mu_std = 0.0 if settings.constraint == "budget" else 0.01
         self.mu = {axis: normal(axis, 1.0, mu_std) for axis in AXES}
         self.log_var = {axis: normal(axis, settings.init_log_var - settings.head_start[axis], 0.01) for axis in AXES}
+        places = PLACES if settings.channel_means else ()
+        self.channel_mu = {place: torch.ones(topology.place_shape(place), device=device) for place in places}
         self.multipliers = torch.zeros(2, device=device)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.log_var.values()), "lr": settings.log_var_lr},
-                {"params": list(self.mu.values()), "lr": settings.mu_lr},
+                {"params": [*self.mu.values(), *self.channel_mu.values()], "lr": settings.mu_lr},
                 {"params": [self.multipliers], "lr": settings.lambda_lr, "maximize": True},
             ],
             betas=(0.9, 0.99),
@@ -111,6 +116,10 @@ class Gates:
             for axis in AXES
         }
 
+    def channel_leaves(self) -> dict[Place, Tensor]:
+        """channel_mu as leaves of a step's own graph."""
+        return {place: mean.detach().clone().requires_grad_() for place, mean in self.channel_mu.items()}
+
     def masks(self) -> Masks:
         """As learned: keep where log_alpha > 0, not yet projected; on the CPU."""
         scores = {axis: log_alpha(self.mu[axis], self.log_var[axis]).cpu() for axis in AXES}
@@ -118,11 +127,13 @@ class Gates:
             keep={axis: score > 0 for axis, score in scores.items()},
             log_alpha=scores,
             mu={axis: mean.cpu() for axis, mean in self.mu.items()},
+            channel_mu={place: mean.cpu() for place, mean in self.channel_mu.items()},
         )
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "mu": self.mu,
+            "channel_mu": self.channel_mu,
             "log_var": self.log_var,
             "multipliers": self.multipliers,
             "optimizer": self.optimizer.state_dict(),
@@ -132,19 +143,28 @@ class Gates:
         for axis in AXES:
             self.mu[axis].copy_(state["mu"][axis])
             self.log_var[axis].copy_(state["log_var"][axis])
+        for place, mean in self.channel_mu.items():
+            mean.copy_(state["channel_mu"][place])
         self.multipliers.copy_(state["multipliers"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def step(
-        self, mu_gradient: dict[Axis, Tensor], log_var_gradient: dict[Axis, Tensor], ascent: Tensor, decay: float
+        self,
+        mu_gradient: dict[Axis, Tensor],
+        channel_gradient: dict[Place, Tensor],
+        log_var_gradient: dict[Axis, Tensor],
+        ascent: Tensor,
+        decay: float,
     ) -> None:
         """One AdamW step, learning rates times `decay` (lambda's is not decayed)."""
         for axis in AXES:
             self.mu[axis].grad = mu_gradient[axis]
             self.log_var[axis].grad = log_var_gradient[axis]
+        for place, mean in self.channel_mu.items():
+            mean.grad = channel_gradient[place]
         self.multipliers.grad = ascent
         if self.settings.clip is not None:
-            trained = [*self.mu.values(), *self.log_var.values()]
+            trained = [*self.mu.values(), *self.channel_mu.values(), *self.log_var.values()]
             nn.utils.clip_grad_norm_(trained, self.settings.clip)
         groups = self.optimizer.param_groups
         for index, (group, rate) in enumerate(zip(groups, self._rates, strict=True)):

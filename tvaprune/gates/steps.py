@@ -63,7 +63,8 @@ def budget_step(
             for axis in AXES
         }
         sigma = {axis: value.requires_grad_() for axis, value in sigma.items()}
-    gated.set(z, int(hard.keep["hidden"].sum()), sigma, noise)
+    channel_mu = gates.channel_leaves()
+    gated.set(z, int(hard.keep["hidden"].sum()), sigma, noise, channel_mu)
     parts = objective(gated, settings, batch)
     parts.loss.backward()
     with torch.no_grad():
@@ -82,7 +83,8 @@ def budget_step(
             if axis not in gates.axes:
                 log_var_gradient[axis].zero_()
         decay = 1.0 if progress <= settings.ramp else max((1 - progress) / (1 - settings.ramp), 0.02)
-        gates.step(mu_gradient, log_var_gradient, torch.zeros_like(gates.multipliers), decay)
+        channel_gradient = {place: _grad(mean) for place, mean in channel_mu.items()}
+        gates.step(mu_gradient, channel_gradient, log_var_gradient, torch.zeros_like(gates.multipliers), decay)
         reached = sparsity(topology, Masks(hard.keep, {}, {}))
     return _row(parts, reached, scheduled, hard.keep["hidden"].sum())
 
@@ -97,7 +99,8 @@ def lagrangian_step(
     mu = {axis: gates.mu[axis].detach().clone().requires_grad_() for axis in AXES}
     log_var = {axis: gates.log_var[axis].detach().clone().requires_grad_() for axis in AXES}
     sigma = {axis: settings.noise * torch.exp(log_var[axis] / 2) for axis in gates.axes} if noise is not None else None
-    gated.set({axis: mu[axis] for axis in AXES}, topology.hidden, sigma, noise)
+    channel_mu = gates.channel_leaves()
+    gated.set({axis: mu[axis] for axis in AXES}, topology.hidden, sigma, noise, channel_mu)
     parts = objective(gated, settings, batch)
     keep_probability = {
         axis: soft_keep(log_alpha(mu[axis], log_var[axis]), slope) if axis in gates.axes else torch.ones_like(mu[axis])
@@ -110,6 +113,7 @@ def lagrangian_step(
     with torch.no_grad():
         gates.step(
             {axis: _grad(mu[axis]) for axis in AXES},
+            {place: _grad(mean) for place, mean in channel_mu.items()},
             {axis: _grad(log_var[axis]) for axis in AXES},
             _grad(multipliers),
             1 - progress + 1 / settings.steps,

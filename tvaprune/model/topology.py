@@ -15,6 +15,11 @@ Axis = Literal["hidden", "intermediate", "kv_heads"]
 AXES: tuple[Axis, ...] = ("hidden", "intermediate", "kv_heads")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
+# Where a gate's mean may differ from channel to channel: the attention output before o_proj, the outputs of o_proj
+# and of down_proj. (Before down_proj a gate is a channel already.)
+Place = Literal["attention_in", "attention_out", "mlp_out"]
+PLACES: tuple[Place, ...] = ("attention_in", "attention_out", "mlp_out")
+
 # What one dimension of a weight counts: residual dimensions, intermediate units, all rows of the query heads,
 # or all rows of the key (or value) heads.
 Units = Literal["hidden", "intermediate", "query", "kv"]
@@ -88,6 +93,10 @@ class Topology:
     def gate_shape(self, axis: Axis) -> tuple[int, ...]:
         """[hidden] for the one vector of the whole model, else [layers, width]."""
         return (self.hidden,) if axis == "hidden" else (self.layers, self.width(axis))
+
+    def place_shape(self, place: Place) -> tuple[int, int]:
+        """[layers, channels]."""
+        return (self.layers, self.kv_heads * self.query_rows if place == "attention_in" else self.hidden)
 
     def hidden_divisor(self, kv_heads: int) -> int:
         """What a hidden width has to be a multiple of for the family's own config to take it."""

@@ -33,6 +33,7 @@ class GateParams(BaseModel):
     log_var_lr: float = Field(description="Learning rate of log_var.", ge=0)
     mu_lr: float = Field(description="Learning rate of mu; 0 keeps it at 1.", ge=0)
     lambda_lr: float = Field(description="Learning rate of the Lagrangian's multipliers.", ge=0)
+    channel_means: bool = Field(description="Means by channel and layer too, where one gate spans several.")
     noise: float = Field(description="Share of sigma that is sampled, 0 to 1.", ge=0, le=1)
     kl_weight: PerAxis = Field(description="Weight of the KL.")
     ce_weight: float = Field(description="Weight of the cross-entropy on the text.", ge=0)

@@ -17,7 +17,7 @@ from tvaprune.model.sparsity import (
     kept_decoder_parameters,
     unit_costs,
 )
-from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.model.topology import AXES, PLACES, Axis, Place, Topology
 
 
 class UnreachableSparsityError(ValueError):
@@ -34,12 +34,15 @@ class Masks:
             shifted score for the baselines).
         mu: float32 of the same shapes; the gate's mean, 1 where a method learns none.
         bias: float32 [hidden] by the name of the projection it is added to (FLAP); empty for the others.
+        channel_mu: float32 [layers, channels] by place, means that multiply beside mu there; empty where a method
+            learns none.
     """
 
     keep: dict[Axis, Tensor]
     log_alpha: dict[Axis, Tensor]
     mu: dict[Axis, Tensor]
     bias: dict[str, Tensor] = field(default_factory=dict)
+    channel_mu: dict[Place, Tensor] = field(default_factory=dict)
 
     @classmethod
     def dense(cls, topology: Topology) -> "Masks":
@@ -65,6 +68,7 @@ def write_masks(directory: Path, masks: Masks, kind: str = "masks", **meta: Any)
     tensors = {f"{axis}.mask": masks.keep[axis].bool() for axis in AXES}
     tensors |= {f"{axis}.log_alpha": masks.log_alpha[axis].float() for axis in AXES}
     tensors |= {f"{axis}.mu": masks.mu[axis].float() for axis in AXES}
+    tensors |= {f"channel_mu.{place}": mean.float() for place, mean in masks.channel_mu.items()}
     tensors |= {f"bias.{name}": bias.float() for name, bias in masks.bias.items()}
     widths: dict[str, Any] = {axis: width.tolist() for axis, width in masks.widths().items()}
     write_artifact(directory, kind, tensors, polarity="True = keep", widths=widths, **meta)
@@ -89,7 +93,23 @@ def read_masks(directory: Path, topology: Topology, kind: str = "masks") -> Mask
         log_alpha={axis: tensors[f"{axis}.log_alpha"] for axis in AXES},
         mu={axis: tensors[f"{axis}.mu"] for axis in AXES},
         bias={name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},
+        channel_mu=_channel_mu(directory, topology, tensors),
     )
+
+
+def _channel_mu(directory: Path, topology: Topology, tensors: dict[str, Tensor]) -> dict[Place, Tensor]:
+    found: dict[Place, Tensor] = {}
+    for place in PLACES:
+        mean = tensors.get(f"channel_mu.{place}")
+        if mean is None:
+            continue
+        if tuple(mean.shape) != topology.place_shape(place):
+            raise ArtifactError(
+                f"{directory}: channel_mu.{place} is {tuple(mean.shape)}, but the model needs "
+                f"{topology.place_shape(place)}"
+            )
+        found[place] = mean
+    return found
 
 
 def keep_above(scores: dict[Axis, Tensor], threshold: float, minimum_hidden: int = 1) -> dict[Axis, Tensor]:

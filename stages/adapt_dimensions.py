@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
-from tvaprune.artifacts import write_json
+from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.model.topology import Topology
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
@@ -44,7 +44,13 @@ def main(
             params.multiple_of("intermediate"),
             layout=params.layout,
         )
-        write_masks(adapted, after)
+        _, meta = read_artifact(masks, "masks")
+        write_masks(
+            adapted,
+            after,
+            made_with=meta["made_with"] | params.used(),
+            validation_ppl=meta["validation_ppl"],
+        )
         report = adapt_metrics(topology, before, after, params.sparsity)
         write_json(metrics, report)
     typer.echo(

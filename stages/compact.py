@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
-from tvaprune.artifacts import write_json
+from tvaprune.artifacts import read_artifact, write_json
+from tvaprune.checkpoint.card import Base
+from tvaprune.checkpoint.certificate import GGUF, Reference, against_reference, prompt_ids
 from tvaprune.checkpoint.compact import compact
+from tvaprune.checkpoint.export import certify, require
+from tvaprune.checkpoint.gguf import write_gguf
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.report import compact_metrics, measured
+from tvaprune.checkpoint.parity import compact_logits, compare, masked_dense_logits
+from tvaprune.checkpoint.report import measured, sizes
 from tvaprune.checkpoint.update import read_update
 from tvaprune.model.topology import Topology
 from tvaprune.params.compact import CompactParams
@@ -27,23 +33,36 @@ def main(
     """Write the smaller model.
 
     Reads data/model, artifacts/adapted and artifacts/update; writes artifacts/compact, a Hugging Face directory with
-    its own modeling file, and metrics/compact.json. Fails where compact and masked logits differ by more than
-    compact.max_abs_logit_diff.
+    its certificate and model card, and metrics/compact.json. Fails where compact and masked logits differ by more
+    than compact.max_abs_logit_diff, here, in a fresh process, or in llama.cpp.
     """
     with clear_errors():
         params = CompactParams.load(params_file)
-        masks = read_masks(adapted, Topology.of(load_config(model)))
-        folded = read_update(update)
-        size, cost = measured(lambda: compact(model, masks, folded, out))
-        report = compact_metrics(model, masks, folded, out, size, cost, prompt_tokens=params.prompt_tokens)
-        write_json(metrics, report)
-        difference = report["max_abs_logit_diff"]
-        if difference > params.max_abs_logit_diff:
-            raise ValueError(
-                f"masked and compact logits differ by {difference:.2e}, more than compact.max_abs_logit_diff = "
-                f"{params.max_abs_logit_diff:.0e}: this checkpoint is not the masked model, do not use it"
-            )
-    typer.echo(f"{report['params_kept']} parameters, masked = compact to {difference:.1e}")
+        topology = Topology.of(load_config(model))
+        masks, folded = read_masks(adapted, topology), read_update(update)
+        size, cost = measured(lambda: compact(model, masks, folded, out, params.layout))
+        if params.gguf:
+            write_gguf(out, out / GGUF, params.gguf)
+        input_ids = prompt_ids(AutoTokenizer.from_pretrained(model), params.prompt_tokens)
+        reference = Reference("masked dense model", input_ids, masked_dense_logits(model, masks, folded, input_ids))
+        logits, bound = compact_logits(out, input_ids), params.max_abs_logit_diff
+        report = sizes(topology, masks, size)
+        parity = compare(reference.logits, logits, tie=bound)
+        write_json(metrics, {**report, **parity._asdict(), **cost._asdict()})
+        _, meta = read_artifact(update, "update")
+        checks = certify(
+            out,
+            reference,
+            bound,
+            Base.of(model),
+            meta["made_with"] | params.used(),
+            report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()},
+            [against_reference("masked = compact", reference, logits, bound)],
+        )
+        require(out, checks)
+    typer.echo(f"{report['params_kept']} parameters")
+    for check in checks:
+        typer.echo(check)
 
 
 if __name__ == "__main__":

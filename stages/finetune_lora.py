@@ -8,7 +8,12 @@ import typer
 
 from stages._errors import clear_errors
 from tvaprune.artifacts import read_artifact, write_json
+from tvaprune.checkpoint.card import read_provenance
+from tvaprune.checkpoint.certificate import GGUF, Reference, read_certificate
+from tvaprune.checkpoint.export import OWN_FILES, certify, require
+from tvaprune.checkpoint.gguf import write_gguf
 from tvaprune.checkpoint.loading import load
+from tvaprune.checkpoint.parity import model_logits
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.recovery.lora import LoraSettings, merge_adapter, save_adapter, save_like
@@ -69,7 +74,17 @@ def main(
             )
             save_adapter(result.model, lora, base_model=compact.as_posix())
             # Merged into the weights as they are on disk, not as rounded for this device.
-            save_like(merge_adapter(load(compact), lora), compact, finetuned)
+            merged = merge_adapter(load(compact), lora)
+            save_like(merged, compact, finetuned, leave=OWN_FILES)
+            base, made_with, figures = read_provenance(compact)
+            if made_with["compact"]["gguf"]:
+                write_gguf(finetuned, finetuned / GGUF, made_with["compact"]["gguf"])
+            before, stored = read_certificate(compact)
+            reference = Reference("merged in memory", stored.input_ids, model_logits(merged.float(), stored.input_ids))
+            made_with |= params.used()
+            bound = before["bounds"]["max_abs_logit_diff"]
+            checks = certify(finetuned, reference, bound, base, made_with, figures, [])
+            require(finetuned, checks)
         write_json(metrics, {"enabled": 1, **result.metrics})
         write_curve(curve, result.curve)
     nll = result.metrics["validation"]

@@ -62,8 +62,8 @@ def main(
                 gradient_checkpointing=params.gradient_checkpointing,
                 saver=run,
             )
-            write_masks(masks, found.masks, method=params.method, target_sparsity=params.sparsity)
         report = masks_metrics(found, dense.config, params.sparsity)
+        write_masks(masks, found.masks, made_with=params.used(), validation_ppl=report["validation_ppl"])
         write_json(metrics, report)
         write_curve(curve, found.curve)
         write_widths(widths, found.masks)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
+from tvaprune.artifacts import read_artifact
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.update import weight_update, write_update
 from tvaprune.model.topology import Topology
@@ -32,7 +33,13 @@ def main(
     with clear_errors():
         params = UpdateWeightsParams.load(params_file)
         masks = read_masks(adapted, Topology.of(load_config(model)))
-        write_update(update, weight_update(masks, params.method))
+        _, meta = read_artifact(adapted, "masks")
+        write_update(
+            update,
+            weight_update(masks, params.method),
+            made_with=meta["made_with"] | params.used(),
+            validation_ppl=meta["validation_ppl"],
+        )
     typer.echo(f"update: {params.method}")
 
 

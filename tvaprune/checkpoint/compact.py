@@ -19,7 +19,10 @@ from tvaprune.widths.masks import Masks
 
 MODELING_FILE = Path(__file__).with_name("modeling_tvaprune.py")
 # Files of a model directory that are not copied: weights and their index, and what is written anew.
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf", "config.json", "README.md")
+_NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"),
+    *("config.json", "README.md", "parity.json", "tvaprune.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def compact(dense: Path, masks: Masks, update: WeightUpdate, out: Path, layout: 
     topology = Topology.of(config)
     planned = plan(config, source.info, masks, update, layout)
     out.mkdir(parents=True, exist_ok=True)
-    for stale in [*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]:
+    for stale in (path for pattern in _NOT_COPIED for path in out.glob(pattern)):
         stale.unlink()
     size = sum(info.nbytes for info in planned.tensors.values())
     with (

@@ -23,11 +23,37 @@ class Parity(NamedTuple):
     argmax_agreement: float
 
 
-def compare(reference: Tensor, other: Tensor) -> Parity:
-    """Compare logits [..., vocab] of any floating dtype; the relative difference is to the largest reference logit."""
+def compare(reference: Tensor, other: Tensor, tie: float = 0.0) -> Parity:
+    """Compare logits [..., vocab] of any floating dtype; the relative difference is to the largest reference logit.
+
+    Args:
+        tie: the likeliest tokens agree too where the reference's logits of the two differ by no more.
+    """
     difference = (reference.float() - other.float()).abs().max()
-    agreement = (reference.argmax(-1) == other.argmax(-1)).float().mean()
-    return Parity(float(difference), float(difference / reference.float().abs().max()), float(agreement))
+    agreement = _lost_by_choosing(reference, other.argmax(-1)) <= tie
+    largest = reference.float().abs().max()
+    return Parity(float(difference), float(difference / largest), float(agreement.float().mean()))
+
+
+def same_choices(reference: Tensor, chosen: Tensor, other: Tensor, tie: float) -> float:
+    """Share of generated sequences that are the same, or part at a tie.
+
+    Args:
+        reference: logits float [prompts, tokens, vocab] that `chosen` was taken by.
+        chosen, other: int64 [prompts, tokens].
+        tie: difference of the reference's logits up to which two tokens are as likely; what follows is not compared.
+    """
+    lost = _lost_by_choosing(reference, other)
+    same = 0
+    for row, (ours, theirs) in enumerate(zip(chosen, other, strict=True)):
+        apart = (ours != theirs).nonzero().flatten()
+        same += not len(apart) or float(lost[row, apart[0]]) <= tie
+    return same / len(chosen)
+
+
+def _lost_by_choosing(reference: Tensor, chosen: Tensor) -> Tensor:
+    """How much less than the highest logit [..., vocab] a choice [...] has; 0 where it is the highest."""
+    return reference.amax(-1) - reference.gather(-1, chosen[..., None]).squeeze(-1)
 
 
 @torch.inference_mode()
@@ -68,4 +94,10 @@ def masked_dense_logits(dense: Path, masks: Masks, update: WeightUpdate, input_i
 @torch.inference_mode()
 def compact_logits(directory: Path, input_ids: Tensor) -> Tensor:
     """Logits of a model directory, loaded anew, in float32: int64 [batch, seq] to float32 [batch, seq, vocab]."""
-    return load(directory, dtype=torch.float32)(input_ids=input_ids, use_cache=False).logits
+    return model_logits(load(directory, dtype=torch.float32), input_ids)
+
+
+@torch.inference_mode()
+def model_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits of a model in float32 on the CPU: int64 [batch, seq] to float32 [batch, seq, vocab]."""
+    return model(input_ids=input_ids, use_cache=False).logits

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,10 +39,11 @@ def weight_update(masks: Masks, method: Method) -> WeightUpdate:
     return WeightUpdate(scale, masks.bias, masks.channel_mu if method == "mean" else {})
 
 
-def write_update(directory: Path, update: WeightUpdate) -> None:
+def write_update(directory: Path, update: WeightUpdate, **meta: Any) -> None:
     tensors = {f"{axis}.scale": update.scale[axis] for axis in AXES}
     tensors |= {f"channel.{place}": scale for place, scale in update.channel_scale.items()}
-    write_artifact(directory, "update", tensors | {f"bias.{name}": bias for name, bias in update.bias.items()})
+    tensors |= {f"bias.{name}": bias for name, bias in update.bias.items()}
+    write_artifact(directory, "update", tensors, **meta)
 
 
 def read_update(directory: Path) -> WeightUpdate:

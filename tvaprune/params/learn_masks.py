@@ -91,6 +91,17 @@ class LearnMasksParams(StageParams):
     gates: GateParams = Field(description="For tva, deterministic and vtrans.")
     baseline: BaselineParams = Field(description="For the other methods.")
 
+    def used(self) -> dict[str, Any]:
+        """Without the options of other methods than the one in use."""
+        values = self.model_dump(mode="json", exclude={"gradient_checkpointing"})
+        if self.method in ("tva", "deterministic", "vtrans"):
+            values.pop("baseline")
+        else:
+            values.pop("gates")
+            own = (self.method, "windows", "protect")
+            values["baseline"] = {key: value for key, value in values["baseline"].items() if key.startswith(own)}
+        return {self.section: values}
+
     @model_validator(mode="before")
     @classmethod
     def _distinct_axes(cls, values: Any) -> Any:

@@ -61,6 +61,10 @@ class StageParams(BaseModel):
             problems = [cls._describe(problem) for problem in error.errors()]
             raise ParameterError(f"{path}: " + "; ".join(problems)) from None
 
+    def used(self) -> dict[str, Any]:
+        """What had influence, by section: what an artifact says it was made with."""
+        return {self.section: self.model_dump(mode="json")}
+
     @classmethod
     def _describe(cls, problem: Any) -> str:
         location = ".".join(str(part) for part in problem["loc"])

@@ -6,7 +6,7 @@ files that are byte for byte the same for the same inputs, and weights in the co
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,10 +109,13 @@ def merge_adapter(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
 
 
-def save_like(model: PreTrainedModel, original: Path, directory: Path) -> None:
+def save_like(model: PreTrainedModel, original: Path, directory: Path, leave: Collection[str] = ()) -> None:
     """Write a model directory that differs from `original` in the weights' values only.
 
     The same files, tensor names, shards and dtypes; configuration, tokenizer and modeling code copied.
+
+    Args:
+        leave: names of files that are not copied, because they speak of the original's weights.
 
     Raises:
         CheckpointMismatchError: the model and the original do not have the same tensors.
@@ -120,7 +123,7 @@ def save_like(model: PreTrainedModel, original: Path, directory: Path) -> None:
     state = model.state_dict()
     directory.mkdir(parents=True, exist_ok=True)
     written: set[int] = set()
-    for path in sorted(original.iterdir()):
+    for path in sorted(path for path in original.iterdir() if path.name not in leave):
         if path.name.endswith(".safetensors"):
             tensors, metadata = _retake(path, state, written)
             save_file(tensors, directory / path.name, metadata=metadata)

@@ -1,0 +1,159 @@
+"""What a checkpoint says of itself: the model card README.md, and tvaprune.json for programs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedConfig
+
+import tvaprune
+from tvaprune.artifacts import write_json
+from tvaprune.checkpoint.certificate import GGUF, Check, hashes
+from tvaprune.checkpoint.loading import load_config
+
+PROVENANCE, SOURCE = "tvaprune.json", "tvaprune_source.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The dense model.
+
+    Attributes:
+        source: where it was fetched from (tvaprune_source.json), {} where nothing says so.
+        license: of the Hub's identifiers, lower case; None where nothing says so.
+        sha256: by weight file.
+    """
+
+    source: dict[str, Any]
+    license: str | None
+    sha256: dict[str, str]
+
+    @classmethod
+    def of(cls, dense: Path) -> "Base":
+        """Read a dense model's directory; its weights are read once more, to be hashed."""
+        path = dense / SOURCE
+        source = json.loads(path.read_text()) if path.is_file() else {}
+        license = source.get("license") or _card_license(dense)
+        weights = {name: digest for name, digest in hashes(dense).items() if name.endswith(".safetensors")}
+        return cls(source, license.lower() if license else None, weights)
+
+    @property
+    def name(self) -> str | None:
+        """The Hub's name of the base model, or None where it did not come from there."""
+        return self.source.get("repo")
+
+
+def _card_license(directory: Path) -> str | None:
+    path = directory / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path).data.license
+    except (ValueError, HfHubHTTPError):
+        return None
+
+
+def write_provenance(directory: Path, base: Base, made_with: dict[str, Any], figures: dict[str, float]) -> None:
+    """Write tvaprune.json: the base model and its hashes, what was done with which parameters, what came out."""
+    write_json(
+        directory / PROVENANCE,
+        {
+            "schema": 1,
+            "tvaprune": tvaprune.__version__,
+            "base": {"source": base.source, "license": base.license, "sha256": base.sha256},
+            "made_with": made_with,
+            "figures": figures,
+        },
+    )
+
+
+def read_provenance(directory: Path) -> tuple[Base, dict[str, Any], dict[str, float]]:
+    """What `write_provenance` wrote."""
+    found = json.loads((directory / PROVENANCE).read_text())
+    base = found["base"]
+    return Base(base["source"], base["license"], base["sha256"]), found["made_with"], found["figures"]
+
+
+def write_card(
+    directory: Path, base: Base, made_with: dict[str, Any], figures: dict[str, float], checks: list[Check]
+) -> None:
+    """Write README.md with the Hub's YAML header.
+
+    Args:
+        directory: config.json says the widths and whether it brings its own modeling file.
+        figures: sparsity_decoder, sparsity_model, params_dense, params_kept; validation_ppl_mean and
+            validation_ppl_dense where they were measured.
+        checks: of the certificate.
+    """
+    config = load_config(directory)
+    data = ModelCardData(
+        base_model=base.name,
+        license=base.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["tvaprune", "pruned", "structured-pruning"],
+    )
+    tuned = "finetune_lora" in made_with
+    sections = [
+        f"# {_title(base)}, pruned{' and fine-tuned' if tuned else ''}",
+        "Made smaller by structured pruning with TVA-Prune (Dutta, Gupta, Agarwal, "
+        "[ES-FoMo II at ICML 2024](https://openreview.net/forum?id=cqhAzteLzc)).",
+        f"{figures['params_kept'] / 1e6:.1f} M of {figures['params_dense'] / 1e6:.1f} M parameters: "
+        f"{figures['sparsity_decoder']:.1%} of the decoder layers' are gone, "
+        f"{figures['sparsity_model']:.1%} of the model's." + _perplexity(figures),
+        "## Use\n\n" + _usage(directory, config),
+        "## Kept widths\n\n" + _widths(config),
+        "## Parity\n\nLogits in float32, on named prompts (`parity.json`); repeat it with "
+        "`python -m tvaprune.verify DIRECTORY`.\n\n" + "\n".join(f"- {check}" for check in checks),
+        "## Made with\n\n```json\n" + json.dumps(made_with, indent=2) + "\n```",
+    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(directory / "README.md")
+
+
+def _perplexity(figures: dict[str, float]) -> str:
+    if "validation_ppl_dense" not in figures:
+        return ""
+    return (
+        f" Perplexity on held-out windows of the calibration's sources, before widths were adapted: "
+        f"{figures['validation_ppl_mean']:.1f}, dense {figures['validation_ppl_dense']:.1f}."
+    )
+
+
+def _title(base: Base) -> str:
+    return base.source.get("repo") or Path(str(base.source.get("member") or base.source.get("name") or "A model")).stem
+
+
+def _usage(directory: Path, config: PreTrainedConfig) -> str:
+    own = config.model_type == "tvaprune"
+    trust = ", trust_remote_code=True" if own else ""
+    text = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
+    )
+    if own:
+        text += '\n\nOr, without remote code: `from tvaprune import load; model = load(".")`.'
+    else:
+        text += f"\n\nA stock `{config.model_type}` model: no remote code."
+    if (directory / GGUF).is_file():
+        text += f"\n\n`{GGUF}` is the same model for llama.cpp."
+    return text
+
+
+def _widths(config: PreTrainedConfig) -> str:
+    """A table of the hidden width and each layer's; runs of equal layers share a row."""
+    if config.model_type == "tvaprune":
+        layers = list(zip(config.kv_head_counts, config.intermediate_sizes, strict=True))
+    else:
+        layers = [(config.num_key_value_heads, config.intermediate_size)] * config.num_hidden_layers
+    rows, start = [], 0
+    for index in range(1, len(layers) + 1):
+        if index == len(layers) or layers[index] != layers[start]:
+            name = str(start) if index == start + 1 else f"{start} to {index - 1}"
+            rows.append(f"| {name} | {layers[start][0]} | {layers[start][1]} |")
+            start = index
+    head = "| layer | key-value heads | intermediate |\n|---|---|---|\n"
+    return f"Hidden {config.hidden_size}.\n\n{head}" + "\n".join(rows)

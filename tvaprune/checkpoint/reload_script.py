@@ -1,0 +1,44 @@
+"""What a stranger's process computes from a model directory: run as a script, it knows transformers and nothing else.
+
+    python -P reload_script.py DIRECTORY PROMPTS RESULTS TOKENS TRUST
+
+DIRECTORY is a model directory; PROMPTS a safetensors file with input_ids, int64 [prompts, tokens]; RESULTS the
+safetensors file to write; TOKENS how many to generate greedily; TRUST 1 where the directory brings its own modeling
+file, else 0.
+
+Everything is in float32. RESULTS holds `logits` [prompts, tokens, vocab], `tokens` and `tokens_uncached`
+int64 [prompts, TOKENS], generated with and without cache, and their logits, `step_logits` and `step_logits_uncached`
+[prompts, TOKENS, vocab].
+"""
+
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+
+def generate(model: PreTrainedModel, input_ids: torch.Tensor, tokens: int, cache: bool) -> tuple[torch.Tensor, ...]:
+    """Greedy tokens and the logits that chose them; on beyond end-of-text tokens."""
+    model.generation_config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, use_cache=cache, output_logits=True, return_dict_in_generate=True
+    )
+    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids))
+    return out.sequences[:, input_ids.shape[1] :].clone(), torch.stack(out.logits, dim=1).float()
+
+
+@torch.inference_mode()
+def main(directory: str, prompts: str, results: str, tokens: str, trust: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust == "1").eval()
+    input_ids = load_file(prompts)["input_ids"]
+    found = {"logits": model(input_ids=input_ids, use_cache=False).logits}
+    for name, cache in (("", True), ("_uncached", False)):
+        generated = [generate(model, row[None], int(tokens), cache) for row in input_ids]
+        found["tokens" + name] = torch.cat([ids for ids, _ in generated])
+        found["step_logits" + name] = torch.cat([logits for _, logits in generated])
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, results)
+    assert "tvaprune" not in sys.modules
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

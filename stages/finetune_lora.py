@@ -8,12 +8,9 @@ import typer
 
 from stages._errors import clear_errors
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.checkpoint.card import read_provenance
-from tvaprune.checkpoint.certificate import GGUF, Reference, read_certificate
-from tvaprune.checkpoint.export import OWN_FILES, certify, require
-from tvaprune.checkpoint.gguf import write_gguf
+from tvaprune.checkpoint.certificate import read_certificate
+from tvaprune.checkpoint.export import OWN_FILES, certify_retrained, require
 from tvaprune.checkpoint.loading import load
-from tvaprune.checkpoint.parity import model_logits
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.recovery.lora import LoraSettings, merge_adapter, save_adapter, save_like
@@ -54,6 +51,7 @@ def main(
             write_curve(curve, [])
             typer.echo("finetune_lora.enabled is false: nothing was fine-tuned")
             return
+        read_certificate(compact)  # before the work: what it says goes into the new one
         ids, _ = read_artifact(calibration, "calibration")
         device = pick_device()
         dtype = pick_dtype(device)
@@ -76,15 +74,7 @@ def main(
             # Merged into the weights as they are on disk, not as rounded for this device.
             merged = merge_adapter(load(compact), lora)
             save_like(merged, compact, finetuned, leave=OWN_FILES)
-            base, made_with, figures = read_provenance(compact)
-            if made_with["compact"]["gguf"]:
-                write_gguf(finetuned, finetuned / GGUF, made_with["compact"]["gguf"])
-            before, stored = read_certificate(compact)
-            reference = Reference("merged in memory", stored.input_ids, model_logits(merged.float(), stored.input_ids))
-            made_with |= params.used()
-            bound = before["bounds"]["max_abs_logit_diff"]
-            checks = certify(finetuned, reference, bound, base, made_with, figures, [])
-            require(finetuned, checks)
+            require(finetuned, certify_retrained(finetuned, merged, compact, params.used()))
         write_json(metrics, {"enabled": 1, **result.metrics})
         write_curve(curve, result.curve)
     nll = result.metrics["validation"]

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.finetune_lora import main
+from tests.tiny_models import random_masks
 from tvaprune.artifacts import write_artifact
+from tvaprune.checkpoint.card import Base, read_provenance
+from tvaprune.checkpoint.certificate import Reference
+from tvaprune.checkpoint.compact import compact
+from tvaprune.checkpoint.export import certify
 from tvaprune.checkpoint.loading import load
-from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
+from tvaprune.checkpoint.parity import compact_logits
+from tvaprune.checkpoint.update import weight_update
+from tvaprune.model.topology import Topology
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.loading import ParameterError
 from tvaprune.recovery import training
@@ -34,6 +41,7 @@ from tvaprune.recovery.schedule import Schedule, learning_rate_at, windows_of
 from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden
 from tvaprune.recovery.training import CurveRow, DivergedError, Finetuned, Objective, finetune, write_curve
 from tvaprune.resume import ResumableRun
+from tvaprune.verify import verify
 
 VOCAB, SEQ = 128, 16
 CPU = torch.device("cpu")
@@ -536,9 +544,15 @@ def test_the_stage_makes_a_loadable_model_of_uneven_layers_and_the_same_bytes_tw
     monkeypatch.setenv("TVAPRUNE_DTYPE", "bfloat16")
     dense = tiny()
     dense.save_pretrained(tmp_path / "dense")
-    base = dense.config.to_dict()
-    config = TvaPruneConfig("llama", base, hidden_size=48, intermediate_sizes=[40, 0], kv_head_counts=[0, 1])
-    TvaPruneForCausalLM(config).save_pretrained(tmp_path / "compact")
+    topology = Topology.of(dense.config)
+    masks = random_masks(topology, seed=0)
+    masks.keep["intermediate"][1] = False
+    masks.keep["kv_heads"][:] = torch.tensor([[False, False], [True, False]])
+    sizes = compact(tmp_path / "dense", masks, weight_update(masks, "mean"), tmp_path / "compact")
+    reference = Reference("itself", windows(3, 4).long(), compact_logits(tmp_path / "compact", windows(3, 4).long()))
+    figures = {"sparsity_decoder": 0.5, "sparsity_model": 0.4, "params_dense": 1, "params_kept": sizes.parameters_kept}
+    made_with = {"compact": {"gguf": None}}
+    certify(tmp_path / "compact", reference, 1e-3, Base.of(tmp_path / "dense"), made_with, figures, [])
     ids = {"finetune_ids": windows(5, 1), "finetune_validation_ids": windows(3, 2)}
     write_artifact(tmp_path / "calibration", "calibration", ids)
     load_params(tmp_path, ("steps: 180", "steps: 6"), ("validate_every: 60", "validate_every: 2"))
@@ -550,6 +564,8 @@ def test_the_stage_makes_a_loadable_model_of_uneven_layers_and_the_same_bytes_tw
         paths = {"lora": folder / "lora", "finetuned": folder / "finetuned", "metrics": folder / "finetune.json"}
         main(**inputs, **paths, curve=folder / "finetune.csv", params_file=tmp_path / "params.yaml")
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "finetune.json")
+        assert all(check.passed for check in verify(folder / "finetuned"))
+        assert "finetune_lora" in read_provenance(folder / "finetuned")[1]
         outputs.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
     assert outputs[0] == outputs[1]
 

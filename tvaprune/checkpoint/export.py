@@ -3,9 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from tvaprune.checkpoint.card import PROVENANCE, Base, write_card, write_provenance
-from tvaprune.checkpoint.certificate import CERTIFICATE, GGUF, REFERENCE, Check, Reference, fresh_checks, seal
+from transformers import PreTrainedModel
+
+from tvaprune.checkpoint.card import PROVENANCE, Base, read_provenance, write_card, write_provenance
+from tvaprune.checkpoint.certificate import (
+    CERTIFICATE,
+    GGUF,
+    REFERENCE,
+    Check,
+    Reference,
+    fresh_checks,
+    read_certificate,
+    seal,
+)
 from tvaprune.checkpoint.compact import MODELING_FILE
+from tvaprune.checkpoint.gguf import write_gguf
+from tvaprune.checkpoint.parity import model_logits
 
 # Files that speak of the weights beside them, or hold them once more; whatever else has weights needs its own.
 OWN_FILES = (CERTIFICATE, REFERENCE, PROVENANCE, GGUF, "README.md")
@@ -38,6 +51,29 @@ def certify(
     write_card(directory, base, made_with, figures, checks)
     seal(directory, reference, checks, bound, trust_remote_code=own_code)
     return checks
+
+
+def certify_retrained(directory: Path, model: PreTrainedModel, original: Path, used: dict[str, Any]) -> list[Check]:
+    """Certify a model that differs from a certified one in the weights' values; with a GGUF file where that has one.
+
+    Args:
+        directory: the model, saved.
+        model: what was saved, as it is in memory; consumed.
+        original: the directory that it was trained from.
+        used: parameters of the training, by stage.
+
+    Raises:
+        ValueError, FileNotFoundError: the original is not as its certificate says.
+    """
+    certificate, stored = read_certificate(original)
+    base, made_with, figures = read_provenance(original)
+    if made_with["compact"]["gguf"]:
+        write_gguf(directory, directory / GGUF, made_with["compact"]["gguf"])
+    logits = model_logits(model.float(), stored.input_ids)
+    reference = Reference("the model in memory", stored.input_ids, logits)
+    return certify(
+        directory, reference, certificate["bounds"]["max_abs_logit_diff"], base, made_with | used, figures, []
+    )
 
 
 def require(directory: Path, checks: list[Check]) -> None:

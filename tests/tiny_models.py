@@ -15,6 +15,16 @@ FAMILIES: dict[str, dict] = {
     "llama_bias": {"attention_bias": True, "mlp_bias": True},
     "llama_mha": {"num_key_value_heads": 4},
     "llama_mqa": {"num_key_value_heads": 1},
+    "llama_scaled": {  # Llama 3's rotary scaling, with a context short enough that it bends the prompts' frequencies
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }  # fmt: skip
+    },
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 24, "tie_word_embeddings": True},

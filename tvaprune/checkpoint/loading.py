@@ -10,6 +10,9 @@ from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCau
 
 AutoConfig.register(TvaPruneConfig.model_type, TvaPruneConfig, exist_ok=True)
 AutoModelForCausalLM.register(TvaPruneConfig, TvaPruneForCausalLM, exist_ok=True)
+# So that save_pretrained puts the modeling file beside the weights.
+TvaPruneConfig.register_for_auto_class()
+TvaPruneForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def load(

@@ -41,6 +41,7 @@ class TvaPruneConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         base = CONFIG_MAPPING[base_model_type](**(base_config or {}))
+        kwargs.pop("per_layer_config", None)  # follows from the counts
         for key, value in base.to_dict().items():
             if key not in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
                 kwargs.setdefault(key, value)
@@ -52,6 +53,22 @@ class TvaPruneConfig(PreTrainedConfig):
         kwargs["hidden_size"] = hidden_size or base.hidden_size
         kwargs["head_dim"] = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
         super().__init__(**kwargs)
+        # Static caches and serving backends read the counts of each layer here. The global ones stay readable: they are
+        # the dense model's, and transformers warns whoever reads them.
+        self.allow_global_per_layer_attribute_access = True
+        group_size = base.num_attention_heads // base.num_key_value_heads
+        self.per_layer_config = {
+            layer: {
+                "num_key_value_heads": self.cached_heads(layer),
+                "num_attention_heads": self.cached_heads(layer) * group_size,
+                "intermediate_size": self.intermediate_sizes[layer],
+            }
+            for layer in range(base.num_hidden_layers)
+        }
+
+    def cached_heads(self, layer: int) -> int:
+        """Key-value heads that the layer's cache holds: layer 0 has one at least, of which caches read the length."""
+        return max(self.kv_head_counts[layer], int(layer == 0))
 
     def layer_config(self, layer: int) -> PreTrainedConfig:
         """The base family's config with the sizes of one layer."""
@@ -83,9 +100,9 @@ class _NoHeads(nn.Module):
     (transformers takes a module file with a class named *Attention* for one with attention code of its own.)
     """
 
-    def __init__(self, layer_idx: int, o_proj: _Constant | None) -> None:
+    def __init__(self, layer_idx: int, head_dim: int, o_proj: _Constant | None) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.head_dim = layer_idx, head_dim
         self.o_proj = o_proj
 
     def forward(
@@ -93,7 +110,7 @@ class _NoHeads(nn.Module):
     ) -> tuple[torch.Tensor | float, None]:
         if past_key_values is not None and self.layer_idx == 0:
             # Caches read the sequence length off layer 0.
-            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
             past_key_values.update(placeholder, placeholder, 0)
         return 0.0 if self.o_proj is None else self.o_proj.bias, None
 
@@ -125,10 +142,11 @@ class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: TvaPruneConfig) -> None:
         super().__init__(config)
         shared = config.layer_config(0)
+        dense = CONFIG_MAPPING[config.base_model_type](**config.base_config)
         vars(shared).update(
             num_hidden_layers=0,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
+            num_attention_heads=dense.num_attention_heads,
+            num_key_value_heads=dense.num_key_value_heads,
         )
         self.model = AutoModel.from_config(shared, attn_implementation=config._attn_implementation)
         shared = self.model.config
@@ -160,7 +178,7 @@ class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
             if extra:
                 attention.o_proj = nn.Linear(attention.o_proj.in_features, width, bias=True)
         else:
-            layer.self_attn = _NoHeads(index, _Constant(width) if output_bias else None)
+            layer.self_attn = _NoHeads(index, own.head_dim, _Constant(width) if output_bias else None)
             layer.input_layernorm = nn.Identity()
         if not has_mlp:
             layer.mlp = _NoMLP(_Constant(width) if down_bias else None)

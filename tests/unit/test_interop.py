@@ -1,0 +1,193 @@
+"""What others do with the pruned directory: caches, compilers, quantisers, adapters, evaluators, the hub."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tests.tiny_models import random_masks, save_tiny_model, tiny_tokenizer
+from tvaprune.checkpoint.compact import compact
+from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.update import weight_update
+from tvaprune.model.topology import Topology
+
+PROMPTS = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=[None, 0, 1], ids=["all blocks", "layer 0 gone", "layer 1 gone"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compact Llama with tied embeddings and uneven layers, with tokenizer."""
+    dense = save_tiny_model("llama_tied", tmp_path_factory.mktemp("interop") / "dense")
+    tiny_tokenizer(dense)
+    masks = random_masks(Topology.of(load_config(dense)), seed=5, empty_layer=request.param)
+    compact(dense, masks, weight_update(masks, "mean"), dense.with_name("out"))
+    return dense.with_name("out")
+
+
+@pytest.fixture
+def model(directory: Path) -> PreTrainedModel:
+    return load(directory)
+
+
+def generated(model: Any, **options: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.generate(PROMPTS, max_new_tokens=8, min_new_tokens=8, do_sample=False, **options)
+
+
+def test_every_layer_says_its_widths(model: PreTrainedModel) -> None:
+    for index, (layer, own) in enumerate(zip(model.model.layers, model.config.per_layer_config, strict=True)):
+        if heads := model.config.kv_head_counts[index]:
+            assert layer.self_attn.k_proj.out_features == own.num_key_value_heads * own.head_dim
+            assert layer.self_attn.q_proj.out_features == own.num_attention_heads * own.head_dim
+            assert own.num_key_value_heads == heads
+        if own.intermediate_size:
+            assert layer.mlp.up_proj.out_features == own.intermediate_size
+
+
+def test_a_static_cache_generates_the_same(model: PreTrainedModel) -> None:
+    dynamic = generated(model)
+    assert torch.equal(generated(model, cache_implementation="static", disable_compile=True), dynamic)
+    assert torch.equal(generated(model, use_cache=False), dynamic)
+
+
+def test_a_compiled_model_computes_the_same(model: PreTrainedModel) -> None:
+    with torch.inference_mode():
+        expected = model(PROMPTS, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(PROMPTS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_saving_again_and_loading_without_this_package(model: PreTrainedModel, tmp_path: Path) -> None:
+    """What save_pretrained writes is complete: a process that knows transformers alone loads it and saves it again."""
+    model.save_pretrained(tmp_path / "first")
+    script = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("first", trust_remote_code=True)
+assert "tvaprune" not in sys.modules
+model.save_pretrained("second")
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, env=environment, check=True)
+    for name in ("first", "second"):
+        again = load(tmp_path / name)
+        assert (tmp_path / name / "modeling_tvaprune.py").is_file()
+        with torch.inference_mode():
+            assert torch.equal(again(PROMPTS).logits, model(PROMPTS).logits)
+
+
+def test_int8_weights_of_torchao_generate(directory: Path, model: PreTrainedModel) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    quantised = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    kinds = {
+        type(layer.mlp.up_proj.weight).__name__ for layer in quantised.model.layers if hasattr(layer.mlp, "up_proj")
+    }
+    assert "Parameter" not in kinds
+    assert generated(quantised).shape == (2, 19)
+    with torch.inference_mode():
+        expected, found = model(PROMPTS).logits, quantised(PROMPTS).logits
+    assert 0 < (expected - found).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_an_adapter_trains_and_merges(model: PreTrainedModel) -> None:
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(5):
+        loss = adapted(PROMPTS, labels=PROMPTS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    with torch.inference_mode():
+        expected = adapted(PROMPTS).logits
+        merged = adapted.merge_and_unload(safe_merge=True)
+        assert (merged(PROMPTS).logits - expected).abs().max() < 1e-3
+
+
+def test_lm_eval_loads_the_path(directory: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    evaluated = HFLM(pretrained=str(directory), trust_remote_code=True, device="cpu", dtype="float32", batch_size=1)
+    request = Instance("loglikelihood", {}, ("The bank's", " engineers"), 0)
+    ((found, _),) = evaluated.loglikelihood([request], disable_tqdm=True)
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), load(directory, dtype=torch.float32)
+    context, whole = tokenizer("The bank's")["input_ids"], tokenizer("The bank's engineers")["input_ids"]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = sum(float(logprobs[i - 1, whole[i]]) for i in range(len(context), len(whole)))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's API as an upload asks for; what it is given is kept in `received`, SHA-256 by name.
+
+    It takes large files in the commit itself; the hub would send them to its own storage (Xet).
+    """
+
+    received: dict[str, str] = {}  # noqa: RUF012
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://127.0.0.1:{self.server.server_address[1]}/me/pruned"
+        answer: dict[str, Any] = {"url": here, "name": "me/pruned"}
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.received[line["value"]["path"]] = hashlib.sha256(content).hexdigest()
+            answer = {"commitUrl": f"{here}/commit/0", "commitOid": "0" * 40, "pullRequestUrl": None}
+        elif self.path == "/api/validate-yaml":
+            answer = {"warnings": [], "errors": []}
+        encoded = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(encoded)))
+        self.end_headers()
+        self.wfile.write(encoded)
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_directory_uploads_to_a_hub(directory: Path, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.received.clear()
+    api = HfApi(endpoint=hub, token="hf_" + "a" * 34)
+    api.create_repo("me/pruned", exist_ok=True)
+    api.upload_folder(repo_id="me/pruned", folder_path=directory)
+    sent = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir() if path.is_file()}
+    assert {"config.json", "model.safetensors", "modeling_tvaprune.py", "tokenizer.json"} <= sent.keys()
+    assert Hub.received == sent

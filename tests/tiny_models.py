@@ -1,6 +1,8 @@
 """Tiny random models of every supported family, for unit tests only."""
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -23,7 +25,7 @@ FAMILIES: dict[str, dict] = {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
-        }  # fmt: skip
+        }
     },
     "mistral": {"sliding_window": None},
     "qwen2": {},
@@ -107,3 +109,16 @@ def random_masks(topology: Topology, seed: int, keep_share: float = 0.6, empty_l
         keep["kv_heads"][empty_layer] = False
     channel_mu = {place: 1 + 0.2 * torch.randn(topology.place_shape(place), generator=generator) for place in PLACES}
     return Masks(keep=keep, log_alpha=log_alpha, mu=mu, channel_mu=channel_mu)
+
+
+def write_published(file: Path, masks: Masks) -> Path:
+    """Write masks in the form that the paper's authors published: mu, and the log-variance that gives log_alpha."""
+    content: dict[str, Any] = {}
+    for axis, name in {"hidden": "hidden_mask", "intermediate": "inter_layer{}", "kv_heads": "attn_layer{}"}.items():
+        mu, score = masks.mu[axis], masks.log_alpha[axis]  # type: ignore[index]
+        rows = zip(mu[None] if axis == "hidden" else mu, score[None] if axis == "hidden" else score, strict=True)
+        for layer, (mean, log_alpha) in enumerate(rows):
+            content[f"{name.format(layer)}_z_mu"] = mean.clone()
+            content[f"{name.format(layer)}_z_logD"] = torch.log(mean.square() + 1e-8) - log_alpha
+    file.write_bytes(pickle.dumps(content, protocol=4))
+    return file

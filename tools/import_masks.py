@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from stages._errors import clear_errors
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.gates.published import read_published_masks
 from tvaprune.model.topology import Topology
@@ -24,11 +23,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Masks artifact to write.")] = Path("artifacts/masks"),
 ) -> None:
     """Read the file without executing anything in it, check it against the model, and write the artifact."""
-    with clear_errors():
+    try:
         topology = Topology.of(load_config(model))
         masks = read_published_masks(file, topology)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        write_masks(out, masks, made_with={"import_masks": {"file": file.name, "sha256": digest}}, validation_ppl={})
+    except (ValueError, FileNotFoundError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_masks(out, masks, made_with={"import_masks": {"file": file.name, "sha256": digest}}, validation_ppl={})
     widths = masks.widths()
     typer.echo(f"hidden {int(widths['hidden'])} of {topology.hidden}")
     typer.echo(f"kv_heads by layer: {' '.join(map(str, widths['kv_heads'].tolist()))} of {topology.kv_heads}")

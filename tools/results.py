@@ -62,8 +62,8 @@ def experiments_table(shown: list[dict[str, Any]]) -> str:
                 if row is not None and row not in rows:
                     rows.append(row)
     head = (
-        "| experiment | method | sparsity | pruned ppl | + LoRA ppl | × dense | learning s | prefill | decode |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| experiment | method | axes | sparsity | pruned ppl | + LoRA | × dense | learning s | prefill | decode |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *("| " + " | ".join(row[2:]) + " |" for row in sorted(rows))])
 
@@ -82,6 +82,7 @@ def _experiment_row(one: dict[str, Any]) -> tuple[Any, ...] | None:
         compact,
         str(one.get("name") or one["rev"][:7]),
         params["learn_masks"]["method"],
+        " ".join(params["learn_masks"]["axes"]),
         str(params["sparsity"]),
         f"{compact:.1f}",
         "" if finetuned is None else f"{finetuned:.1f}",

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
-from tests.tiny_models import random_masks, tiny_model
+from tests.tiny_models import random_masks, tiny_model, write_published
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.update import weight_update
 from tvaprune.gates.published import PublishedMasksError, read_published_masks
 from tvaprune.model.topology import AXES, Topology
 from tvaprune.widths.adapt import Layout, adapt
-from tvaprune.widths.masks import Masks, read_masks, sparsity
+from tvaprune.widths.masks import read_masks, sparsity
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "tvaprune-mistral-mask.pkl"
 published = pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"the authors' mask file {PUBLISHED.name} is not here")
@@ -33,22 +33,9 @@ def mistral() -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def written(file: Path, masks: Masks) -> Path:
-    """Masks in the published form: mu, and the log-variance that gives their log_alpha."""
-    content: dict[str, Any] = {}
-    for axis, name in {"hidden": "hidden_mask", "intermediate": "inter_layer{}", "kv_heads": "attn_layer{}"}.items():
-        mu, score = masks.mu[axis], masks.log_alpha[axis]  # type: ignore[index]
-        rows = zip(mu[None] if axis == "hidden" else mu, score[None] if axis == "hidden" else score, strict=True)
-        for layer, (mean, log_alpha) in enumerate(rows):
-            content[f"{name.format(layer)}_z_mu"] = mean.clone()
-            content[f"{name.format(layer)}_z_logD"] = torch.log(mean.square() + 1e-8) - log_alpha
-    file.write_bytes(pickle.dumps(content, protocol=4))
-    return file
-
-
-def test_masks_in_the_published_form_are_read_as_written(tmp_path: Path) -> None:
+def test_masks_in_the_published_form_are_read_as_write_published(tmp_path: Path) -> None:
     masks = random_masks(TOPOLOGY, seed=1)
-    read = read_published_masks(written(tmp_path / "masks.pkl", masks), TOPOLOGY)
+    read = read_published_masks(write_published(tmp_path / "masks.pkl", masks), TOPOLOGY)
     for axis in AXES:
         assert torch.equal(read.mu[axis], masks.mu[axis])
         assert torch.equal(read.keep[axis], masks.log_alpha[axis] > 0)
@@ -56,7 +43,7 @@ def test_masks_in_the_published_form_are_read_as_written(tmp_path: Path) -> None
 
 
 def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
-    file = written(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
+    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
     deeper = Topology.of(tiny_model("llama", layers=4).config)
     with pytest.raises(PublishedMasksError, match=r"inter_layer3_z_mu is absent, but the model needs \[96\]"):
         read_published_masks(file, deeper)
@@ -107,7 +94,7 @@ def test_nothing_in_a_pickle_is_run(evil: Callable[[Path], Any], named: str, tmp
 
 
 def test_a_torn_file_is_named(tmp_path: Path) -> None:
-    file = written(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
+    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(PublishedMasksError, match=r"masks\.pkl: not a pickle of tensors, or damaged"):
         read_published_masks(file, TOPOLOGY)
@@ -119,7 +106,7 @@ def test_the_tool_writes_an_artifact_that_stages_read(tmp_path: Path) -> None:
     from tools.import_masks import main
 
     TINY.config.save_pretrained(tmp_path / "model")
-    file = written(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
+    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
     app = typer.Typer()
     app.command()(main)
     arguments = [str(file), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "masks")]

@@ -40,11 +40,11 @@ def test_experiments_are_sorted_by_sparsity_and_perplexity() -> None:
             "metrics/perplexity.json": {"data": {"dense": MODEL, "compact": {"ppl": ppl}}},
             "metrics/masks.json": {"data": {"seconds": 10.0}},
         }
-        params = {"params.yaml": {"data": {"sparsity": sparsity, "learn_masks": {"method": name}}}}
+        params = {"params.yaml": {"data": {"sparsity": sparsity, "learn_masks": {"method": name, "axes": ["hidden"]}}}}
         return {"rev": name * 3, "name": name, "data": {"metrics": metrics, "params": params}}
 
     shown = [{**experiment("tva", 0.2, 30), "experiments": [{"revs": [experiment("flap", 0.2, 40)]}]}]
     shown += [{"rev": "empty", "data": None}, experiment("random", 0.1, 90)]
     rows = experiments_table(shown).splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == ["random", "tva", "flap"]
-    assert rows[1].split(" | ")[3:6] == ["30.0", "", "1.50"]
+    assert rows[1].split(" | ")[4:7] == ["30.0", "", "1.50"]

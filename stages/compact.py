@@ -8,13 +8,14 @@ from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.checkpoint.card import Base
-from tvaprune.checkpoint.certificate import GGUF, Reference, against_reference, prompt_ids
+from tvaprune.checkpoint.card import Base, Provenance, widths_of
+from tvaprune.checkpoint.certificate import GGUF, Reference, prompt_ids
+from tvaprune.checkpoint.checks import against_reference
 from tvaprune.checkpoint.compact import compact
 from tvaprune.checkpoint.export import certify, require
 from tvaprune.checkpoint.gguf import write_gguf
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.parity import compact_logits, compare, masked_dense_logits
+from tvaprune.checkpoint.parity import compact_logits, masked_dense_logits
 from tvaprune.checkpoint.report import measured, sizes
 from tvaprune.checkpoint.update import read_update
 from tvaprune.model.topology import Topology
@@ -45,20 +46,14 @@ def main(
             write_gguf(out, out / GGUF, params.gguf)
         input_ids = prompt_ids(AutoTokenizer.from_pretrained(model), params.prompt_tokens)
         reference = Reference("masked dense model", input_ids, masked_dense_logits(model, masks, folded, input_ids))
-        logits, bound = compact_logits(out, input_ids), params.max_abs_logit_diff
-        report = sizes(topology, masks, size)
-        parity = compare(reference.logits, logits, tie=bound)
-        write_json(metrics, {**report, **parity._asdict(), **cost._asdict()})
+        bound, report = params.max_abs_logit_diff, sizes(topology, masks, size)
+        parity = against_reference("masked = compact", reference, compact_logits(out, input_ids), bound)
+        write_json(metrics, {**report, **parity.figures, **cost._asdict()})
         _, meta = read_artifact(update, "update")
-        checks = certify(
-            out,
-            reference,
-            bound,
-            Base.of(model),
-            meta["made_with"] | params.used(),
-            report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()},
-            [against_reference("masked = compact", reference, logits, bound)],
-        )
+        made_with = meta["made_with"] | params.used()
+        figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}
+        made = Provenance(Base.of(model), params.layout, widths_of(masks), made_with, figures)
+        checks = certify(out, reference, bound, made, [parity])
         require(out, checks)
     typer.echo(f"{report['params_kept']} parameters")
     for check in checks:

@@ -74,10 +74,10 @@ def main(
             # Merged into the weights as they are on disk, not as rounded for this device.
             merged = merge_adapter(load(compact), lora)
             save_like(merged, compact, finetuned, leave=OWN_FILES)
-            require(finetuned, certify_retrained(finetuned, merged, compact, params.used()))
-        write_json(metrics, {"enabled": 1, **result.metrics})
-        write_curve(curve, result.curve)
-    nll = result.metrics["validation"]
+            write_json(metrics, {"enabled": 1, **result.metrics})
+            write_curve(curve, result.curve)
+            nll = result.metrics["validation"]
+            require(finetuned, certify_retrained(finetuned, merged, compact, params.used(), nll))
     typer.echo(f"validation nll {nll['nll_start']:.3f} -> {nll['nll_best']:.3f}, dense {nll['nll_teacher']:.3f}")
 
 

@@ -3,12 +3,15 @@
 Needs neither the dense model nor this repository's pipeline.
 """
 
+import json
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tvaprune.checkpoint.certificate import Check, fresh_checks, read_certificate
+from tvaprune.checkpoint.certificate import Check, read_certificate
+from tvaprune.checkpoint.checks import fresh_checks
 from tvaprune.checkpoint.compact import MODELING_FILE
 
 
@@ -22,16 +25,26 @@ def verify(directory: Path, trust_remote_code: bool = False) -> list[Check]:
         DamagedDirectoryError: a file is absent, changed or added, or does not load.
         ValueError: the directory brings code that is not this version's.
     """
-    certificate, reference = read_certificate(directory)
-    code = sorted(directory.rglob("*.py"))
-    unknown = [path for path in code if path.read_bytes() != MODELING_FILE.read_bytes()]
-    if unknown and not trust_remote_code:
-        raise ValueError(
-            f"{unknown[0]}: code that is not this version's {MODELING_FILE.name}; read it, then pass "
-            "--trust-remote-code to run it"
-        )
-    bound = certificate["bounds"]["max_abs_logit_diff"]
-    return fresh_checks(directory, reference, bound, trust_remote_code=bool(certificate["trust_remote_code"]))
+    certificate = read_certificate(directory)
+    if not trust_remote_code:
+        _refuse_unknown_code(directory)
+    return fresh_checks(
+        directory, certificate.reference, certificate.bound, trust_remote_code=certificate.trust_remote_code
+    )
+
+
+def _refuse_unknown_code(directory: Path) -> None:
+    read_it = "; read it, then pass --trust-remote-code to run it"
+    for path in sorted(directory.rglob("*.py")):
+        if path.read_bytes() != MODELING_FILE.read_bytes():
+            raise ValueError(f"{path}: code that is not this version's {MODELING_FILE.name}{read_it}")
+    # Both name places outside of the directory that transformers fetches code from.
+    auto_map = json.loads((directory / "config.json").read_text()).get("auto_map", {})
+    for reference in auto_map.values():
+        if not re.fullmatch(rf"{MODELING_FILE.stem}\.\w+", str(reference)):
+            raise ValueError(f"{directory / 'config.json'}: auto_map names the code {reference!r}{read_it}")
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory / 'adapter_config.json'}: loads another model, with that model's code{read_it}")
 
 
 def main(

@@ -14,16 +14,16 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.tiny_models import random_masks, save_tiny_model, tiny_tokenizer
-from tvaprune.checkpoint.card import Base, read_provenance
+from tvaprune.checkpoint.card import Base, Provenance, widths_of
 from tvaprune.checkpoint.certificate import (
     Check,
     DamagedDirectoryError,
     Reference,
-    against_reference,
     hashes,
     prompt_ids,
     read_certificate,
 )
+from tvaprune.checkpoint.checks import against_reference, fresh_checks
 from tvaprune.checkpoint.compact import compact
 from tvaprune.checkpoint.export import certify, require
 from tvaprune.checkpoint.gguf import write_gguf
@@ -32,11 +32,15 @@ from tvaprune.checkpoint.parity import compact_logits, masked_dense_logits, same
 from tvaprune.checkpoint.report import sizes
 from tvaprune.checkpoint.update import weight_update
 from tvaprune.model.topology import Topology
+from tvaprune.params.compact import CompactParams
+from tvaprune.params.finetune_lora import FinetuneLoraParams
+from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.verify import main, verify
 from tvaprune.widths.adapt import Layout, adapt
 from tvaprune.widths.masks import project
 
 BOUND = 1e-3
+PARAMS = Path(__file__).parents[2] / "params.yaml"
 MADE_WITH = {"learn_masks": {"method": "tva", "sparsity": 0.4}}
 SOURCE = {"source": "hub", "repo": "someone/tiny", "revision": "abc", "license": "Apache-2.0"}
 
@@ -68,7 +72,8 @@ def export(
     input_ids = prompt_ids(AutoTokenizer.from_pretrained(dense), 24)
     reference = Reference("masked dense model", input_ids, masked_dense_logits(dense, masks, update, input_ids))
     first = against_reference("masked = compact", reference, compact_logits(out, input_ids), BOUND)
-    return out, certify(out, reference, BOUND, Base.of(dense), MADE_WITH, sizes(topology, masks, size), [first])
+    made = Provenance(Base.of(dense), layout, widths_of(masks), MADE_WITH, sizes(topology, masks, size))
+    return out, certify(out, reference, BOUND, made, [first])
 
 
 @pytest.mark.parametrize("layout", ["uneven", "uniform", "padded"])
@@ -78,10 +83,11 @@ def test_an_export_is_certified_and_verifies_elsewhere(layout: Layout, tmp_path:
     require(out, checks)
     written = json.loads((out / "parity.json").read_text())
     for check in checks:
-        figures = written["checks"][check.name]
-        assert figures["passed"]
-        assert 0 <= figures.get("max_abs_logit_diff", 0) < BOUND
-    assert written["checks"]["llama.cpp from model.gguf"]["token_agreement"] == 1
+        assert written["checks"][check.name]["passed"]
+        figures, bounds = (written["checks"][check.name][kind] for kind in ("figures", "bounds"))
+        assert all(figures[name] == 1 if bound == 1 else 0 <= figures[name] <= BOUND for name, bound in bounds.items())
+        assert len(bounds) == 2
+    assert written["checks"]["llama.cpp from model.gguf"]["figures"]["tokens"] == 32
     assert str(tmp_path) not in (out / "parity.json").read_text() + (out / "README.md").read_text()
     assert ("trust_remote_code=True" in (out / "README.md").read_text()) == (layout == "uneven")
     shutil.rmtree(tmp_path / "dense")
@@ -92,7 +98,7 @@ def test_an_export_is_certified_and_verifies_elsewhere(layout: Layout, tmp_path:
 
 
 def test_the_bound_fails_a_model_that_is_another(out: Path) -> None:
-    _, reference = read_certificate(out)
+    reference = read_certificate(out).reference
     weights = load_file(out / "model.safetensors")
     weights["model.norm.weight"] *= 1.01
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -101,8 +107,7 @@ def test_the_bound_fails_a_model_that_is_another(out: Path) -> None:
     assert check.passed is False
     with pytest.raises(ValueError, match="masked = compact: FAILED"):
         require(out, [check])
-    base, made_with, figures = read_provenance(out)
-    again = certify(out, reference, BOUND, base, made_with, figures, [])
+    again = certify(out, reference, BOUND, Provenance.read(out))
     assert [check.passed for check in again] == [False, True]  # it generates consistently, but something else
     assert [check.passed for check in verify(out)] == [False, True]
 
@@ -131,13 +136,41 @@ def _lose_the_tokenizer(out: Path) -> str:
     return "tokenizer.json: absent"
 
 
-def _break_the_certificate(out: Path) -> str:
+def _tear_the_certificate(out: Path) -> str:
     (out / "parity.json").write_text("{")
     return "damaged certificate"
 
 
+def _take_the_bound_away(out: Path) -> str:
+    _forge(out, bound=None)
+    return "damaged certificate"
+
+
+def _lose_the_reference(out: Path) -> str:
+    (out / "parity.safetensors").unlink()
+    _forge(out)
+    return "parity.safetensors: holds no reference"
+
+
+def _cut_the_weights(out: Path) -> str:
+    path = out / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+    _forge(out)
+    return "transformers does not run it in a fresh process"
+
+
+def _forge(out: Path, **changes: object) -> None:
+    """A certificate is no signature: whoever changes a file can write its hash too."""
+    certificate = json.loads((out / "parity.json").read_text()) | changes | {"files": hashes(out)}
+    (out / "parity.json").write_text(json.dumps(certificate))
+
+
 @pytest.mark.parametrize(
-    "damage", [_flip_a_weight, _edit_the_config, _add_code, _lose_the_tokenizer, _break_the_certificate]
+    "damage",
+    [
+        *(_flip_a_weight, _edit_the_config, _add_code, _lose_the_tokenizer),
+        *(_tear_the_certificate, _take_the_bound_away, _lose_the_reference, _cut_the_weights),
+    ],
 )
 def test_damage_is_named(damage: Callable[[Path], str], out: Path) -> None:
     with pytest.raises(DamagedDirectoryError, match=damage(out)):
@@ -145,17 +178,69 @@ def test_damage_is_named(damage: Callable[[Path], str], out: Path) -> None:
 
 
 def test_unknown_code_is_not_run(out: Path, tmp_path: Path) -> None:
-    """A certificate is no signature: whoever changes the code can write its hash too."""
     modeling, ran = out / "modeling_tvaprune.py", tmp_path / "ran"
     modeling.write_text(modeling.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
-    certificate = json.loads((out / "parity.json").read_text())
-    certificate["files"] = hashes(out)
-    (out / "parity.json").write_text(json.dumps(certificate))
+    _forge(out)
     with pytest.raises(ValueError, match=r"modeling_tvaprune\.py: code that is not"):
         verify(out)
     assert not ran.exists()
     assert all(check.passed for check in verify(out, trust_remote_code=True))
     assert ran.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_code_that_lies_elsewhere_is_not_run(file: str, out: Path, tmp_path: Path) -> None:
+    """transformers follows both files to another directory and imports what it finds there."""
+    elsewhere, ran = tmp_path / "elsewhere", tmp_path / "ran"
+    shutil.copytree(out, elsewhere)
+    modeling = elsewhere / "modeling_tvaprune.py"
+    modeling.write_text(modeling.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
+    if file == "config.json":
+        config = json.loads((out / file).read_text())
+        config["auto_map"] = {name: f"{elsewhere}--{value}" for name, value in config["auto_map"].items()}
+    else:
+        config = {"base_model_name_or_path": str(elsewhere), "peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}
+    (out / file).write_text(json.dumps(config))
+    _forge(out)
+    with pytest.raises(ValueError, match=rf"{file}: .*--trust-remote-code"):
+        verify(out)
+    assert not ran.exists()
+
+
+def test_a_stock_layout_leaves_nothing_of_an_uneven_one(tmp_path: Path) -> None:
+    out, _ = export(tmp_path, "uneven", gguf="f32")
+    again, checks = export(tmp_path, "padded")
+    assert again == out
+    assert all(check.passed for check in checks)
+    assert not list(out.glob("*.py")) + list(out.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_a_gguf_file_of_another_model_fails(kind: str, tmp_path: Path) -> None:
+    out, checks = export(tmp_path, gguf=kind)
+    assert all(check.passed for check in checks)
+    figures = checks[-1].figures
+    assert figures["tokens"] == 32
+    assert figures["first_token_logprob_diff"] <= figures["max_abs_logprob_diff"] < (1e-3 if kind == "f32" else 2)
+    weights = load_file(out / "model.safetensors")
+    for name in [name for name in weights if name.endswith("q_proj.weight")]:
+        weights[name] = weights[name].flip(0)  # as if the rotary pairs were in the other order
+    other = Path(shutil.copytree(out, tmp_path / "other", ignore=shutil.ignore_patterns("parity.*")))
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    write_gguf(other, out / "model.gguf", kind)  # type: ignore[arg-type]
+    stored = load_file(out / "parity.safetensors")
+    reference = Reference("masked dense model", stored["input_ids"], stored["logits"])
+    *_, check = fresh_checks(out, reference, BOUND, trust_remote_code=True)
+    assert check.name == "llama.cpp from model.gguf"
+    assert check.passed is False
+
+
+def test_without_llama_cpp_the_check_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tvaprune.checkpoint.checks.find_spec", lambda name: None)
+    out, checks = export(tmp_path, gguf="f32")
+    assert checks[-1].passed is None
+    assert "not run, xllamacpp is not installed" in str(checks[-1])
+    require(out, checks)
 
 
 def test_the_command_line(out: Path, tmp_path: Path) -> None:
@@ -178,11 +263,13 @@ def test_the_card_says_where_it_comes_from_and_how_to_load_it(out: Path) -> None
     assert "trust_remote_code=True" in card.text
     assert "| layer | key-value heads | intermediate |" in card.text
     assert '"method": "tva"' in card.text
-    base, made_with, figures = read_provenance(out)
-    assert made_with == MADE_WITH
-    assert base.source["revision"] == "abc"
-    assert base.sha256.keys() == {"model.safetensors"}
-    assert figures["params_kept"] == sum(t.numel() for t in load_file(out / "model.safetensors").values())
+    made = Provenance.read(out)
+    assert made.made_with == MADE_WITH
+    assert made.layout == "uneven"
+    assert made.base.source["revision"] == "abc"
+    assert made.base.sha256.keys() == {"model.safetensors"}
+    assert made.widths["intermediate"] == load_config(out).intermediate_sizes
+    assert made.figures["params_kept"] == sum(t.numel() for t in load_file(out / "model.safetensors").values())
 
 
 def test_a_base_without_a_record_has_a_card_too(tmp_path: Path) -> None:
@@ -190,6 +277,27 @@ def test_a_base_without_a_record_has_a_card_too(tmp_path: Path) -> None:
     assert Base.of(dense).source == {}
     (dense / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
     assert Base.of(dense).license == "mit"
+
+
+def test_what_had_no_influence_is_not_what_it_was_made_with() -> None:
+    masks = LearnMasksParams.load(PARAMS).model_copy(update={"method": "tva"})
+    gates = masks.gates.model_copy(update={"constraint": "budget", "init": "curvature"})
+    used = masks.model_copy(update={"gates": gates}).used()["learn_masks"]
+    assert used.keys() == {"sparsity", "seed", "method", "axes", "gates"}
+    assert set(type(gates).model_fields) - used["gates"].keys() == {"lambda_lr", "init_log_var"}
+    for method, options in {
+        "random": set(),
+        "wanda_sp": {"windows"},
+        "flap": {"windows", "flap_allocation", "flap_bias"},
+        "llm_pruner": {"windows", "protect_first", "protect_last"},
+    }.items():
+        used = masks.model_copy(update={"method": method}).used()["learn_masks"]
+        assert "gates" not in used
+        assert used["baseline"].keys() == options
+    assert CompactParams.load(PARAMS).used()["compact"].keys() == {"layout", "gguf"}
+    tuned = FinetuneLoraParams.load(PARAMS).model_copy(update={"teacher": "none"}).used()["finetune_lora"]
+    assert not tuned.keys() & {"enabled", "save_every", "distillation_weight"}
+    assert tuned.keys() >= {"seed", "rank", "ce_weight", "validate_every"}
 
 
 def test_a_tie_may_part_generations_and_nothing_else_may() -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages.finetune_lora import main
 from tests.tiny_models import random_masks
 from tvaprune.artifacts import write_artifact
-from tvaprune.checkpoint.card import Base, read_provenance
+from tvaprune.checkpoint.card import Base, Provenance, widths_of
 from tvaprune.checkpoint.certificate import Reference
 from tvaprune.checkpoint.compact import compact
 from tvaprune.checkpoint.export import certify
@@ -552,7 +552,8 @@ def test_the_stage_makes_a_loadable_model_of_uneven_layers_and_the_same_bytes_tw
     reference = Reference("itself", windows(3, 4).long(), compact_logits(tmp_path / "compact", windows(3, 4).long()))
     figures = {"sparsity_decoder": 0.5, "sparsity_model": 0.4, "params_dense": 1, "params_kept": sizes.parameters_kept}
     made_with = {"compact": {"gguf": None}}
-    certify(tmp_path / "compact", reference, 1e-3, Base.of(tmp_path / "dense"), made_with, figures, [])
+    made = Provenance(Base.of(tmp_path / "dense"), "uneven", widths_of(masks), made_with, figures)
+    certify(tmp_path / "compact", reference, 1e-3, made)
     ids = {"finetune_ids": windows(5, 1), "finetune_validation_ids": windows(3, 2)}
     write_artifact(tmp_path / "calibration", "calibration", ids)
     load_params(tmp_path, ("steps: 180", "steps: 6"), ("validate_every: 60", "validate_every: 2"))
@@ -565,7 +566,9 @@ def test_the_stage_makes_a_loadable_model_of_uneven_layers_and_the_same_bytes_tw
         main(**inputs, **paths, curve=folder / "finetune.csv", params_file=tmp_path / "params.yaml")
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "finetune.json")
         assert all(check.passed for check in verify(folder / "finetuned"))
-        assert "finetune_lora" in read_provenance(folder / "finetuned")[1]
+        made = Provenance.read(folder / "finetuned")
+        assert made.made_with.keys() == {"compact", "finetune_lora"}
+        assert f"{made.figures['finetuned_nll_best']:.3f}" in (folder / "finetuned" / "README.md").read_text()
         outputs.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
     assert outputs[0] == outputs[1]
 

@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: the model card README.md, and tvaprune.json for programs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import tvaprune
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.certificate import GGUF, Check, hashes
 from tvaprune.checkpoint.loading import load_config
+from tvaprune.widths.adapt import Layout
+from tvaprune.widths.masks import Masks
 
 PROVENANCE, SOURCE = "tvaprune.json", "tvaprune_source.json"
 
@@ -56,39 +58,48 @@ def _card_license(directory: Path) -> str | None:
         return None
 
 
-def write_provenance(directory: Path, base: Base, made_with: dict[str, Any], figures: dict[str, float]) -> None:
-    """Write tvaprune.json: the base model and its hashes, what was done with which parameters, what came out."""
-    write_json(
-        directory / PROVENANCE,
-        {
-            "schema": 1,
-            "tvaprune": tvaprune.__version__,
-            "base": {"source": base.source, "license": base.license, "sha256": base.sha256},
-            "made_with": made_with,
-            "figures": figures,
-        },
-    )
+@dataclass(frozen=True)
+class Provenance:
+    """What a pruned model was made of, how, and what came out: the content of tvaprune.json.
+
+    Attributes:
+        base: the dense model.
+        layout: of the checkpoint.
+        widths: kept units: of hidden, and a list by layer of intermediate and of kv_heads; padding not counted.
+        made_with: the parameters that had influence, by stage.
+        figures: sparsity_decoder (by the masks), sparsity_model, params_dense, params_kept (by the files: padding
+            counts); perplexities and nats a token, see `_quality`, where they were measured.
+    """
+
+    base: Base
+    layout: Layout
+    widths: dict[str, Any]
+    made_with: dict[str, Any]
+    figures: dict[str, float]
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / PROVENANCE, {"schema": 1, "tvaprune": tvaprune.__version__, **asdict(self)})
+
+    @classmethod
+    def read(cls, directory: Path) -> "Provenance":
+        found = json.loads((directory / PROVENANCE).read_text())
+        base = Base(**found["base"])
+        return cls(base, found["layout"], found["widths"], found["made_with"], found["figures"])
 
 
-def read_provenance(directory: Path) -> tuple[Base, dict[str, Any], dict[str, float]]:
-    """What `write_provenance` wrote."""
-    found = json.loads((directory / PROVENANCE).read_text())
-    base = found["base"]
-    return Base(base["source"], base["license"], base["sha256"]), found["made_with"], found["figures"]
+def widths_of(masks: Masks) -> dict[str, Any]:
+    """Kept units by axis, as numbers."""
+    return {axis: counts.tolist() for axis, counts in masks.widths().items()}
 
 
-def write_card(
-    directory: Path, base: Base, made_with: dict[str, Any], figures: dict[str, float], checks: list[Check]
-) -> None:
+def write_card(directory: Path, made: Provenance, checks: list[Check]) -> None:
     """Write README.md with the Hub's YAML header.
 
     Args:
-        directory: config.json says the widths and whether it brings its own modeling file.
-        figures: sparsity_decoder, sparsity_model, params_dense, params_kept; validation_ppl_mean and
-            validation_ppl_dense where they were measured.
+        directory: config.json says whether it brings its own modeling file.
         checks: of the certificate.
     """
-    config = load_config(directory)
+    base, figures = made.base, made.figures
     data = ModelCardData(
         base_model=base.name,
         license=base.license,
@@ -96,30 +107,43 @@ def write_card(
         pipeline_tag="text-generation",
         tags=["tvaprune", "pruned", "structured-pruning"],
     )
-    tuned = "finetune_lora" in made_with
+    tuned = "finetune_lora" in made.made_with
     sections = [
         f"# {_title(base)}, pruned{' and fine-tuned' if tuned else ''}",
         "Made smaller by structured pruning with TVA-Prune (Dutta, Gupta, Agarwal, "
         "[ES-FoMo II at ICML 2024](https://openreview.net/forum?id=cqhAzteLzc)).",
         f"{figures['params_kept'] / 1e6:.1f} M of {figures['params_dense'] / 1e6:.1f} M parameters: "
         f"{figures['sparsity_decoder']:.1%} of the decoder layers' are gone, "
-        f"{figures['sparsity_model']:.1%} of the model's." + _perplexity(figures),
-        "## Use\n\n" + _usage(directory, config),
-        "## Kept widths\n\n" + _widths(config),
-        "## Parity\n\nLogits in float32, on named prompts (`parity.json`); repeat it with "
+        f"{figures['sparsity_model']:.1%} of the model's." + _padding(made) + _quality(figures),
+        "## Use\n\n" + _usage(directory, load_config(directory)),
+        "## Kept widths\n\n" + _widths(made.widths),
+        "## Parity\n\nIn float32, on named prompts, with the bounds that decide (`parity.json`); repeat it with "
         "`python -m tvaprune.verify DIRECTORY`.\n\n" + "\n".join(f"- {check}" for check in checks),
-        "## Made with\n\n```json\n" + json.dumps(made_with, indent=2) + "\n```",
+        "## Made with\n\n```json\n" + json.dumps(made.made_with, indent=2) + "\n```",
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(directory / "README.md")
 
 
-def _perplexity(figures: dict[str, float]) -> str:
-    if "validation_ppl_dense" not in figures:
+def _padding(made: Provenance) -> str:
+    if made.layout != "padded":
         return ""
-    return (
-        f" Perplexity on held-out windows of the calibration's sources, before widths were adapted: "
-        f"{figures['validation_ppl_mean']:.1f}, dense {figures['validation_ppl_dense']:.1f}."
-    )
+    return " Layers are padded with zeros to the widest, and the zeros count as parameters of the model."
+
+
+def _quality(figures: dict[str, float]) -> str:
+    text = ""
+    if "validation_ppl_dense" in figures:
+        text = (
+            " Perplexity on held-out windows of the calibration's sources, before widths were adapted: "
+            f"{figures['validation_ppl_mean']:.1f}, dense {figures['validation_ppl_dense']:.1f}."
+        )
+    if "finetuned_nll_best" in figures:
+        text += (
+            " Nats a token on held-out windows of the fine-tuning's sources: "
+            f"{figures['finetuned_nll_best']:.3f}, {figures['finetuned_nll_start']:.3f} before fine-tuning, "
+            f"dense {figures['finetuned_nll_teacher']:.3f}."
+        )
+    return text
 
 
 def _title(base: Base) -> str:
@@ -139,16 +163,13 @@ def _usage(directory: Path, config: PreTrainedConfig) -> str:
     else:
         text += f"\n\nA stock `{config.model_type}` model: no remote code."
     if (directory / GGUF).is_file():
-        text += f"\n\n`{GGUF}` is the same model for llama.cpp."
+        text += f"\n\nIn llama.cpp: `llama-cli -m {GGUF}`."
     return text
 
 
-def _widths(config: PreTrainedConfig) -> str:
+def _widths(widths: dict[str, Any]) -> str:
     """A table of the hidden width and each layer's; runs of equal layers share a row."""
-    if config.model_type == "tvaprune":
-        layers = list(zip(config.kv_head_counts, config.intermediate_sizes, strict=True))
-    else:
-        layers = [(config.num_key_value_heads, config.intermediate_size)] * config.num_hidden_layers
+    layers = list(zip(widths["kv_heads"], widths["intermediate"], strict=True))
     rows, start = [], 0
     for index in range(1, len(layers) + 1):
         if index == len(layers) or layers[index] != layers[start]:
@@ -156,4 +177,4 @@ def _widths(config: PreTrainedConfig) -> str:
             rows.append(f"| {name} | {layers[start][0]} | {layers[start][1]} |")
             start = index
     head = "| layer | key-value heads | intermediate |\n|---|---|---|\n"
-    return f"Hidden {config.hidden_size}.\n\n{head}" + "\n".join(rows)
+    return f"Hidden {widths['hidden']}.\n\n{head}" + "\n".join(rows)

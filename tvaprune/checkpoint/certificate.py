@@ -7,32 +7,23 @@ so that whoever is given the directory can repeat the proof without the dense mo
 
 import hashlib
 import json
-import os
 import platform
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tvaprune
 from tvaprune.artifacts import write_json
-from tvaprune.checkpoint import gguf_runtime, reload_script
-from tvaprune.checkpoint.parity import Parity, compare, same_choices
 
 CERTIFICATE, REFERENCE, GGUF = "parity.json", "parity.safetensors", "model.gguf"
 SCHEMA = 1
 STORED_POSITIONS = 4  # a vocabulary of 128 thousand in float32 is half a megabyte a position
-NEW_TOKENS = 32
-# A rounded file answers a little differently, a wrong one (a rotary permutation, a norm) by many nats.
-ROUNDED_BOUND = 0.5
 PROMPTS = {
     "city": "The history of the city begins with a small settlement by the river, where traders met in the spring.",
     "water": "Water boils at a lower temperature on a mountain because the pressure of the air is lower there.",
@@ -61,16 +52,25 @@ class Reference:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: its figures, whether they are within bounds (None = not run), and in words."""
+    """One comparison.
+
+    Attributes:
+        name: in words.
+        passed: the figures are within their bounds; None = not run.
+        figures: what was measured; or `skipped`, why not.
+        bounds: of the figures that decide: differences are at most, agreements at least as large.
+    """
 
     name: str
     passed: bool | None
     figures: dict[str, Any]
+    bounds: dict[str, float]
 
     def __str__(self) -> str:
         if self.passed is None:
             return f"{self.name}: not run, {self.figures['skipped']}"
-        figures = ", ".join(f"{name} {value:g}" for name, value in self.figures.items())
+        bounds = {name: f" of {bound:g}" for name, bound in self.bounds.items()}
+        figures = ", ".join(f"{name} {value:g}{bounds.get(name, '')}" for name, value in self.figures.items())
         return f"{self.name}: {'passed' if self.passed else 'FAILED'} ({figures})"
 
 
@@ -79,113 +79,6 @@ def prompt_ids(tokenizer: Any, tokens: int) -> Tensor:
     rows = [tokenizer(text * 8, add_special_tokens=False)["input_ids"][:tokens] for text in PROMPTS.values()]
     shortest = min(map(len, rows))
     return torch.tensor([row[:shortest] for row in rows])
-
-
-def against_reference(name: str, reference: Reference, logits: Tensor, bound: float) -> Check:
-    """Logits [prompts, tokens, vocab] against the reference's, at its positions."""
-    parity = compare(reference.logits, logits[:, -reference.logits.shape[1] :], tie=bound)
-    passed = parity.max_abs_logit_diff <= bound and parity.argmax_agreement == 1
-    return Check(name, passed, _rounded(parity))
-
-
-def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_remote_code: bool) -> list[Check]:
-    """The directory in processes of their own: reloaded, generating with a cache and without, and in llama.cpp.
-
-    Args:
-        directory: with config, weights, and perhaps model.gguf; it may have been moved.
-        bound: of the absolute logit difference.
-        trust_remote_code: the directory brings the modeling file that computes it.
-
-    Raises:
-        DamagedDirectoryError: transformers does not load it; its error is quoted.
-    """
-    positions = json.loads((directory / "config.json").read_text()).get("max_position_embeddings")
-    room = (positions or sys.maxsize) - reference.input_ids.shape[1]
-    tokens = max(1, min(NEW_TOKENS, room))
-    found = _reload(directory, reference.input_ids, tokens, trust_remote_code)
-    checks = [
-        against_reference("reloaded in a fresh process", reference, found["logits"], bound),
-        _cache_check(found, bound),
-    ]
-    if (directory / GGUF).is_file():
-        checks.append(_gguf_check(directory / GGUF, reference.input_ids, found, bound))
-    return checks
-
-
-def _cache_check(found: dict[str, Tensor], bound: float) -> Check:
-    cached, uncached = found["tokens"], found["tokens_uncached"]
-    same = same_choices(found["step_logits_uncached"], uncached, cached, bound)
-    # A step's logits compare while all tokens before it are the same.
-    comparable = torch.ones_like(cached, dtype=torch.bool)
-    comparable[:, 1:] = (cached == uncached).cumprod(1)[:, :-1].bool()
-    difference = (found["step_logits"] - found["step_logits_uncached"]).abs().amax(-1)[comparable].max()
-    figures = {
-        "tokens": cached.shape[1],
-        "token_agreement": same,
-        "max_abs_logit_diff": _digits(float(difference)),
-    }
-    return Check("generation with cache = without", same == 1 and float(difference) <= bound, figures)
-
-
-def _reload(directory: Path, input_ids: Tensor, tokens: int, trust_remote_code: bool) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as temporary:
-        prompts, results = Path(temporary, "prompts.safetensors"), Path(temporary, "results.safetensors")
-        save_file({"input_ids": input_ids}, prompts)
-        # The modeling file is copied to a cache of remote code: a new one, so that no older copy is run.
-        environment = os.environ | {"HF_MODULES_CACHE": str(Path(temporary, "modules")), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-P", reload_script.__file__, str(directory.resolve()), str(prompts), str(results)]
-        command += [str(tokens), str(int(trust_remote_code))]
-        done = subprocess.run(command, env=environment, cwd=temporary, capture_output=True, text=True, check=False)
-        if done.returncode:
-            cause = (done.stderr.strip().splitlines() or ["killed"])[-1]
-            raise DamagedDirectoryError(f"{directory}: a fresh process does not load it: {cause}")
-        return load_file(results)
-
-
-def _gguf_check(file: Path, input_ids: Tensor, found: dict[str, Tensor], bound: float) -> Check:
-    """Greedy tokens of llama.cpp against transformers'.
-
-    Files that hold the weights as float32 have to give the same tokens, and logits within ten times the bound, because
-    llama.cpp's kernels round otherwise. In rounded ones the first token's log-probability is held to ROUNDED_BOUND.
-    """
-    name = "llama.cpp from model.gguf"
-    if find_spec("xllamacpp") is None:
-        return Check(name, None, {"skipped": "xllamacpp is not installed (pip install 'tvaprune[gguf]')"})
-    exact = _holds_float32(file)
-    prompts, tokens = input_ids.tolist(), found["tokens"].shape[1]
-    # llama.cpp ends the process at a failed assertion, so it gets one of its own.
-    program = (
-        f"import json, sys; from {gguf_runtime.__name__} import greedy_steps; from pathlib import Path\n"
-        "steps = greedy_steps(Path(sys.argv[1]), *json.load(sys.stdin))\n"
-        "print(json.dumps([[[s.token, s.logprobs[s.token]] for s in one] for one in steps]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(file.resolve())],
-        input=json.dumps([prompts, tokens if exact else 1]),
-        cwd=Path(tvaprune.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        cause = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise DamagedDirectoryError(f"{file}: llama.cpp does not run it: {cause}")
-    steps = torch.tensor(json.loads(done.stdout.splitlines()[-1]), dtype=torch.float64)
-    chosen = steps[..., 0].long()
-    expected = found["step_logits"][:, : chosen.shape[1]]
-    first = expected[:, 0].double().log_softmax(-1).gather(1, chosen[:, :1]).squeeze(1)
-    difference = float((first - steps[:, 0, 1]).abs().max())
-    figures: dict[str, Any] = {"tokens": chosen.shape[1], "max_abs_logprob_diff": _digits(difference)}
-    if not exact:
-        return Check(name, difference <= ROUNDED_BOUND, figures)
-    same = same_choices(expected, found["tokens"], chosen, 10 * bound)
-    return Check(name, same == 1 and difference <= 10 * bound, figures | {"token_agreement": same})
-
-
-def _holds_float32(file: Path) -> bool:
-    from gguf import GGMLQuantizationType, GGUFReader
-
-    return all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in GGUFReader(file).tensors)
 
 
 def seal(directory: Path, reference: Reference, checks: list[Check], bound: float, *, trust_remote_code: bool) -> None:
@@ -198,17 +91,35 @@ def seal(directory: Path, reference: Reference, checks: list[Check], bound: floa
             "schema": SCHEMA,
             "reference": reference.name,
             "trust_remote_code": trust_remote_code,
-            "bounds": {"max_abs_logit_diff": bound, "argmax_agreement": 1},
+            "bound": bound,
             "prompts": dict.fromkeys(PROMPTS, reference.input_ids.shape[1]),
             "versions": _versions(),
-            "checks": {check.name: check.figures | {"passed": check.passed} for check in checks},
+            "checks": {
+                check.name: {"passed": check.passed, "figures": check.figures, "bounds": check.bounds}
+                for check in checks
+            },
             "files": hashes(directory),
         },
     )
 
 
-def read_certificate(directory: Path) -> tuple[dict[str, Any], Reference]:
-    """The certificate of a directory and the reference it stores, files checked against their hashes.
+@dataclass(frozen=True)
+class Certificate:
+    """What verification needs of a parity.json.
+
+    Attributes:
+        bound: of the absolute logit difference.
+        trust_remote_code: the directory's own modeling file computes it.
+        reference: with the logits that are stored.
+    """
+
+    bound: float
+    trust_remote_code: bool
+    reference: Reference
+
+
+def read_certificate(directory: Path) -> Certificate:
+    """The certificate of a directory, files checked against their hashes.
 
     Raises:
         FileNotFoundError: there is no certificate.
@@ -218,22 +129,26 @@ def read_certificate(directory: Path) -> tuple[dict[str, Any], Reference]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {directory} is not a directory that tvaprune exported")
     try:
-        certificate = json.loads(path.read_text())
-        expected: dict[str, str] = certificate["files"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise DamagedDirectoryError(f"{path}: schema {content['schema']!r}, this version reads {SCHEMA}")
+        expected = dict[str, str](content["files"])
+        name, bound, trust = str(content["reference"]), float(content["bound"]), bool(content["trust_remote_code"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DamagedDirectoryError(f"{path}: damaged certificate ({error}); get the directory again") from error
-    if certificate.get("schema") != SCHEMA:
-        raise DamagedDirectoryError(f"{path}: schema {certificate.get('schema')!r}, this version reads {SCHEMA}")
     found = hashes(directory)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise DamagedDirectoryError(f"{directory / name}: absent, but the certificate names it")
-        if name not in expected:
-            raise DamagedDirectoryError(f"{directory / name}: not in the certificate; remove it, or do not trust it")
-        if found[name] != expected[name]:
-            raise DamagedDirectoryError(f"{directory / name}: changed since the certificate was written (SHA-256)")
-    stored = load_file(directory / REFERENCE)
-    return certificate, Reference(certificate["reference"], stored["input_ids"], stored["logits"])
+    for file in sorted(expected.keys() | found.keys()):
+        if file not in found:
+            raise DamagedDirectoryError(f"{directory / file}: absent, but the certificate names it")
+        if file not in expected:
+            raise DamagedDirectoryError(f"{directory / file}: not in the certificate; remove it, or do not trust it")
+        if found[file] != expected[file]:
+            raise DamagedDirectoryError(f"{directory / file}: changed since the certificate was written (SHA-256)")
+    try:
+        stored = load_file(directory / REFERENCE)
+        return Certificate(bound, trust, Reference(name, stored["input_ids"], stored["logits"]))
+    except (FileNotFoundError, SafetensorError, KeyError) as error:
+        raise DamagedDirectoryError(f"{directory / REFERENCE}: holds no reference ({error})") from error
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -255,12 +170,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _rounded(parity: Parity) -> dict[str, float]:
-    return {name: _digits(value) for name, value in parity._asdict().items()}
-
-
-def _digits(value: float) -> float:
-    """Two significant digits: the rest changes with the number of threads."""
-    return float(f"{value:.1e}") if value != 1 else 1.0

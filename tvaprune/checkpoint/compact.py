@@ -18,10 +18,11 @@ from tvaprune.widths.adapt import Layout
 from tvaprune.widths.masks import Masks
 
 MODELING_FILE = Path(__file__).with_name("modeling_tvaprune.py")
-# Files of a model directory that are not copied: weights and their index, and what is written anew.
+# Files of a model directory that are not copied: weights and their index, and what is written anew. Those of an earlier
+# run in the directory that is written go.
 _NOT_COPIED = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"),
-    *("config.json", "README.md", "parity.json", "tvaprune.json"),
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pth", "*.gguf"),
+    *("config.json", "README.md", "parity.json", "tvaprune.json", MODELING_FILE.name),
 )
 
 

@@ -1,6 +1,6 @@
 """Parameters of the compact stage."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,3 +18,7 @@ class CompactParams(StageParams):
     )
     max_abs_logit_diff: float = Field(description="The stage fails when masked and compact differ by more.", gt=0)
     prompt_tokens: int = Field(description="Tokens of the prompts that the two are compared on.", ge=2)
+
+    def used(self) -> dict[str, Any]:
+        """Without what is only checked: it is in the certificate."""
+        return {self.section: self.model_dump(mode="json", include={"layout", "gguf"})}

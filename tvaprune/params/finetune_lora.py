@@ -1,7 +1,7 @@
 """Parameters of the stage finetune_lora."""
 
 from dataclasses import fields
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -64,6 +64,15 @@ class FinetuneLoraParams(StageParams):
                 f"teacher = {self.teacher}: nothing to train on; give ce_weight, or a teacher and its weight"
             )
         return self
+
+    def used(self) -> dict[str, Any]:
+        """Without what costs memory or time alone, and the options of a distillation that is not in use."""
+        idle = {"enabled", "gradient_checkpointing", "save_every"}
+        if self.teacher == "none":
+            idle |= {"distillation", "distillation_weight", "temperature", "top_k"}
+        elif self.distillation == "mse":
+            idle |= {"temperature"}
+        return {self.section: self.model_dump(mode="json", exclude=idle)}
 
     def take(self, kind: type[Settings]) -> Settings:
         """One of the core's groups of settings (a dataclass), from the parameters of the same names."""

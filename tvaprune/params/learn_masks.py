@@ -96,10 +96,21 @@ class LearnMasksParams(StageParams):
         values = self.model_dump(mode="json", exclude={"gradient_checkpointing"})
         if self.method in ("tva", "deterministic", "vtrans"):
             values.pop("baseline")
+            idle = {"curvature_windows"} if self.gates.init == "constant" else {"init_log_var"}
+            if self.gates.constraint == "budget":
+                idle |= {"lambda_lr"}
+            if self.method == "deterministic":  # has no noise and no KL, and starts at the constant
+                idle = idle - {"init_log_var"} | {"noise", "kl_weight", "init", "curvature_windows"}
+            values["gates"] = {key: value for key, value in values["gates"].items() if key not in idle}
         else:
             values.pop("gates")
-            own = (self.method, "windows", "protect")
-            values["baseline"] = {key: value for key, value in values["baseline"].items() if key.startswith(own)}
+            own = [self.method]
+            if self.method not in ("random", "magnitude"):
+                own += ["windows"]
+            if self.method in ("llm_pruner", "loraprune"):
+                own += ["protect_"]
+            options = {key: value for key, value in values["baseline"].items() if key.startswith(tuple(own))}
+            values["baseline"] = options
         return {self.section: values}
 
     @model_validator(mode="before")

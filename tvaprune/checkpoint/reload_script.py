@@ -2,9 +2,9 @@
 
     python -P reload_script.py DIRECTORY PROMPTS RESULTS TOKENS TRUST
 
-DIRECTORY is a model directory; PROMPTS a safetensors file with input_ids, int64 [prompts, tokens]; RESULTS the
-safetensors file to write; TOKENS how many to generate greedily; TRUST 1 where the directory brings its own modeling
-file, else 0.
+DIRECTORY is a model directory; PROMPTS a safetensors file with input_ids, int64 [prompts, tokens], and beginnings,
+int64 [prompts, fewer]; RESULTS the safetensors file to write; TOKENS how many to generate greedily after beginnings;
+TRUST 1 where the directory brings its own modeling file, else 0.
 
 Everything is in float32. RESULTS holds `logits` [prompts, tokens, vocab], `tokens` and `tokens_uncached`
 int64 [prompts, TOKENS], generated with and without cache, and their logits, `step_logits` and `step_logits_uncached`
@@ -30,12 +30,10 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, tokens: int, cache
 @torch.inference_mode()
 def main(directory: str, prompts: str, results: str, tokens: str, trust: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust == "1").eval()
-    input_ids = load_file(prompts)["input_ids"]
-    found = {"logits": model(input_ids=input_ids, use_cache=False).logits}
+    given = load_file(prompts)
+    found = {"logits": model(input_ids=given["input_ids"], use_cache=False).logits}
     for name, cache in (("", True), ("_uncached", False)):
-        generated = [generate(model, row[None], int(tokens), cache) for row in input_ids]
-        found["tokens" + name] = torch.cat([ids for ids, _ in generated])
-        found["step_logits" + name] = torch.cat([logits for _, logits in generated])
+        found["tokens" + name], found["step_logits" + name] = generate(model, given["beginnings"], int(tokens), cache)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, results)
     assert "tvaprune" not in sys.modules
 

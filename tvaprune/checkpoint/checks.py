@@ -58,7 +58,7 @@ def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_r
         DamagedDirectoryError: transformers or llama.cpp does not load it; the error is quoted.
     """
     positions = json.loads((directory / "config.json").read_text()).get("max_position_embeddings") or sys.maxsize
-    beginnings = reference.input_ids[:, :GENERATE_AFTER].contiguous()
+    beginnings = reference.input_ids[:, :GENERATE_AFTER].clone()  # safetensors takes no view of another tensor
     tokens = max(1, min(NEW_TOKENS, positions - beginnings.shape[1]))
     found = _reload(directory, reference.input_ids, beginnings, tokens, trust_remote_code)
     checks = [

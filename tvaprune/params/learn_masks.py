@@ -104,7 +104,7 @@ class LearnMasksParams(StageParams):
             values["gates"] = {key: value for key, value in values["gates"].items() if key not in idle}
         else:
             values.pop("gates")
-            own = [self.method]
+            own: list[str] = [self.method]
             if self.method not in ("random", "magnitude"):
                 own += ["windows"]
             if self.method in ("llm_pruner", "loraprune"):

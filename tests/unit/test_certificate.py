@@ -30,6 +30,7 @@ from tvaprune.checkpoint.gguf import write_gguf
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.parity import compact_logits, masked_dense_logits, same_choices
 from tvaprune.checkpoint.report import sizes
+from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.checkpoint.update import weight_update
 from tvaprune.model.topology import Topology
 from tvaprune.params.compact import CompactParams
@@ -92,6 +93,7 @@ def test_an_export_is_certified_and_verifies_elsewhere(layout: Layout, tmp_path:
     assert ("trust_remote_code=True" in (out / "README.md").read_text()) == (layout == "uneven")
     shutil.rmtree(tmp_path / "dense")
     moved = Path(shutil.move(out, tmp_path / "elsewhere"))
+    assert "lm_head.weight" in Checkpoint.of(moved).info  # what looks for weights finds weights alone
     again = verify(moved)
     assert [check.name for check in again] == [check.name for check in checks[1:]]
     assert all(check.passed for check in again)
@@ -147,9 +149,9 @@ def _take_the_bound_away(out: Path) -> str:
 
 
 def _lose_the_reference(out: Path) -> str:
-    (out / "parity.safetensors").unlink()
+    (out / "parity.tensors").unlink()
     _forge(out)
-    return "parity.safetensors: holds no reference"
+    return "parity.tensors: holds no reference"
 
 
 def _cut_the_weights(out: Path) -> str:
@@ -228,7 +230,7 @@ def test_a_gguf_file_of_another_model_fails(kind: str, tmp_path: Path) -> None:
     other = Path(shutil.copytree(out, tmp_path / "other", ignore=shutil.ignore_patterns("parity.*")))
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     write_gguf(other, out / "model.gguf", kind)  # type: ignore[arg-type]
-    stored = load_file(out / "parity.safetensors")
+    stored = load_file(out / "parity.tensors")
     reference = Reference("masked dense model", stored["input_ids"], stored["logits"])
     *_, check = fresh_checks(out, reference, BOUND, trust_remote_code=True)
     assert check.name == "llama.cpp from model.gguf"

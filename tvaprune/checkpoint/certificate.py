@@ -1,7 +1,7 @@
 """The parity certificate: a model directory's proof that it computes what the masked model computes.
 
 `parity.json` says what was compared, on which prompts, with which versions, how large the differences were, and the
-SHA-256 of every other file. `parity.safetensors` holds the prompts and the reference's logits at their last positions,
+SHA-256 of every other file. `parity.tensors` holds the prompts and the reference's logits at their last positions,
 so that whoever is given the directory can repeat the proof without the dense model: `python -m tvaprune.verify DIR`.
 """
 
@@ -21,7 +21,8 @@ from torch import Tensor
 import tvaprune
 from tvaprune.artifacts import write_json
 
-CERTIFICATE, REFERENCE, GGUF = "parity.json", "parity.safetensors", "model.gguf"
+# The reference is in the format of safetensors, but not called so: loaders take *.safetensors for weights.
+CERTIFICATE, REFERENCE, GGUF = "parity.json", "parity.tensors", "model.gguf"
 SCHEMA = 1
 STORED_POSITIONS = 4  # a vocabulary of 128 thousand in float32 is half a megabyte a position
 PROMPTS = {
@@ -82,7 +83,7 @@ def prompt_ids(tokenizer: Any, tokens: int) -> Tensor:
 
 
 def seal(directory: Path, reference: Reference, checks: list[Check], bound: float, *, trust_remote_code: bool) -> None:
-    """Write parity.safetensors and, last of all files, parity.json."""
+    """Write parity.tensors and, last of all files, parity.json."""
     stored = {"input_ids": reference.input_ids, "logits": reference.logits[:, -STORED_POSITIONS:].contiguous()}
     save_file(stored, directory / REFERENCE)
     write_json(

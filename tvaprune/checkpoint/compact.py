@@ -22,7 +22,7 @@ MODELING_FILE = Path(__file__).with_name("modeling_tvaprune.py")
 # run in the directory that is written go.
 _NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pth", "*.gguf"),
-    *("config.json", "README.md", "parity.json", "tvaprune.json", MODELING_FILE.name),
+    *("config.json", "README.md", "parity.json", "parity.tensors", "tvaprune.json", MODELING_FILE.name),
 )
 
 

@@ -13,4 +13,4 @@ def clear_errors() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+        raise SystemExit(1) from error

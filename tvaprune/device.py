@@ -8,14 +8,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, else CPU; TVAPRUNE_DEVICE overrides."""
+    """CUDA where there is one, each process its own, else CPU; TVAPRUNE_DEVICE overrides."""
     name = os.environ.get("TVAPRUNE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"TVAPRUNE_DEVICE={name!r}: not a device; use cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"TVAPRUNE_DEVICE={name!r}: this machine has no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "TVAPRUNE_NPROC may be no more, and TVAPRUNE_DEVICE has to be one of them"
+        )
     return device
 
 

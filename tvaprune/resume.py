@@ -45,12 +45,13 @@ class ResumableRun:
         stage: the stage's name.
         settings: every parameter that the result depends on (JSON values).
         inputs: files and directories that the result depends on, code included.
+        writer: False in all but one of several processes of one run: it reads, takes no lock and deletes nothing.
 
     Raises:
         AnotherWriterError: on entry, when a live process holds a lock.
     """
 
-    def __init__(self, stage: str, settings: dict[str, Any], inputs: Iterable[Path]) -> None:
+    def __init__(self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], writer: bool = True) -> None:
         root = Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".resume"
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         identity = json.dumps([stage, settings, environment, hash_files(inputs)], sort_keys=True)
@@ -58,6 +59,7 @@ class ResumableRun:
         workspace = hashlib.sha256(str(Path.cwd().resolve()).encode()).hexdigest()[:12]
         root.mkdir(parents=True, exist_ok=True)
         self.stage = stage
+        self._writer = writer
         self.directory = root / f"{stage}-{key}"
         self._locks = [FileLock(root / f"{stage}-{name}.lock", timeout=0) for name in (workspace, key)]
 
@@ -66,6 +68,9 @@ class ResumableRun:
         return self.directory / "state.pt"
 
     def __enter__(self) -> Self:
+        if not self._writer:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return self
         for index, lock in enumerate(self._locks):
             try:
                 lock.acquire()
@@ -82,6 +87,8 @@ class ResumableRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._writer:
+            return
         if error is None:
             shutil.rmtree(self.directory, ignore_errors=True)
         for lock in reversed(self._locks):
@@ -99,6 +106,7 @@ class ResumableRun:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state atomically: a kill at any moment leaves the old one or the new one."""
+        assert self._writer, "one process of a run saves its state"
         unfinished = self._state_path.with_suffix(".unfinished")
         with unfinished.open("wb") as stream:
             torch.save(state, stream)

@@ -15,11 +15,22 @@ def test_without_a_gpu_the_cpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_with_a_gpu_it_is_taken_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device() == torch.device("cuda", 1)
     monkeypatch.setenv("TVAPRUNE_DEVICE", "cpu")
     assert pick_device() == CPU
     monkeypatch.setenv("TVAPRUNE_DEVICE", "cuda:1")
     assert pick_device() == torch.device("cuda", 1)
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="cuda:2: this machine has 2 CUDA devices; TVAPRUNE_NPROC"):
+        pick_device()
 
 
 @pytest.mark.parametrize(("name", "message"), [("gpu", "not a device"), ("cuda", "has no CUDA device")])

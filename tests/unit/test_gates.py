@@ -128,7 +128,7 @@ def test_gate_gradients_are_those_of_plain_autograd(noisy: bool, monkeypatch: py
         sigma = {axis: (0.1 * masks.keep[axis]).requires_grad_() for axis in AXES} if noisy else None
         with GatedModel(model, topology).inserted() as gated:
             if noise is not None:
-                noise.start_step(5)
+                noise.start_step(5, range(2))
             means = {place: mean.clone().requires_grad_() for place, mean in masks.channel_mu.items()}
             gated.set(gates, int(masks.keep["hidden"].sum()), sigma, noise, means)
             logits = model(WINDOWS[:2].long()).logits[:, :-1].flatten(0, 1)

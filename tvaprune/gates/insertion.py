@@ -13,7 +13,7 @@ Departure: at the outputs of o_proj and down_proj and before o_proj, a mean by c
 dimension in all layers, is coarse.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,27 +31,42 @@ class NoisePool:
     model's own matmuls on a CPU. Slices of one large pool cost a read. Draws within a slice are
     independent; slices may overlap between places and steps.
 
+    Every window has offsets of its own, a function of the seed, the step and its place in the whole batch, so that a
+    batch draws the same on one process and on many.
+
     Args:
         seed: of the pool and of the offsets.
-        size: normals in the pool; a slice larger than this raises.
+        size: normals in the pool; a window's slice larger than this raises.
     """
 
     def __init__(self, seed: int, device: torch.device, dtype: torch.dtype, size: int = 1 << 23) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._pool = torch.randn(size, generator=generator).to(device=device, dtype=dtype)
         self._seed = seed
-        self._offsets = torch.Generator()
+        self._offsets: list[torch.Generator] = []
 
-    def start_step(self, step: int) -> None:
-        """Make the offsets that follow a function of the seed and the step alone, so that a resumed run agrees."""
-        self._offsets.manual_seed(self._seed * 1_000_003 + step)
+    def start_step(self, step: int, windows: Sequence[int]) -> None:
+        """Begin a step.
+
+        Args:
+            step: from 0.
+            windows: places in the whole batch of the windows that this process computes, in order.
+        """
+        self._offsets = [
+            torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1009 + window) for window in windows
+        ]
 
     def draw(self, shape: torch.Size) -> Tensor:
-        count = shape.numel()
+        """Normals of the shape [windows, ...], in the pool's dtype."""
+        count = shape[1:].numel()
         if count > self._pool.numel():
             raise ValueError(f"a slice of {count} normals does not fit the pool of {self._pool.numel()}")
-        offset = int(torch.randint(self._pool.numel() - count + 1, (1,), generator=self._offsets))
-        return self._pool[offset : offset + count].view(shape)
+        starts = self._pool.numel() - count + 1
+        drawn = []
+        for offsets in self._offsets:
+            offset = int(torch.randint(starts, (1,), generator=offsets))
+            drawn.append(self._pool[offset : offset + count].view(shape[1:]))
+        return drawn[0][None] if len(drawn) == 1 else torch.stack(drawn)
 
 
 class _Multiply(torch.autograd.Function):

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tvaprune.cost import peak_memory_bytes
+from tvaprune.distributed import ALONE, World
 from tvaprune.gates.baselines.registry import BaselineOptions, check_baseline, score_baseline
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.state import GateTraining
@@ -70,6 +71,7 @@ def find_masks(
     gradient_checkpointing: bool = False,
     saver: Saver | None = None,
     progress: bool = True,
+    world: World = ALONE,
 ) -> Found:
     """Find masks by the method named.
 
@@ -82,6 +84,7 @@ def find_masks(
         model: dense, on its device; frozen here.
         input_ids: int32 [samples, seq_len], what masks are learned on.
         validation_ids: int32 [n, seq_len], what they are checked on; decides nothing.
+        world: processes that share the work of the gates' training; the baselines' is not shared.
 
     Raises:
         ValueError, UnreachableSparsityError: as `check_method`.
@@ -111,7 +114,16 @@ def find_masks(
         if method == "deterministic":
             gates = replace(gates, noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0), init="constant")
         learned = learn_gates(
-            model, topology, input_ids, target_sparsity, gates, axes=axes, seed=seed, saver=saver, progress=progress
+            model,
+            topology,
+            input_ids,
+            target_sparsity,
+            gates,
+            axes=axes,
+            seed=seed,
+            saver=saver,
+            progress=progress,
+            world=world,
         )
         masks = learned.masks
         if method == "vtrans":
@@ -125,12 +137,14 @@ def find_masks(
         bare_step_seconds=learned.bare_step_seconds,
         teacher_seconds=learned.teacher_seconds,
         peak_memory_bytes=peak_memory_bytes(next(model.parameters()).device),
-        validation_nll=validation_nll(model, topology, masks, validation_ids),
+        validation_nll=validation_nll(model, topology, masks, validation_ids, world),
     )
 
 
 @torch.no_grad()
-def validation_nll(model: PreTrainedModel, topology: Topology, masks: Masks, windows: Tensor) -> dict[str, float]:
+def validation_nll(
+    model: PreTrainedModel, topology: Topology, masks: Masks, windows: Tensor, world: World = ALONE
+) -> dict[str, float]:
     """Mean nats a token over windows, int32 [n, seq_len]: dense, with mu, with 0/1 gates."""
     device = next(model.parameters()).device
     kept = int(masks.keep["hidden"].sum())
@@ -145,8 +159,10 @@ def validation_nll(model: PreTrainedModel, topology: Topology, masks: Masks, win
                     kept,
                     channel_mu={place: mean.to(device) for place, mean in means.items()},
                 )
-            for window in windows.long().to(device):
+            for index in world.every(len(windows)):
+                window = windows[index].long().to(device)
                 hidden = layout.decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
                 labels = next_token_labels(window[None])
                 totals[name] += float(distillation_loss(hidden, layout.head(model).weight, None, None, labels).ce)
-    return {name: total / len(windows) for name, total in totals.items()}
+    summed = world.sum_(torch.tensor(list(totals.values()), dtype=torch.float64, device=device))
+    return {name: total / len(windows) for name, total in zip(totals, summed.tolist(), strict=True)}

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tvaprune.distributed import ALONE, World
 from tvaprune.gates.constraint import (
     cubic_ramp,
     hard_gates_under_budget,
@@ -38,13 +39,21 @@ class Batch(NamedTuple):
 
 
 def budget_step(
-    gated: GatedModel, gates: Gates, batch: Batch, progress: float, target: float, noise: NoisePool | None
+    gated: GatedModel,
+    gates: Gates,
+    batch: Batch,
+    progress: float,
+    target: float,
+    noise: NoisePool | None,
+    world: World = ALONE,
 ) -> Row:
     """One step under the exact budget: 0/1 gates forward, a straight-through sigmoid backward, along its tangent.
 
     Args:
+        batch: this process's share of the step's windows.
         progress: share of the steps done with this one, 0 to 1.
         target: final sparsity.
+        world: whose gradients are averaged, so that all take the same step.
     """
     settings, topology = gates.settings, gates.topology
     scheduled = cubic_ramp(progress, target, settings.ramp)
@@ -67,6 +76,7 @@ def budget_step(
     gated.set(z, int(hard.keep["hidden"].sum()), sigma, noise, channel_mu)
     parts = objective(gated, settings, batch)
     parts.loss.backward()
+    parts = _average(world, parts, [*z.values(), *(sigma or {}).values(), *channel_mu.values()])
     with torch.no_grad():
         gate_gradient = {axis: _grad(z[axis]) * gates.mu[axis] for axis in AXES}
         score_gradient, _ = tangent_to_budget(topology, hard, gate_gradient)
@@ -90,7 +100,13 @@ def budget_step(
 
 
 def lagrangian_step(
-    gated: GatedModel, gates: Gates, batch: Batch, progress: float, target: float, noise: NoisePool | None
+    gated: GatedModel,
+    gates: Gates,
+    batch: Batch,
+    progress: float,
+    target: float,
+    noise: NoisePool | None,
+    world: World = ALONE,
 ) -> Row:
     """The paper's own step: every gate open and noisy, the sparsity pulled by a penalty on its expectation."""
     settings, topology = gates.settings, gates.topology
@@ -110,6 +126,7 @@ def lagrangian_step(
     penalty = lagrangian(topology, keep_probability, scheduled, multipliers)
     bottleneck = sum(settings.kl_weight[axis] * kl(mu[axis], log_var[axis]) for axis in gates.axes)
     (parts.loss + bottleneck + penalty.penalty.float()).backward()
+    parts = _average(world, parts, [*mu.values(), *log_var.values(), *channel_mu.values()])
     with torch.no_grad():
         gates.step(
             {axis: _grad(mu[axis]) for axis in AXES},
@@ -121,9 +138,19 @@ def lagrangian_step(
     return _row(parts, float(penalty.sparsity.detach()), scheduled, keep_probability["hidden"].detach().sum())
 
 
+def _average(world: World, parts: DistillationLoss, leaves: list[Tensor]) -> DistillationLoss:
+    """The mean over the processes of the losses, which are returned, and of the leaves' gradients, in place.
+
+    Every window has as many labels, so the mean of the shares' means is the whole batch's.
+    """
+    losses = [torch.stack([parts.loss.detach(), parts.ce, parts.distillation])]
+    world.mean_(losses + [leaf.grad for leaf in leaves if leaf.grad is not None])
+    return DistillationLoss(*losses[0])
+
+
 def _row(parts: DistillationLoss, sparsity: float, target: float, hidden_kept: Tensor) -> Row:
     return {
-        "loss": float(parts.loss.detach()),
+        "loss": float(parts.loss),
         "ce": float(parts.ce),
         "distillation": float(parts.distillation),
         "sparsity": sparsity,

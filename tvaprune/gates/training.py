@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tvaprune.device import synchronise
+from tvaprune.distributed import ALONE, World
 from tvaprune.gates.curvature import gate_curvature
 from tvaprune.gates.insertion import GatedModel, NoisePool
 from tvaprune.gates.state import Gates, GateTraining
@@ -64,6 +65,7 @@ def learn_gates(
     seed: int = 0,
     saver: Saver | None = None,
     progress: bool = True,
+    world: World = ALONE,
 ) -> Learned:
     """Train mu and log_var (and lambda) until the target is met; the model's weights stay frozen.
 
@@ -76,8 +78,13 @@ def learn_gates(
         model: causal LM on its device; weights in any floating dtype.
         input_ids: int32 or int64 [samples, seq_len]; taken in order, again from the start when exhausted.
         target_sparsity: share of the decoder layers' parameters to remove.
-        saver: state is read from it first and written to it as training goes.
+        saver: state is read from it first and written to it, by rank 0, as training goes.
+        world: the processes that share each step's windows; all end with the same gates.
+
+    Raises:
+        ValueError: a step's windows cannot be shared equally.
     """
+    own_windows = range(settings.batch_size)[world.part(settings.batch_size, "learn_masks.gates.batch_size")]
     device = next(model.parameters()).device
     gates = Gates(topology, settings, axes, device, seed)
     timings: dict[str, list[float]] = {"step": [], "bare": [], "teacher": []}
@@ -87,19 +94,19 @@ def learn_gates(
     state = saver.load() if saver is not None else None
     noise = None
     if settings.noise > 0:
-        noise = NoisePool(seed, device, next(model.parameters()).dtype, _pool_size(topology, settings, input_ids))
+        noise = NoisePool(seed, device, next(model.parameters()).dtype, _pool_size(topology, input_ids))
     with GatedModel(model, topology).inserted() as gated:
         if state is not None:
             gates.load_state_dict(state["gates"])
             curve, timings, start = state["curve"], state["timings"], state["step"]
         elif settings.init == "curvature":
             windows = input_ids[-settings.curvature_windows :].long().to(device)
-            curvature = gate_curvature(gated, windows, seed=seed, progress=progress)
+            curvature = gate_curvature(gated, windows, seed=seed, progress=progress, world=world)
             gates.start_at_stationary_point(curvature)
         steps = range(start, settings.steps)
         bar = tqdm(steps, initial=start, total=settings.steps, desc="gates", disable=not progress)
         for step in bar:
-            input_ids_now = _batch(input_ids, step, settings.batch_size).to(device)
+            input_ids_now = _batch(input_ids, step * settings.batch_size, own_windows).to(device)
             teacher = None
             if settings.distillation_weight > 0:
                 gated.clear()
@@ -109,14 +116,14 @@ def learn_gates(
             if step % BARE_EVERY == min(BARE_EVERY // 2, settings.steps - 1):
                 timings["bare"].append(_timed(partial(_bare_step, gated, settings, batch), device)[1])
             if noise is not None:
-                noise.start_step(step)
+                noise.start_step(step, own_windows)
             progressed = (step + 1) / settings.steps
-            row, seconds = _timed(partial(take, gated, gates, batch, progressed, target_sparsity, noise), device)
+            row, seconds = _timed(partial(take, gated, gates, batch, progressed, target_sparsity, noise, world), device)
             timings["step"].append(seconds)
             curve.append({"step": step + 1, **row})
             shown = {name: f"{row[name]:.3f}" for name in ("loss", "sparsity", "target")}
             bar.set_postfix(shown, refresh=False)
-            if saver is not None and (step + 1) % SAVE_EVERY == 0:
+            if saver is not None and world.is_main and (step + 1) % SAVE_EVERY == 0:
                 saver.save({"gates": gates.state_dict(), "curve": curve, "timings": timings, "step": step + 1})
     masks = project(topology, gates.masks(), target_sparsity, axes)
     return Learned(
@@ -152,13 +159,12 @@ def _median(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).median()) if values else 0.0
 
 
-def _batch(input_ids: Tensor, step: int, batch_size: int) -> Tensor:
-    rows = [(step * batch_size + row) % len(input_ids) for row in range(batch_size)]
-    return input_ids[rows].long()
+def _batch(input_ids: Tensor, first: int, windows: range) -> Tensor:
+    """int64 [windows, seq]: those at these places of the batch that begins at window `first`, in a round."""
+    return input_ids[[(first + window) % len(input_ids) for window in windows]].long()
 
 
-def _pool_size(topology: Topology, settings: GateTraining, input_ids: Tensor) -> int:
-    """Enough for the widest place a gate multiplies at, with room for offsets."""
-    tokens = settings.batch_size * input_ids.shape[1]
+def _pool_size(topology: Topology, input_ids: Tensor) -> int:
+    """Enough for one window at the widest place a gate multiplies at, with room for offsets."""
     widest = max(topology.hidden, topology.intermediate, topology.kv_heads * topology.query_rows)
-    return 2 * tokens * widest
+    return 2 * input_ids.shape[1] * widest

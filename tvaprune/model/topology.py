@@ -111,6 +111,7 @@ class Topology:
 class LayerModules(NamedTuple):
     """The modules of one decoder layer that gates attach to."""
 
+    whole: nn.Module
     input_norm: nn.Module
     attention: nn.Module
     o_proj: nn.Linear
@@ -140,6 +141,7 @@ def layers(model: nn.Module) -> Iterator[LayerModules]:
     """The decoder layers in order."""
     for layer in model.get_submodule("model.layers").children():
         yield LayerModules(
+            whole=layer,
             input_norm=layer.get_submodule("input_layernorm"),
             attention=layer.get_submodule("self_attn"),
             o_proj=layer.get_submodule("self_attn.o_proj"),  # type: ignore[arg-type]

@@ -1,0 +1,181 @@
+"""Several processes that compute one result: how they start, who they are, and the sums that they share.
+
+Started by torchrun, or by a stage itself when TVAPRUNE_NPROC asks for it, so that the stage's command never changes.
+torch.distributed does the talking: NCCL between CUDA devices, Gloo between CPUs.
+"""
+
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+class ProcessFailedError(ValueError):
+    """One of the processes ended early; the others were stopped."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one computation, seen from one of them.
+
+    Attributes:
+        rank: this process, 0 to size - 1; rank 0 alone writes.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def part(self, count: int, name: str) -> slice:
+        """This process's share of `count` things in a row.
+
+        Raises:
+            ValueError: they cannot be shared equally; names the parameter.
+        """
+        if count % self.size:
+            raise ValueError(f"{name} = {count}: {self.size} processes cannot share it equally; make it a multiple")
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def every(self, count: int) -> range:
+        """This process's turn among `count` things, which need not share equally."""
+        return range(self.rank, count, self.size)
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace float32 tensors by their mean over the processes, all in one exchange; the same bits everywhere."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(flat)
+        flat /= self.size
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over the processes, and return it."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+
+ALONE = World()
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """Meet the other processes that torchrun started; alone without it."""
+    size = int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+    if size == 1:
+        yield ALONE
+        return
+    _end_with_parent()
+    cuda = device.type == "cuda"
+    distributed.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if cuda else None
+    )
+    try:
+        yield World(distributed.get_rank(), size)
+    finally:
+        distributed.destroy_process_group()
+
+
+def processes_asked() -> int:
+    """How many processes this one is to become: TVAPRUNE_NPROC, and 1 in a process that torchrun started.
+
+    Raises:
+        ValueError: it is no whole number above 0.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return 1
+    return _whole("TVAPRUNE_NPROC")
+
+
+def launch(module: str, arguments: Sequence[str], processes: int) -> None:
+    """Run `python -m module arguments` in several processes, and wait for all of them.
+
+    TVAPRUNE_NNODES nodes (1) meet at TVAPRUNE_RENDEZVOUS (host:port), where the same command runs on each of
+    them over one file system.
+
+    Raises:
+        ProcessFailedError: one ended early; the others were stopped.
+        ValueError: a variable is wrong.
+    """
+    nodes = _whole("TVAPRUNE_NNODES")
+    endpoint = os.environ.get("TVAPRUNE_RENDEZVOUS", "")
+    if nodes > 1 and not endpoint:
+        raise ValueError(f"TVAPRUNE_NNODES={nodes}: TVAPRUNE_RENDEZVOUS has to say where they meet, as host:port")
+    # Or every process would take every core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(_cores()) // processes)))
+    config = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=processes,
+        run_id=f"tvaprune-{module}" if nodes > 1 else uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint or "localhost:0",
+        max_restarts=0,
+        shutdown_timeout=10,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "stopped with an error (above)"
+        raise ProcessFailedError(
+            f"{module}: process {rank} of {nodes * processes} {how}, so the others were stopped. "
+            "Nothing was written; run it again and it goes on from its last saved state."
+        ) from error
+    except SignalException as error:
+        raise ProcessFailedError(f"{module}: stopped by signal {int(error.sigval)}, with its processes") from error
+
+
+def sharding_asked() -> bool:
+    """Whether TVAPRUNE_SHARD asks to split the dense model's layers over the processes.
+
+    Raises:
+        ValueError: it is neither 0 nor 1, or there is one process only.
+    """
+    value = os.environ.get("TVAPRUNE_SHARD") or "0"
+    if value not in {"0", "1"}:
+        raise ValueError(f"TVAPRUNE_SHARD={value!r}: give 1 to split the model over the processes, or 0")
+    if value == "1" and not distributed.is_initialized():
+        raise ValueError("TVAPRUNE_SHARD=1: nothing to split over one process; set TVAPRUNE_NPROC above 1")
+    return value == "1"
+
+
+def _whole(variable: str) -> int:
+    value = os.environ.get(variable) or "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{variable}={value!r}: give a whole number, at least 1")
+    return int(value)
+
+
+def _cores() -> Sequence[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a kill leaves that one no time to stop others."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,129 @@
+"""How much memory mask learning takes, found without taking it: one step on fake tensors, counted as it allocates."""
+
+from copy import deepcopy
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from tvaprune.gates.insertion import GatedModel
+from tvaprune.gates.state import GateTraining
+from tvaprune.gates.steps import Batch, hidden_states, objective
+from tvaprune.losses import next_token_labels
+from tvaprune.model.attention import use_training_attention
+from tvaprune.model.topology import AXES, PLACES, Topology
+
+# Value, gradient, and AdamW's two moments.
+_COPIES = 4
+
+
+def training_memory(
+    config: PreTrainedConfig,
+    settings: GateTraining,
+    seq_len: int,
+    dtype: torch.dtype,
+    device_type: str,
+    gradient_checkpointing: bool = False,
+) -> dict[str, int]:
+    """Bytes that `learn_gates` holds on its device at its highest, without the process itself.
+
+    Every tensor of a forward, objective and backward with all gates open is counted from its allocation to its end,
+    so what autograd keeps, the loss's chunks and the kernels' own outputs are in it. Not in it: workspaces inside
+    kernels and the allocator's fragmentation, to which add a tenth on CUDA.
+
+    Args:
+        config: of the dense model; nothing is loaded, and 8B parameters take no more than 8M.
+        seq_len: tokens a window.
+        dtype: of the frozen weights.
+        device_type: "cuda" counts the stock attention, "cpu" the one that `learn_gates` puts there.
+
+    Returns:
+        weights, gates (with gradients and AdamW's moments; fp32), step (what a step needs beside them), total.
+    """
+    topology = Topology.of(config)
+    with FakeTensorMode(), _LiveBytes() as live:
+        model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).requires_grad_(False)
+        if device_type == "cpu":
+            use_training_attention(model, torch.device("cpu"))
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable()
+            model.train()
+        weights = sum(weight.nbytes for weight in {id(weight): weight for weight in model.parameters()}.values())
+        input_ids = torch.zeros(settings.batch_size, seq_len, dtype=torch.int64)
+        live.restart()
+        with GatedModel(model, topology).inserted() as gated:
+            teacher = None
+            if settings.distillation_weight > 0:
+                with torch.no_grad():
+                    teacher = hidden_states(gated, input_ids=input_ids)
+            gates = {axis: torch.ones(topology.gate_shape(axis), requires_grad=True) for axis in AXES}
+            places = PLACES if settings.channel_means else ()
+            means = {place: torch.ones(topology.place_shape(place), requires_grad=True) for place in places}
+            gated.set(gates, topology.hidden, channel_mu=means)
+            objective(gated, settings, Batch(input_ids, next_token_labels(input_ids), teacher)).loss.backward()
+        step = live.highest
+    trained = 2 * sum(torch.Size(topology.gate_shape(axis)).numel() for axis in AXES)
+    trained += sum(torch.Size(topology.place_shape(place)).numel() for place in places)
+    # The noise pool: twice a window's draws at the widest place (`training._pool_size`), in the model's dtype.
+    if settings.noise > 0:
+        widest = max(topology.hidden, topology.intermediate, topology.kv_heads * topology.query_rows)
+        step += 2 * seq_len * widest * dtype.itemsize
+    parts = {"weights": weights, "gates": 4 * _COPIES * trained, "step": step}
+    return {**parts, "total": sum(parts.values())}
+
+
+def memory_table(config: PreTrainedConfig, settings: GateTraining, seq_len: int) -> str:
+    """What `training_memory` says for a CPU and a CUDA device, in bfloat16, with and without checkpointing."""
+    lines = [
+        f"learn_masks, {settings.batch_size} x {seq_len} tokens a step on one process, weights in bfloat16; GB:",
+        f"{'device':8}{'gradient_checkpointing':>24}{'weights':>10}{'gates':>8}{'step':>8}{'total':>8}",
+    ]
+    for device_type in ("cpu", "cuda"):
+        for checkpointing in (False, True):
+            parts = training_memory(config, settings, seq_len, torch.bfloat16, device_type, checkpointing)
+            shown = "".join(f"{parts[name] / 1e9:8.2f}" for name in ("gates", "step", "total"))
+            lines.append(f"{device_type:8}{str(checkpointing).lower():>24}{parts['weights'] / 1e9:10.2f}{shown}")
+    lines.append("Beside it: the process (0.5 GB; on CUDA about 0.5 GB of context) and the allocator's fragmentation.")
+    return "\n".join(lines)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and nobody has let go, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from here: what lives already is not seen again."""
+        self._seen: set[int] = getattr(self, "_seen", set())
+        self._now = self.highest = 0
+        self._epoch = getattr(self, "_epoch", 0) + 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        self._now += size
+        self.highest = max(self.highest, self._now)
+        finalize(storage, self._gone, key, size, self._epoch)
+
+    def _gone(self, key: int, size: int, epoch: int) -> None:
+        self._seen.discard(key)
+        if epoch == self._epoch:
+            self._now -= size

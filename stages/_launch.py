@@ -1,12 +1,43 @@
-"""How a stage starts: as one process, or as the many that TVAPRUNE_NPROC asks for."""
+"""How a stage starts, and where it computes: on one process, or on the many that TVAPRUNE_NPROC asks for."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
 import typer
+from transformers import PreTrainedModel
 
 from stages._errors import clear_errors
-from tvaprune.distributed import launch, processes_asked
+from tvaprune.device import pick_device, pick_dtype
+from tvaprune.distributed import World, join, launch, processes_asked, sharding_asked
+from tvaprune.model.sharding import shard_layers
+from tvaprune.resume import ResumableRun
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process's device, the dtype it computes in, and the processes beside it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    world: World
+    sharded: bool
+
+    def saved(self, stage: str, settings: dict[str, Any], inputs: list[Path]) -> ResumableRun:
+        """The stage's state to go on from, of these settings and inputs, this code, and this place's last bits."""
+        kind = {"device": self.device.type, "dtype": str(self.dtype)}
+        kind |= {"processes": self.world.size, "sharded": self.sharded}
+        code = [*Path("tvaprune").rglob("*.py"), Path("stages", f"{stage}.py")]
+        return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main)
+
+    def put(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A frozen model to the device, or this process's part of it."""
+        model.requires_grad_(False)
+        return shard_layers(model, self.device, self.world.size) if self.sharded else model.to(self.device)
 
 
 def run(main: Callable[..., None]) -> None:
@@ -18,3 +49,11 @@ def run(main: Callable[..., None]) -> None:
             launch(specification.name, sys.argv[1:], processes)
             return
     typer.run(main)
+
+
+@contextmanager
+def place() -> Iterator[Place]:
+    """Meet the other processes, if there are any, for as long as the block lasts."""
+    device = pick_device()
+    with join(device) as world:
+        yield Place(device, pick_dtype(device), world, sharding_asked())

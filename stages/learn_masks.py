@@ -1,27 +1,22 @@
 """Learn which units stay: gates on three axes over frozen weights, projected onto the target sparsity."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stages._errors import clear_errors
-from stages._launch import run
+from stages._launch import place, run
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.loading import load, load_config
-from tvaprune.device import pick_device, pick_dtype
-from tvaprune.distributed import join, sharding_asked
 from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.memory import memory_table
 from tvaprune.gates.report import masks_metrics, write_curve, write_widths
 from tvaprune.gates.run import GATE_METHODS, check_method, find_masks
 from tvaprune.gates.state import GateTraining
-from tvaprune.model.sharding import shard_layers
 from tvaprune.model.topology import Topology
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
-from tvaprune.resume import ResumableRun
 from tvaprune.widths.masks import write_masks
 
 
@@ -49,43 +44,35 @@ def main(
     metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on where it was.
     With --estimate it reads data/model/config.json alone and writes nothing.
     """
-    with clear_errors(), ExitStack() as stack:
+    with clear_errors():
         params = LearnMasksParams.load(params_file)
         gates = GateTraining(**params.gates.model_dump())
         if estimate:
-            seq_len = SampleCalibrationParams.load(params_file).seq_len
-            typer.echo(memory_table(load_config(model), gates, seq_len))
+            typer.echo(memory_table(load_config(model), gates, SampleCalibrationParams.load(params_file).seq_len))
             return
         check_method(params.method, params.axes, params.sparsity, Topology.of(load_config(model)))
-        device = pick_device()
-        dtype = pick_dtype(device)
-        world = stack.enter_context(join(device))
-        if params.method not in GATE_METHODS and not world.is_main:
-            return  # the baselines' work is not shared
-        ids, _ = read_artifact(calibration, "calibration")
-        settings = params.model_dump(mode="json")
-        settings |= {"device": device.type, "dtype": str(dtype), "processes": world.size, "sharded": sharding_asked()}
-        code = [*Path("tvaprune").rglob("*.py"), Path(__file__)]
-        with ResumableRun("learn_masks", settings, [model, calibration, *code], writer=world.is_main) as saved:
-            dense = load(model, dtype=dtype).requires_grad_(False)
-            dense = shard_layers(dense, device, world.size) if sharding_asked() else dense.to(device)
-            found = find_masks(
-                dense,
-                ids["input_ids"],
-                ids["validation_ids"],
-                params.sparsity,
-                gates,
-                BaselineOptions(**params.baseline.model_dump()),
-                method=params.method,
-                axes=params.axes,
-                seed=params.seed,
-                gradient_checkpointing=params.gradient_checkpointing,
-                saver=saved,
-                progress=world.is_main,
-                world=world,
-            )
-        if not world.is_main:
-            return
+        with place() as here:
+            if params.method not in GATE_METHODS and not here.world.is_main:
+                return  # the baselines' work is not shared
+            ids, _ = read_artifact(calibration, "calibration")
+            with here.saved("learn_masks", params.model_dump(mode="json"), [model, calibration]) as saved:
+                dense = here.put(load(model, dtype=here.dtype))
+                found = find_masks(
+                    dense,
+                    ids["input_ids"],
+                    ids["validation_ids"],
+                    params.sparsity,
+                    gates,
+                    BaselineOptions(**params.baseline.model_dump()),
+                    method=params.method,
+                    axes=params.axes,
+                    seed=params.seed,
+                    gradient_checkpointing=params.gradient_checkpointing,
+                    saver=saved,
+                    world=here.world,
+                )
+            if not here.world.is_main:
+                return
         report = masks_metrics(found, dense.config, params.sparsity)
         write_masks(masks, found.masks, made_with=params.used(), validation_ppl=report["validation_ppl"])
         write_json(metrics, report)

@@ -122,7 +122,7 @@ def find_masks(
             axes=axes,
             seed=seed,
             saver=saver,
-            progress=progress,
+            progress=progress and world.is_main,
             world=world,
         )
         masks = learned.masks

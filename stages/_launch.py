@@ -29,7 +29,7 @@ class Place:
 
     def saved(self, stage: str, settings: dict[str, Any], inputs: list[Path]) -> ResumableRun:
         """The stage's state to go on from, of these settings and inputs, this code, and this place's last bits."""
-        kind = {"device": self.device.type, "dtype": str(self.dtype)}
+        kind: dict[str, Any] = {"device": self.device.type, "dtype": str(self.dtype)}
         kind |= {"processes": self.world.size, "sharded": self.sharded}
         code = [*Path("tvaprune").rglob("*.py"), Path("stages", f"{stage}.py")]
         return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main)

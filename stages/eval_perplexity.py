@@ -7,9 +7,9 @@ import typer
 from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
+from stages._launch import place, run
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
-from tvaprune.device import pick_device, pick_dtype
 from tvaprune.measures.comparison import present_models
 from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts, report
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
@@ -34,18 +34,20 @@ def main(
     with clear_errors():
         settings = EvalPerplexityParams.load(params)
         models = present_models(dense, compact, finetuned)
-        device = pick_device()
         windows = heldout_windows(
             read_texts(heldout), AutoTokenizer.from_pretrained(dense), settings.window, settings.windows
         )
-        results = {
-            name: evaluate(load(path, pick_dtype(device), device), windows, settings.batch_size, progress=name)
-            for name, path in models.items()
-        }
+        with place() as here:
+            results = {
+                name: evaluate(here.put(load(path, here.dtype)), windows, settings.batch_size, name, here.world)
+                for name, path in models.items()
+            }
+            if not here.world.is_main:
+                return
         write_json(metrics, report(results, settings.window))
     for name, result in results.items():
         typer.echo(f"{name}: perplexity {result.ppl:.2f} ± {result.ppl_stderr:.2f}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -14,9 +14,9 @@ import typer
 from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
+from stages._launch import place, run
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
-from tvaprune.device import pick_device, pick_dtype
 from tvaprune.measures.comparison import present_models
 from tvaprune.measures.zeroshot import evaluate, select_rows, summarise
 from tvaprune.params.eval_zeroshot import EvalZeroshotParams
@@ -42,18 +42,20 @@ def main(
         settings = EvalZeroshotParams.load(params)
         models = present_models(dense, compact, finetuned)
         rows = select_rows(zeroshot, list(settings.tasks), settings.limit)
-        device = pick_device()
         datasets.disable_progress_bars()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a ready-made model, which is meant
         tokenizer = AutoTokenizer.from_pretrained(dense)
         results = {}
-        for name, path in models.items():
-            model = load(path, pick_dtype(device), device)
-            results[name] = summarise(evaluate(model, tokenizer, rows, settings.batch_size, progress=name))
+        with place() as here:
+            for name, path in models.items():
+                model = here.put(load(path, here.dtype))
+                results[name] = summarise(evaluate(model, tokenizer, rows, settings.batch_size, name, here.world))
+            if not here.world.is_main:
+                return
         write_json(metrics, {"limit": settings.limit or 0, **results})
     for name, result in results.items():
         typer.echo(f"{name}: mean accuracy {result['mean_acc']:.3f} ± {result['mean_acc_stderr']:.3f}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

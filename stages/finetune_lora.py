@@ -7,16 +7,15 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
+from stages._launch import place, run
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.certificate import read_certificate
 from tvaprune.checkpoint.export import OWN_FILES, certify_retrained, require
 from tvaprune.checkpoint.loading import load
-from tvaprune.device import pick_device, pick_dtype
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.recovery.lora import LoraSettings, merge_adapter, save_adapter, save_like
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.training import Objective, finetune, write_curve
-from tvaprune.resume import ResumableRun
 
 
 def main(
@@ -40,36 +39,38 @@ def main(
     Reads artifacts/compact, data/model and artifacts/calibration; writes artifacts/lora, artifacts/finetuned,
     metrics/finetune.json and metrics/finetune.csv.
     """
-    with clear_errors():
+    with clear_errors(), place() as here:
         params = FinetuneLoraParams.load(params_file)
-        for directory in (lora, finetuned):
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+        if here.world.is_main:
+            for directory in (lora, finetuned):
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir(parents=True)
         if not params.enabled:
-            write_json(finetuned / "meta.json", {"kind": "finetuned", "enabled": False})
-            write_json(metrics, {"enabled": 0})
-            write_curve(curve, [])
-            typer.echo("finetune_lora.enabled is false: nothing was fine-tuned")
+            if here.world.is_main:
+                write_json(finetuned / "meta.json", {"kind": "finetuned", "enabled": False})
+                write_json(metrics, {"enabled": 0})
+                write_curve(curve, [])
+                typer.echo("finetune_lora.enabled is false: nothing was fine-tuned")
             return
         read_certificate(compact)  # before the work: what it says goes into the new one
         ids, _ = read_artifact(calibration, "calibration")
-        device = pick_device()
-        dtype = pick_dtype(device)
-        settings = params.model_dump() | {"device": str(device), "dtype": str(dtype)}
-        code = [*Path("tvaprune").rglob("*.py"), Path(__file__)]
-        with ResumableRun("finetune_lora", settings, [compact, dense, calibration, *code]) as run:
+        with here.saved("finetune_lora", params.model_dump(), [compact, dense, calibration]) as saved:
             result = finetune(
-                load(compact, dtype=dtype),
-                load(dense, dtype=dtype),
+                load(compact, dtype=here.dtype),
+                load(dense, dtype=here.dtype),
                 ids["finetune_ids"],
                 ids["finetune_validation_ids"],
                 lora=params.take(LoraSettings),
                 objective=params.take(Objective),
                 schedule=params.take(Schedule),
                 seed=params.seed,
-                device=device,
-                state=run,
+                device=here.device,
+                state=saved,
+                world=here.world,
+                sharded=here.sharded,
             )
+            if not here.world.is_main:
+                return
             save_adapter(result.model, lora, base_model=compact.as_posix())
             # Merged into the weights as they are on disk, not as rounded for this device.
             merged = merge_adapter(load(compact), lora)
@@ -82,4 +83,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -52,9 +52,16 @@ class World:
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def every(self, count: int) -> range:
-        """This process's turn among `count` things, which need not share equally."""
-        return range(self.rank, count, self.size)
+    def turns(self, count: int) -> list[tuple[int, bool]]:
+        """This process's turns among `count` things, which need not share equally.
+
+        Returns:
+            As many on every process, since layers that are split need all of them at every forward: the index of a
+            thing, and whether the turn counts. One that does not repeats what another process does.
+        """
+        rounds = -(-count // self.size)
+        indices = [turn * self.size + self.rank for turn in range(rounds)]
+        return [(min(index, count - 1), index < count) for index in indices]
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace float32 tensors by their mean over the processes, all in one exchange; the same bits everywhere."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ TIMEOUT_S = 280
 
 @dataclass(frozen=True)
 class Workspace:
-    """A git and DVC repository with the pipeline in it."""
+    """A git and DVC repository with the pipeline in it.
+
+    Attributes:
+        variables: what its commands find in their environment, beside `environment()`.
+    """
 
     root: Path
+    variables: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def create(cls, root: Path) -> "Workspace":
@@ -46,7 +51,7 @@ class Workspace:
         _run(["git", "commit", "-qm", "state"], self.root)
 
     def dvc(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return _run([_dvc(), *arguments], self.root, check)
+        return _run([_dvc(), *arguments], self.root, check, self.variables)
 
     def repro(self, *arguments: str) -> set[str]:
         """Run `dvc repro`; the names of the stages that it ran."""
@@ -101,12 +106,24 @@ class Workspace:
                 _stage_process(dvc.pid, stage).kill()
             assert dvc.wait(TIMEOUT_S) != 0
 
+    def kill_rank(self, stage: str, reached: Callable[[Path], bool], rank: int) -> str:
+        """Start `dvc repro STAGE` on several processes; SIGKILL one of them; what DVC and the stage then say."""
+        with self._started(stage, reached) as dvc:
+            _stage_process(dvc.pid, stage, {"RANK": str(rank)}).kill()
+            assert dvc.wait(60) != 0
+        return (self.root / "started.log").read_text()
+
     @contextmanager
     def _started(self, stage: str, reached: Callable[[Path], bool]) -> Iterator[subprocess.Popen[bytes]]:
         """`dvc repro STAGE` once `reached(root)`, in a process group of its own that does not outlive the block."""
         with (self.root / "started.log").open("w") as log:
             dvc = subprocess.Popen(
-                [_dvc(), "repro", stage], cwd=self.root, env=environment(), stdout=log, stderr=log, process_group=0
+                [_dvc(), "repro", stage],
+                cwd=self.root,
+                env=environment() | self.variables,
+                stdout=log,
+                stderr=log,
+                process_group=0,
             )
             try:
                 while not reached(self.root):
@@ -148,18 +165,20 @@ def _dvc() -> str:
     return str(Path(sys.executable).parent / "dvc")
 
 
-def _stage_process(ancestor: int, stage: str) -> psutil.Process:
-    """The Python process of the stage, below DVC and its shell."""
+def _stage_process(ancestor: int, stage: str, variables: dict[str, str] | None = None) -> psutil.Process:
+    """The Python process of the stage, below DVC and its shell; the first with these variables."""
     for child in psutil.Process(ancestor).children(recursive=True):
-        if f"stages.{stage}" in child.cmdline():
+        if f"stages.{stage}" in child.cmdline() and (variables or {}).items() <= child.environ().items():
             return child
     raise AssertionError(f"{stage} runs no more")
 
 
-def _run(command: list[str], directory: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[str], directory: Path, check: bool = True, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
-        stdin=subprocess.DEVNULL,
+        command, cwd=directory, env=environment() | (variables or {}), timeout=TIMEOUT_S,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")

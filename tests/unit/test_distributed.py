@@ -49,8 +49,9 @@ def test_two_processes_learn_the_gates_of_one(tmp_path: Path, case: str, family:
 def test_shares_cover_everything_once() -> None:
     worlds = [World(rank, 3) for rank in range(3)]
     assert [n for world in worlds for n in range(6)[world.part(6, "batch_size")]] == list(range(6))
-    assert sorted(n for world in worlds for n in world.every(7)) == list(range(7))
-    assert list(ALONE.every(4)) == [0, 1, 2, 3]
+    assert sorted(n for world in worlds for n, counts in world.turns(7) if counts) == list(range(7))
+    assert {len(world.turns(7)) for world in worlds} == {3}
+    assert ALONE.turns(2) == [(0, True), (1, True)]
     with pytest.raises(ValueError, match="batch_size = 4: 3 processes cannot share it equally"):
         World(0, 3).part(4, "batch_size")
 

@@ -141,7 +141,7 @@ def test_scripts_wire_and_do_not_compute() -> None:
         source = (REPOSITORY / "stages" / f"{stage}.py").read_text()
         functions = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
         assert functions == ["main"], stage
-        assert len(source.splitlines()) <= 85, stage
+        assert len(source.splitlines()) <= 90, stage
 
 
 GUARD = "import sys; sys.path.insert(0, {root!r}); import tvaprune"

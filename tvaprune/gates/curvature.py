@@ -34,7 +34,7 @@ def gate_curvature(
     # One uniform a token, drawn on the CPU and for all windows, so that a seed gives the same on every device and rank.
     uniform = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed))
     total = {axis: torch.zeros(topology.gate_shape(axis), device=windows.device) for axis in AXES}
-    for index in tqdm(world.every(len(windows)), desc="curvature", disable=not progress):
+    for index, counts in tqdm(world.turns(len(windows)), desc="curvature", disable=not progress):
         window = windows[index]
         ones = {axis: torch.ones_like(total[axis], requires_grad=True) for axis in AXES}
         gated.set(ones, kept_hidden=topology.hidden)
@@ -43,7 +43,7 @@ def gate_curvature(
         loss = distillation_loss(hidden, head, None, None, sampled).loss * len(window)
         gradients = torch.autograd.grad(loss, [ones[axis] for axis in AXES])
         for axis, gradient in zip(AXES, gradients, strict=True):
-            total[axis] += gradient.square()
+            total[axis] += gradient.square() * counts
     gated.clear()
     return {axis: world.sum_(total[axis]) / len(windows) for axis in AXES}
 

@@ -159,10 +159,11 @@ def validation_nll(
                     kept,
                     channel_mu={place: mean.to(device) for place, mean in means.items()},
                 )
-            for index in world.every(len(windows)):
+            for index, counts in world.turns(len(windows)):
                 window = windows[index].long().to(device)
                 hidden = layout.decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
                 labels = next_token_labels(window[None])
-                totals[name] += float(distillation_loss(hidden, layout.head(model).weight, None, None, labels).ce)
+                loss = distillation_loss(hidden, layout.head(model).weight, None, None, labels)
+                totals[name] += counts * float(loss.ce)
     summed = world.sum_(torch.tensor(list(totals.values()), dtype=torch.float64, device=device))
     return {name: total / len(windows) for name, total in zip(totals, summed.tolist(), strict=True)}

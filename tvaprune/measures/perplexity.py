@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.artifacts import ArtifactError
+from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
 
 
@@ -82,7 +83,11 @@ def heldout_windows(
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, input_ids: Int[Tensor, "windows window"], batch_size: int, progress: str | None = None
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "windows window"],
+    batch_size: int,
+    progress: str | None = None,
+    world: World = ALONE,
 ) -> Perplexity:
     """Perplexity of a causal model, each token but a window's first predicted from those before it.
 
@@ -92,17 +97,22 @@ def evaluate(
         input_ids: at least 2 tokens a window.
         batch_size: windows in one forward; changes speed and memory, not the result.
         progress: what a progress bar says; none is shown without.
+        world: processes that share the windows; all get the result.
     """
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(input_ids), desc=progress, unit="window", disable=progress is None)
-    window_nll = []
-    for batch in input_ids.long().split(batch_size):
-        window_nll.append(token_nll(model, batch.to(model.device)).double().mean(dim=1).cpu())
-        bar.update(len(batch))
+    bar = tqdm(total=len(input_ids), desc=progress, unit="window", disable=progress is None or not world.is_main)
+    nll = torch.zeros(len(input_ids), dtype=torch.float64, device=model.device)
+    places = torch.arange(len(input_ids)).split(batch_size)
+    for index, counts in world.turns(len(places)):
+        batch = input_ids[places[index]].long().to(model.device)
+        window_nll = token_nll(model, batch).double().mean(dim=1)
+        if counts:
+            nll[places[index]] = window_nll
+        bar.update(min(len(batch) * world.size, len(input_ids) - bar.n))
     bar.close()
     model.train(was_training)
-    nll = torch.cat(window_nll)
+    world.sum_(nll)
     mean = nll.mean().item()  # all windows are of equal length, so this is the mean over tokens
     stderr = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else math.nan
     return Perplexity(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.artifacts import ArtifactError
+from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
 
 
@@ -68,7 +69,12 @@ def select_rows(directory: Path, tasks: list[str], limit: int | None) -> Rows:
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, batch_size: int, progress: str | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    batch_size: int,
+    progress: str | None = None,
+    world: World = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Score a model on every task, without examples in the prompt.
 
@@ -76,6 +82,7 @@ def evaluate(
         rows: from `select_rows`.
         batch_size: sequences in one forward; changes speed and memory only.
         progress: what a progress bar says; none is shown without.
+        world: processes that share the forwards; all get the result.
 
     Returns:
         By task: acc and acc_stderr, and acc_norm and acc_norm_stderr where lm-eval defines it; fractions of 1.
@@ -88,7 +95,7 @@ def evaluate(
         manager = TaskManager(include_path=folder, include_defaults=False)
         # Not simple_evaluate: it adds a report on the machine, seconds of subprocesses for each model.
         results = lm_eval.evaluate(
-            lm=_LanguageModel(model, tokenizer, batch_size, progress),
+            lm=_LanguageModel(model, tokenizer, batch_size, progress, world),
             task_dict=manager.load(list(rows)),
             log_samples=False,
         )["results"]
@@ -142,10 +149,17 @@ class _LanguageModel(HFLM):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: str | None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: str | None,
+        world: World,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._progress = progress
+        # lm-eval sees one process on each: it would share rows out, and tasks of few rows badly.
+        self._processes = world
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
@@ -164,10 +178,11 @@ class _LanguageModel(HFLM):
         for index, (_, context, continuation) in enumerate(requests):
             sharing[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(index)
         inputs = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))  # longest first: little padding
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(total=len(requests), desc=self._progress, unit="choice", disable=self._progress is None)
-        for start in range(0, len(inputs), self.batch_size):
-            batch = inputs[start : start + self.batch_size]
+        answers = torch.zeros(len(requests), 2, dtype=torch.float64)  # nats, and 1 where greedy
+        hidden_bar = self._progress is None or not self._processes.is_main
+        bar = tqdm(total=len(requests), desc=self._progress, unit="choice", disable=hidden_bar)
+        for turn, counts in self._processes.turns(-(-len(inputs) // self.batch_size)):
+            batch = inputs[turn * self.batch_size : (turn + 1) * self.batch_size]
             # Padding is on the right, where causal attention keeps it from every position that is read.
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True)
             hidden = self.model.base_model(input_ids=padded.to(self.device), use_cache=False).last_hidden_state
@@ -185,10 +200,12 @@ class _LanguageModel(HFLM):
                 greedy.split([length for _, length in owners]),
                 strict=True,
             ):
-                answers[index] = (nats.sum().item(), bool(all_greedy.all()))
-            bar.update(len(owners))
+                if counts:
+                    answers[index] = torch.stack([nats.sum(), all_greedy.all()])
+            bar.update(min(len(owners) * self._processes.size, len(requests) - bar.n))
         bar.close()
-        return answers
+        gathered = self._processes.sum_(answers.to(self.device)).tolist()
+        return [(nats, greedy == 1) for nats, greedy in gathered]
 
     def _score(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-likelihood of each target token [n], float64 on the CPU, and whether it is the likeliest [n]."""

@@ -20,15 +20,13 @@ def shard_layers(model: PreTrainedModel, device: torch.device, processes: int) -
         processes: all of them; torch.distributed is initialised.
     """
     mesh = init_device_mesh(device.type, (processes,))
-    modules = [layer.whole for layer in layout.layers(model)]
-    for module in modules:
-        trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
-        fully_shard(module, mesh=mesh, ignored_params=trained)
-    inside = {parameter for module in modules for parameter in module.parameters()}
-    outside = {parameter for parameter in model.parameters() if parameter not in inside}
-    # One root above the layers, so that a layer is gathered while the one before it computes.
-    fully_shard(layout.decoder(model), mesh=mesh, ignored_params=outside | {p for p in inside if p.requires_grad})
-    for parameter in [*outside, *(p for p in inside if p.requires_grad)]:
+    modules = layout.decoder_layers(model)
+    split = {p for module in modules for p in module.parameters() if p.numel() and not p.requires_grad}
+    whole = {parameter for parameter in model.parameters() if parameter not in split}
+    # The decoder last: one root above the layers, so that a layer is gathered while the one before it computes.
+    for module in [*modules, layout.decoder(model)]:
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
         parameter.data = parameter.data.to(device)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)

@@ -111,7 +111,6 @@ class Topology:
 class LayerModules(NamedTuple):
     """The modules of one decoder layer that gates attach to."""
 
-    whole: nn.Module
     input_norm: nn.Module
     attention: nn.Module
     o_proj: nn.Linear
@@ -123,6 +122,11 @@ class LayerModules(NamedTuple):
 def decoder(model: nn.Module) -> nn.Module:
     """The model without its language-model head: token ids to normed hidden states."""
     return model.get_submodule("model")
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in order, whole; in a pruned model some may have no attention or no MLP."""
+    return list(model.get_submodule("model.layers").children())
 
 
 def embedding(model: nn.Module) -> nn.Embedding:
@@ -139,9 +143,8 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 def layers(model: nn.Module) -> Iterator[LayerModules]:
     """The decoder layers in order."""
-    for layer in model.get_submodule("model.layers").children():
+    for layer in decoder_layers(model):
         yield LayerModules(
-            whole=layer,
             input_norm=layer.get_submodule("input_layernorm"),
             attention=layer.get_submodule("self_attn"),
             o_proj=layer.get_submodule("self_attn.o_proj"),  # type: ignore[arg-type]

@@ -42,6 +42,10 @@ class Schedule:
     save_every: int = 50
     gradient_checkpointing: bool = False
 
+    @property
+    def windows_a_step(self) -> int:
+        return self.batch_size * self.accumulation
+
     def total_steps(self, windows: int) -> int:
         """Optimizer steps on this many training windows. Raises ValueError unless one of steps and epochs is set."""
         if (self.steps is None) == (self.epochs is None):
@@ -49,7 +53,7 @@ class Schedule:
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, math.ceil(self.epochs * windows / (self.batch_size * self.accumulation)))
+        return max(1, math.ceil(self.epochs * windows / self.windows_a_step))
 
 
 def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
@@ -62,12 +66,10 @@ def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
     return schedule.learning_rate * factor
 
 
-def windows_of(batch: int, batch_size: int, windows: int, seed: int) -> list[int]:
-    """Indices of the training windows in forward pass `batch` (from 0): every epoch its own shuffle."""
-    return [
-        _shuffled(windows, position // windows, seed)[position % windows]
-        for position in range(batch * batch_size, (batch + 1) * batch_size)
-    ]
+def windows_of(step: int, places: range, schedule: Schedule, windows: int, seed: int) -> list[int]:
+    """Indices of the training windows at these places of a step (from 0): every epoch its own shuffle."""
+    positions = [step * schedule.windows_a_step + place for place in places]
+    return [_shuffled(windows, position // windows, seed)[position % windows] for position in positions]
 
 
 @lru_cache(maxsize=2)

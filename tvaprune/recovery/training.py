@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tvaprune.distributed import ALONE, World
 from tvaprune.losses import DistillationKind, distillation_loss, next_token_labels
 from tvaprune.model.attention import use_training_attention
+from tvaprune.model.sharding import shard_layers
 from tvaprune.recovery.lora import LoraSettings, add_lora
 from tvaprune.recovery.schedule import Schedule, learning_rate_at, mix_seed, windows_of
 from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden, frozen_head
@@ -104,6 +106,8 @@ def finetune(
     seed: int,
     device: torch.device,
     state: SavedState,
+    world: World = ALONE,
+    sharded: bool = False,
 ) -> Finetuned:
     """Train an adapter and return it as it was when its validation cross-entropy was lowest.
 
@@ -116,33 +120,41 @@ def finetune(
         teacher: the dense model, same vocabulary. Also measured, as the aim of recovery.
         train_ids: token ids, any integer dtype.
         validation_ids: windows of other documents than `train_ids`.
-        state: resumed from and saved to.
+        state: resumed from, and saved to by rank 0.
+        world: the processes that share each step's windows; all end with the same adapter.
+        sharded: split both models' layers over the processes.
 
     Raises:
-        ValueError: inputs that do not fit together, before any work.
+        ValueError: inputs that do not fit together, or windows that cannot be shared equally, before any work.
         DivergedError: the loss is not finite.
     """
     _check(student, teacher, train_ids, validation_ids)
     for model in (student, teacher):
         use_training_attention(model, device)
-    used = {
-        window
-        for batch in range(schedule.total_steps(len(train_ids)) * schedule.accumulation)
-        for window in windows_of(batch, schedule.batch_size, len(train_ids), seed)
-    }
+    places = range(schedule.windows_a_step)
+    own = places[world.part(len(places), "finetune_lora.batch_size x accumulation")]
+    total = schedule.total_steps(len(train_ids))
+    steps = [windows_of(step, own, schedule, len(train_ids), seed) for step in range(total)]
     peft_model = add_lora(student, lora, seed)
     resumed = state.load()
 
-    teacher.to(device)
-    teacher_nll = resumed["teacher_nll"] if resumed else _nll(teacher, validation_ids, schedule.batch_size, device)
+    teacher.requires_grad_(False)
+    shard_layers(teacher, device, world.size) if sharded else teacher.to(device)
+    teacher_nll = (
+        resumed["teacher_nll"] if resumed else _nll(teacher, validation_ids, schedule.batch_size, device, world)
+    )
     source: Teacher | CachedTeacher | None = None if objective.teacher == "none" else Teacher(teacher, train_ids)
     if isinstance(source, Teacher) and objective.teacher == "cached":
-        source = CachedTeacher(source, used, schedule.batch_size, state.directory / "teacher_hidden.bin")
-    if objective.teacher != "online":
+        used = {window for step in steps for window in step}
+        path = state.directory / f"teacher_hidden_{world.rank}_of_{world.size}.bin"
+        source = CachedTeacher(source, used, schedule.batch_size, path)
+    if objective.teacher != "online" and not sharded:
         teacher.to("cpu")
 
-    peft_model.to(device)
-    loop = _Loop(peft_model, source, train_ids, validation_ids, objective, schedule, seed, device, teacher_nll)
+    shard_layers(student, device, world.size) if sharded else peft_model.to(device)
+    loop = _Loop(
+        peft_model, source, train_ids, validation_ids, objective, schedule, seed, device, teacher_nll, steps, own, world
+    )
     loop.resume(resumed)
     loop.run(state)
     return loop.finish()
@@ -171,7 +183,18 @@ class _Loop:
         seed: int,
         device: torch.device,
         teacher_nll: float,
+        steps: list[list[int]],
+        own: range,
+        world: World,
     ) -> None:
+        """
+        Args:
+            steps: for every step, this process's windows.
+            own: their places among a step's windows.
+        """
+        self.windows = steps
+        self.own = own
+        self.world = world
         self.model = model
         self.student: PreTrainedModel = model.get_base_model()
         self.teacher = teacher
@@ -188,7 +211,7 @@ class _Loop:
         )
         if schedule.gradient_checkpointing:
             self.student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        self.steps = schedule.total_steps(len(train_ids))
+        self.steps = len(steps)
         self.step = 0
         self.seconds = 0.0
         self.step_seconds = 0.0
@@ -209,6 +232,8 @@ class _Loop:
         self.curve = [CurveRow(*row) for row in saved["curve"]]
 
     def save(self, state: SavedState) -> None:
+        if not self.world.is_main:
+            return
         state.save(
             {
                 "step": self.step,
@@ -229,7 +254,8 @@ class _Loop:
         if not self.curve:
             self.curve.append(CurveRow(0, 0, None, None, None, None, self._validate()))
             self.save(state)
-        with tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step") as bar:
+        alone = not self.world.is_main
+        with tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=alone) as bar:
             while self.step < steps:
                 started = time.perf_counter()
                 row = self._train_step()
@@ -251,15 +277,17 @@ class _Loop:
             group["lr"] = learning_rate
         self.model.train()
         sums = torch.zeros(3, device=self.device)
+        windows = self.windows[self.step]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(mix_seed(self.seed, self.step))
-            for part in range(schedule.accumulation):
-                batch = self.step * schedule.accumulation + part
-                loss, ce, distillation = self._loss(
-                    windows_of(batch, schedule.batch_size, len(self.train_ids), self.seed)
-                )
-                (loss / schedule.accumulation).backward()
-                sums += torch.stack([loss.detach(), ce, distillation]) / schedule.accumulation
+            for start in range(0, len(windows), schedule.batch_size):
+                batch = windows[start : start + schedule.batch_size]
+                # Dropout belongs to a place in the run, whichever process is there.
+                torch.manual_seed(mix_seed(self.seed, self.step * schedule.windows_a_step + self.own[start]))
+                loss, ce, distillation = self._loss(batch)
+                share = len(batch) / len(windows)
+                (loss * share).backward()
+                sums += torch.stack([loss.detach(), ce, distillation]) * share
+        self.world.mean_([sums, *(p.grad for p in self.parameters.values() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), schedule.gradient_clip)
         # One transfer a step, which also makes the clock honest on a GPU.
         loss_value, ce_value, distillation_value, norm_value = torch.cat([sums, norm[None]]).tolist()
@@ -296,14 +324,14 @@ class _Loop:
 
     def _validate(self) -> float:
         """Measure the student, and keep its adapter if it is the best so far."""
-        nll = _nll(self.student, self.validation_ids, self.schedule.batch_size, self.device)
+        nll = _nll(self.student, self.validation_ids, self.schedule.batch_size, self.device, self.world)
         if nll < self.best_nll:
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
             self.best_step, self.best_nll = self.step, nll
         return nll
 
     def _tokens(self) -> int:
-        return self.step * self.schedule.accumulation * self.schedule.batch_size * self.train_ids.shape[1]
+        return self.step * self.schedule.windows_a_step * self.train_ids.shape[1]
 
     def finish(self) -> Finetuned:
         with torch.no_grad():
@@ -336,17 +364,20 @@ class _Loop:
 
 
 @torch.no_grad()
-def _nll(model: PreTrainedModel, input_ids: Tensor, batch_size: int, device: torch.device) -> float:
+def _nll(
+    model: PreTrainedModel, input_ids: Tensor, batch_size: int, device: torch.device, world: World = ALONE
+) -> float:
     """Mean negative log-likelihood in nats a token, every window's first token left out."""
     model.eval()
-    total = 0.0
-    for batch in input_ids.split(batch_size):
-        batch_ids = batch.to(device).long()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    batches = input_ids.split(batch_size)
+    for index, counts in world.turns(len(batches)):
+        batch_ids = batches[index].to(device).long()
         with _autocast(model, device):
             hidden = final_hidden(model, batch_ids)
         ce = distillation_loss(hidden, frozen_head(model), None, None, next_token_labels(batch_ids)).ce
-        total += ce.item() * len(batch)
-    return total / len(input_ids)
+        total += ce.double() * len(batch_ids) * counts
+    return world.sum_(total).item() / len(input_ids)
 
 
 def _autocast(model: PreTrainedModel, device: torch.device) -> AbstractContextManager[Any]:

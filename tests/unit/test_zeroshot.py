@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from stages.eval_zeroshot import main
 from tvaprune.artifacts import ArtifactError
+from tvaprune.distributed import ALONE
 from tvaprune.measures.zeroshot import TASKS, Rows, _LanguageModel, evaluate, select_rows, summarise
 
 
@@ -107,7 +108,7 @@ def test_log_likelihoods_equal_lm_evals_own(model: PreTrainedModel, tokenizer: P
     expected = reference._loglikelihood_tokens(requests, disable_tqdm=True)
     assert expected[-1][1]  # the case of a greedy continuation is covered
     for batch_size in (1, 4, 64):
-        found = _LanguageModel(model, tokenizer, batch_size, None)._loglikelihood_tokens(requests)
+        found = _LanguageModel(model, tokenizer, batch_size, None, ALONE)._loglikelihood_tokens(requests)
         assert [all_greedy for _, all_greedy in found] == [all_greedy for _, all_greedy in expected]
         torch.testing.assert_close([nats for nats, _ in found], [nats for nats, _ in expected], rtol=1e-4, atol=1e-4)
 

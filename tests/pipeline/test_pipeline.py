@@ -19,6 +19,7 @@ from tvaprune.measures.zeroshot import TASKS
 
 MODELS = ("dense", "compact", "finetuned")
 KEYS = {
+    "leaks": ["ngram", "largest_overlap", "finetuning.in_domain"],
     "masks": [
         "target_sparsity", "sparsity_decoder", "sparsity_model", "params_dense", "params_kept", "steps", "seconds",
         "step_seconds", "bare_step_seconds", "hidden_kept",

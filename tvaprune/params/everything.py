@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
+from tvaprune.params.check_leaks import CheckLeaksParams
 from tvaprune.params.compact import CompactParams
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 from tvaprune.params.eval_zeroshot import EvalZeroshotParams
@@ -17,6 +18,7 @@ from tvaprune.params.update_weights import UpdateWeightsParams
 SECTIONS: tuple[type[StageParams], ...] = (
     FetchInputsParams,
     SampleCalibrationParams,
+    CheckLeaksParams,
     LearnMasksParams,
     AdaptDimensionsParams,
     UpdateWeightsParams,

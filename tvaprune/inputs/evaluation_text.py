@@ -1,0 +1,66 @@
+"""The text that results are measured on, in the pieces that a model reads."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvaprune.inputs.documents import load_documents, read_rows
+from tvaprune.inputs.sources import InputError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationDocument:
+    """One document or row, in the pieces that a model is scored on.
+
+    Attributes:
+        name: tells it apart from the others of its set.
+    """
+
+    name: str
+    pieces: list[str]
+
+
+def evaluation_documents(heldout: Path, zeroshot: Path) -> dict[str, Iterable[EvaluationDocument]]:
+    """What results are measured on: `heldout_LABEL` for each text, and the zero-shot tasks by their names.
+
+    All of it, not only the windows and rows that are measured: those change with the parameters of the evaluation.
+
+    Raises:
+        InputError: a file is absent or damaged; names it.
+    """
+    texts: dict[str, Iterable[EvaluationDocument]] = {
+        f"heldout_{name}": [EvaluationDocument(document.id, [document.text]) for document in documents]
+        for name, documents in load_documents(heldout).items()
+    }
+    for task in _PIECES:
+        if not (zeroshot / f"{task}.jsonl").is_file():
+            raise InputError(f"{zeroshot / task}.jsonl: no such file; run the fetch_inputs stage")
+    return texts | {task: _task_rows(zeroshot / f"{task}.jsonl") for task in _PIECES}
+
+
+def _task_rows(path: Path) -> Iterator[EvaluationDocument]:
+    for number, row in enumerate(read_rows(path), start=1):
+        try:
+            yield EvaluationDocument(f"line {number}", _PIECES[path.stem](row))
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}, line {number}: missing or wrong column {error}; run the fetch_inputs stage"
+            ) from error
+
+
+def _arc(row: Row) -> list[str]:
+    return [f"{row['question']} {choice}" for choice in row["choices"]["text"]]
+
+
+# What a model reads of a row, with each answer that it is scored on; without the words of the prompts themselves.
+_PIECES = {
+    "boolq": lambda row: [row["passage"], row["question"]],
+    "piqa": lambda row: [f"{row['goal']} {row[solution]}" for solution in ("sol1", "sol2")],
+    "hellaswag": lambda row: [f"{row['ctx_a']} {row['ctx_b']} {ending}" for ending in row["endings"]],
+    "winogrande": lambda row: [row["sentence"].replace("_", row[option]) for option in ("option1", "option2")],
+    "arc_easy": _arc,
+    "arc_challenge": _arc,
+}

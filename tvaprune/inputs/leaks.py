@@ -1,0 +1,234 @@
+"""Whether the text that results are measured on is in the windows that were learned from."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, UInt64
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tvaprune.inputs.evaluation_text import EvaluationDocument
+from tvaprune.inputs.ngrams import NgramHasher, among
+
+# What is learned from: name -> tensors of artifacts/calibration. Validation windows choose among checkpoints.
+LEARNED_FROM = {
+    "calibration": ("input_ids", "validation_ids"),
+    "finetuning": ("finetune_ids", "finetune_validation_ids"),
+}
+# Documents hashed at once; bounds memory.
+_BATCH = 256
+_EXAMPLES = 3
+
+
+class LeakError(ValueError):
+    """Evaluation text is in the text that is learned from."""
+
+
+@dataclass
+class Overlap:
+    """What a set of documents shares with something that was learned from.
+
+    Attributes:
+        ngrams: shared, each once a document.
+        documents: with at least one of them.
+        examples: names of the first of those.
+    """
+
+    ngrams: int = 0
+    documents: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Compared:
+    """A set of evaluation documents beside what was learned from.
+
+    Attributes:
+        ngrams: of all documents, each once a document.
+        documents: all of them.
+        judged: those long enough to have a gram.
+        overlaps: by what was learned from.
+    """
+
+    ngrams: int = 0
+    documents: int = 0
+    judged: int = 0
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
+
+    def share(self, learned: str) -> float:
+        """Of the set's grams, those that are in what was learned from; 0 to 1."""
+        return self.overlaps[learned].ngrams / max(1, self.ngrams)
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What was found.
+
+    Attributes:
+        sets: every evaluation set, by name.
+        finetuning_in_calibration: of the fine-tuning windows' grams, the share in the calibration windows. No leak:
+            texts of one source quote the same.
+    """
+
+    sets: dict[str, Compared]
+    finetuning_in_calibration: float
+
+    @property
+    def largest(self) -> float:
+        """The largest share of a set's grams in one of what was learned from."""
+        return max(one.share(learned) for one in self.sets.values() for learned in one.overlaps)
+
+
+def check_leaks(
+    windows: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: Mapping[str, Iterable[EvaluationDocument]],
+    n: int,
+) -> Leaks:
+    """Compare every evaluation set with the calibration and the fine-tuning windows by n-grams of words.
+
+    Words and not tokens: a window's first token depends on where it was cut, and the literature's figures are of words.
+
+    Args:
+        windows: int32 [windows, tokens] by name, those of `LEARNED_FROM`.
+        evaluation: set -> its documents.
+        n: words in a gram.
+    """
+    hasher = NgramHasher(n)
+    known = {
+        name: known_grams((text for part in parts for text in window_texts(windows[part], tokenizer)), hasher)
+        for name, parts in LEARNED_FROM.items()
+    }
+    own = among(known["finetuning"], known["calibration"])
+    with tqdm(desc="check leaks", unit=" documents") as progress:
+        sets = {name: compare(documents, known, hasher, progress) for name, documents in evaluation.items()}
+    return Leaks(sets, float(own.mean()) if len(own) else 0.0)
+
+
+def window_texts(windows: Int32[Tensor, "windows tokens"], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Text of windows, cut at the end-of-text token, where one document ends and the next begins.
+
+    Tokens that stand for no text (a vocabulary's unknown word) are left out, so a gram around one is not found.
+    """
+    end = tokenizer.eos_token_id
+    for start in range(0, len(windows), _BATCH):
+        pieces: list[np.ndarray] = []
+        for row in windows[start : start + _BATCH].numpy():
+            pieces += np.split(row, np.flatnonzero(row == end))
+        yield from tokenizer.batch_decode(pieces, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def known_grams(texts: Iterable[str], hasher: NgramHasher) -> UInt64[np.ndarray, " grams"]:
+    """Hashes of all grams of the texts, each once, ascending."""
+    parts = [np.zeros(0, np.uint64)]
+    remaining = iter(texts)
+    while batch := [[text] for text in islice(remaining, _BATCH)]:
+        parts.append(hasher.hash(batch)[0])
+    return np.unique(np.concatenate(parts))
+
+
+def compare(
+    documents: Iterable[EvaluationDocument],
+    known: Mapping[str, UInt64[np.ndarray, " grams"]],
+    hasher: NgramHasher,
+    progress: tqdm | None = None,
+) -> Compared:
+    """Count what the documents share with each of the known sets of grams."""
+    result = Compared(overlaps={name: Overlap() for name in known})
+    remaining = iter(documents)
+    while batch := list(islice(remaining, _BATCH)):
+        grams, owner = hasher.hash([document.pieces for document in batch])
+        result.ngrams += len(grams)
+        result.documents += len(batch)
+        result.judged += len(np.unique(owner))
+        for name, ascending in known.items():
+            shared = among(grams, ascending)
+            leaked = np.unique(owner[shared])
+            overlap = result.overlaps[name]
+            overlap.ngrams += int(shared.sum())
+            overlap.documents += len(leaked)
+            overlap.examples += [batch[index].name for index in leaked[: _EXAMPLES - len(overlap.examples)]]
+        if progress is not None:
+            progress.update(len(batch))
+    return result
+
+
+def check_limit(leaks: Leaks, n: int, max_overlap: float) -> None:
+    """Refuse a set of which more than `max_overlap` of the grams is in what was learned from.
+
+    Raises:
+        LeakError: names every such set, what it shares and with what, the limit and the remedy.
+    """
+    lines = []
+    for name, compared in leaks.sets.items():
+        for learned, overlap in compared.overlaps.items():
+            if compared.share(learned) > max_overlap:
+                examples = ", ".join(overlap.examples) + (", ..." if overlap.documents > len(overlap.examples) else "")
+                lines.append(
+                    f"  {name}: {compared.share(learned):.4f} of its {n}-grams are in the {learned} windows, from "
+                    f"{overlap.documents} of {compared.documents} documents ({examples})"
+                )
+    if lines:
+        raise LeakError(
+            "text that results are measured on is in the text that is learned from; "
+            f"check_leaks.max_overlap = {max_overlap} is exceeded:\n" + "\n".join(lines) + "\n"
+            "take that text out of fetch_inputs.calibration (its exclude_heldout does for whole articles), measure "
+            "on other text, or raise check_leaks.max_overlap and say so beside the figures"
+        )
+
+
+def report(leaks: Leaks, n: int, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, numbers alone.
+
+    Args:
+        declared: see `declare_sources`.
+    """
+    sets = {
+        name: {
+            "ngrams": one.ngrams,
+            "documents": one.documents,
+            "documents_judged": one.judged,
+            **{
+                f"in_{learned}": {
+                    "ngram_share": one.share(learned),
+                    "document_share": overlap.documents / max(1, one.documents),
+                }
+                for learned, overlap in one.overlaps.items()
+            },
+        }
+        for name, one in leaks.sets.items()
+    }
+    own = {"finetuning_in_calibration": leaks.finetuning_in_calibration}
+    return {"ngram": n, "largest_overlap": leaks.largest, **declared, **own, "sets": sets}
+
+
+def declare_sources(windows: Mapping[str, Mapping[str, int]], calibration: Path, heldout: Path) -> dict[str, Any]:
+    """Which text was learned from, in numbers.
+
+    Args:
+        windows: of the calibration artifact's description: tensor -> source -> windows.
+        calibration, heldout: directories of texts, with meta.json.
+
+    Returns:
+        By what was learned from: `windows` by source, and `in_domain`: 1 where one of these is of the package or hub
+        repository that a held-out text is of, as WikiText's train split is beside its test split; else 0.
+    """
+    learned, measured = _origins(calibration), _origins(heldout)
+    declared: dict[str, Any] = {}
+    for name, parts in LEARNED_FROM.items():
+        counts = {source: sum(windows[part][source] for part in parts) for source in windows[parts[0]]}
+        used = {learned[source] for source, count in counts.items() if count and source in learned}
+        declared[name] = {"in_domain": int(not used.isdisjoint(measured.values())), "windows": counts}
+    return declared
+
+
+def _origins(directory: Path) -> dict[str, str]:
+    """Source -> package or repository; not of local files, whose names say nothing about where they are from."""
+    sources = json.loads((directory / "meta.json").read_text())["sources"]
+    return {label: one.get("repo") or one["name"] for label, one in sources.items() if one["source"] != "local"}

@@ -18,32 +18,18 @@ from typing import Annotated
 import torch
 import typer
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from tools.dry_run import random_masks
 from tvaprune.checkpoint.compact import compact
 from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import CheckpointWriter
 from tvaprune.checkpoint.update import weight_update
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.model.topology import AXES, Topology
+from tvaprune.model.topology import Topology
 from tvaprune.widths.adapt import adapt
-from tvaprune.widths.masks import Masks, project
 
-# Shapes of Llama-3-8B, so that the command needs no hub.
-LLAMA_3_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
 _COPY_BLOCK = 64_000_000
 
 
@@ -66,15 +52,6 @@ def write_noise(config: PreTrainedConfig, directory: Path) -> None:
                 writer.write(noise[: count * width].view(count, *info.shape[1:]))
                 progress.update(count * width * noise.itemsize)
     config.save_pretrained(directory)
-
-
-def random_masks(topology: Topology, sparsity: float) -> Masks:
-    """Random importances and means, projected and adapted to multiples of 128."""
-    generator = torch.Generator().manual_seed(1)
-    scores = {axis: torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
-    means = {axis: 1 + 0.1 * torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
-    masks = project(topology, Masks({axis: score > 0 for axis, score in scores.items()}, scores, means), sparsity)
-    return adapt(topology, masks, sparsity, "budget", 128, 128)
 
 
 def copy_bytes(source: Path, out: Path, written_bytes: int) -> float:
@@ -101,7 +78,7 @@ def forget(directory: Path) -> None:
 def child(dense: Path, out: Path, sparsity: float) -> None:
     """The compaction, in a process whose peak memory is its own."""
     topology = Topology.of(load_config(dense))
-    masks = random_masks(topology, sparsity)
+    masks = adapt(topology, random_masks(topology, sparsity), sparsity, "budget", 128, 128)
     update = weight_update(masks, "mean")
     before = peak_memory_bytes(torch.device("cpu"))
     started = time.perf_counter()
@@ -119,13 +96,15 @@ def child(dense: Path, out: Path, sparsity: float) -> None:
 
 def main(
     directory: Annotated[Path, typer.Option(help="Where to work; needs 45 GB for the 8B model, removed at the end.")],
-    config: Annotated[Path | None, typer.Option(help="Directory with a config.json; without it, Llama-3-8B.")] = None,
+    config: Annotated[Path, typer.Option(help="Directory with a config.json.")] = Path(
+        "configs/models/Meta-Llama-3-8B"
+    ),
     sparsity: Annotated[float, typer.Option(help="Share of the decoder layers' parameters to remove.")] = 0.5,
 ) -> None:
     """Measure, and print one JSON object."""
     work = directory / "compaction_cost"
     dense, out, copied = work / "dense", work / "compact", work / "copied"
-    described = load_config(config) if config else AutoConfig.for_model("llama", **LLAMA_3_8B)
+    described = load_config(config)
     try:
         write_noise(described, dense)
         forget(dense)

@@ -89,7 +89,7 @@ def test_the_pruned_model_is_used_as_the_readme_shows(finished: Workspace, tmp_p
 
 def test_the_papers_preset_is_valid() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "stages.check_params", "--params", "presets/paper.yaml", "--out", "/dev/null"],
+        [sys.executable, "-m", "stages.check_params", "--params", "configs/paper.yaml", "--out", "/dev/null"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

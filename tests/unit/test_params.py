@@ -43,7 +43,7 @@ def changed(tmp_path: Path) -> Callable[[str, Any], Path]:
     return write
 
 
-@pytest.mark.parametrize("path", [PARAMS, *sorted((REPOSITORY / "presets").glob("*.yaml"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [PARAMS, *sorted((REPOSITORY / "configs").glob("*.yaml"))], ids=lambda path: path.name)
 def test_shipped_parameters_pass(path: Path) -> None:
     check_everything(path)
 

@@ -46,7 +46,7 @@ def training_memory(
         weights, gates (with gradients and AdamW's moments; fp32), step (what a step needs beside them), total.
     """
     topology = Topology.of(config)
-    with FakeTensorMode(), _LiveBytes() as live:
+    with FakeTensorMode(), LiveBytes() as live:
         model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).requires_grad_(False)
         if device_type == "cpu":
             use_training_attention(model, torch.device("cpu"))
@@ -92,7 +92,7 @@ def memory_table(config: PreTrainedConfig, settings: GateTraining, seq_len: int)
     return "\n".join(lines)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operations made and nobody has let go, and the most there were."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.model import topology as layout
 from tvaprune.model.attention import use_training_attention
 from tvaprune.model.topology import AXES, Axis, Topology
-from tvaprune.widths.masks import Masks, project
+from tvaprune.widths.masks import Masks, solve_threshold
 
 GATE_METHODS = ("tva", "deterministic", "vtrans")
 
@@ -54,7 +54,8 @@ def check_method(method: str, axes: tuple[Axis, ...], target_sparsity: float, to
     """
     if method not in GATE_METHODS:
         check_baseline(method, axes, target_sparsity)
-    project(topology, Masks.dense(topology), target_sparsity, axes)
+    alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in axes else torch.inf) for axis in AXES}
+    solve_threshold(topology, alike, target_sparsity)
 
 
 def find_masks(

@@ -306,7 +306,7 @@ class _Loop:
         if self.device.type == "cuda":
             chosen = chosen.pin_memory()  # so that the copy runs beside the computation
         input_ids = chosen.to(self.device, non_blocking=True).long()
-        with _autocast(self.student, self.device):
+        with autocast(self.student, self.device):
             hidden = final_hidden(self.student, input_ids)
         objective = self.objective
         return distillation_loss(
@@ -373,14 +373,14 @@ def _nll(
     batches = input_ids.split(batch_size)
     for index, counts in world.turns(len(batches)):
         batch_ids = batches[index].to(device).long()
-        with _autocast(model, device):
+        with autocast(model, device):
             hidden = final_hidden(model, batch_ids)
         ce = distillation_loss(hidden, frozen_head(model), None, None, next_token_labels(batch_ids)).ce
         total += ce.double() * len(batch_ids) * counts
     return world.sum_(total).item() / len(input_ids)
 
 
-def _autocast(model: PreTrainedModel, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(model: PreTrainedModel, device: torch.device) -> AbstractContextManager[Any]:
     """Matmuls in the base's dtype, beside fp32 adapters."""
     dtype = frozen_head(model).dtype
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

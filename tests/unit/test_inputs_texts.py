@@ -7,13 +7,20 @@ from pathlib import Path
 import pytest
 
 from tvaprune.inputs.documents import Document, drop_known, load_documents, write_documents
-from tvaprune.inputs.sources import HubSource, InputError, LocalSource
+from tvaprune.inputs.sources import InputError, LocalSource
 from tvaprune.inputs.texts import clean, clean_transcript, read_documents
 from tvaprune.inputs.wikipedia import plain_text, read_dump
+from tvaprune.resume import ResumableRun
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("workspace"))
 
 
 def read(path: Path, text_field: str = "text") -> list[Document]:
-    return list(read_documents(LocalSource(path, "none", text_field), path.parent / "unused"))
+    with ResumableRun("fetch_inputs", {}, []) as state:
+        return list(read_documents(LocalSource(path, "none", text_field), path.parent / "unused", state))
 
 
 def test_clean_keeps_paragraphs_and_nothing_else_of_the_layout() -> None:
@@ -46,14 +53,6 @@ def test_local_files_of_all_formats(tmp_path: Path) -> None:
         Document("sub/c/1", "four"),
     ]
     assert read(folder / "b.txt") == [Document("b", "plain")]
-
-
-def test_a_data_set_repository_is_streamed_up_to_the_cap(tmp_path: Path) -> None:
-    rows = "".join(json.dumps({"body": f"text {number}"}) + "\n" for number in range(9))
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "train.jsonl").write_text(rows)
-    source = HubSource(str(tmp_path / "repo"), "main", "none", text_field="body", documents=4)
-    assert [one.text for one in read_documents(source, tmp_path)] == ["text 0", "text 1", "text 2", "text 3"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from tvaprune.artifacts import write_json
 from tvaprune.inputs.documents import Document, drop_known, normalise_title, write_documents
 from tvaprune.inputs.model import SOURCE_FILE, fetch_model
+from tvaprune.inputs.sampling import SavedState
 from tvaprune.inputs.sources import InputError, Source, describe
 from tvaprune.inputs.texts import read_documents
 from tvaprune.inputs.zeroshot import fetch_tasks
@@ -21,6 +22,7 @@ def fetch_inputs(
     heldout: Mapping[str, Source],
     zeroshot: Source,
     exclude_heldout: bool,
+    state: SavedState,
     model_directory: Path,
     calibration_directory: Path,
     heldout_directory: Path,
@@ -32,6 +34,7 @@ def fetch_inputs(
         calibration, heldout: name of the source (of its file) -> the source.
         exclude_heldout: leave out of the calibration text every article whose title, and every document whose
             text, is in the held-out text.
+        state: of samples, to go on from after a kill.
 
     Returns:
         For each of the four directories what was written, as in its meta.json.
@@ -46,11 +49,11 @@ def fetch_inputs(
     titles: set[str] = set()
     texts: set[str] = set()
     with _workspace(heldout_directory) as (partial, temporary):
-        written["heldout"] = _fetch_texts(heldout, partial, temporary, titles, texts, collect=True)
+        written["heldout"] = _fetch_texts(heldout, partial, temporary, state, titles, texts, collect=True)
     if not exclude_heldout:
         titles, texts = set(), set()
     with _workspace(calibration_directory) as (partial, temporary):
-        written["calibration"] = _fetch_texts(calibration, partial, temporary, titles, texts, collect=False)
+        written["calibration"] = _fetch_texts(calibration, partial, temporary, state, titles, texts, collect=False)
     with _workspace(zeroshot_directory) as (partial, temporary):
         rows = fetch_tasks(zeroshot, partial, temporary)
         written["zeroshot"] = {**describe(zeroshot), "rows": rows}
@@ -59,13 +62,20 @@ def fetch_inputs(
 
 
 def _fetch_texts(
-    sources: Mapping[str, Source], partial: Path, temporary: Path, titles: set[str], texts: set[str], *, collect: bool
+    sources: Mapping[str, Source],
+    partial: Path,
+    temporary: Path,
+    state: SavedState,
+    titles: set[str],
+    texts: set[str],
+    *,
+    collect: bool,
 ) -> dict[str, Any]:
     """Write one .jsonl for each source. `collect`: add the titles instead of leaving them out."""
     meta: dict[str, Any] = {}
     for name, source in sources.items():
         kept, same_title, repeated = drop_known(
-            read_documents(source, temporary / name), set() if collect else titles, texts
+            read_documents(source, temporary / name, state), set() if collect else titles, texts
         )
         if not kept:
             raise InputError(f"{name}: the source gave no document with text")

@@ -36,7 +36,8 @@ class HubSource:
 
     Attributes:
         config, split, text_field: for data sets only.
-        documents: how many documents to stream at most, from the start of the split; 0 for all.
+        documents: how many to sample; 0 for all, in their order. For data sets only.
+        seed: of the sample.
     """
 
     repo: str
@@ -46,6 +47,7 @@ class HubSource:
     split: str = "train"
     text_field: str = "text"
     documents: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,15 @@ class LocalSource:
 
     Attributes:
         text_field: the field or column of .jsonl and .parquet that holds the text.
+        documents: how many rows of .jsonl or .parquet to sample; 0 for all, in their order.
+        seed: of the sample.
     """
 
     path: Path
     license: str
     text_field: str = "text"
+    documents: int = 0
+    seed: int = 0
 
 
 Source = PackageSource | HubSource | LocalSource

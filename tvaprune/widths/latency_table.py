@@ -1,5 +1,6 @@
 """A measured table of one machine: what every block of a decoder layer takes at every width."""
 
+import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 # What latency is weighed: a phase's own, or a whole request's: one prefill and `made_on.decode_tokens` steps.
 Latency = Literal["prefill", "decode", "request"]
+LATENCIES: tuple[Latency, ...] = ("prefill", "decode", "request")
 _BLOCKS = ("rest", "attention", "mlp")
 
 
@@ -74,6 +76,34 @@ class LatencyTable:
         return self.predict(
             of, topology.hidden, [n * topology.intermediate for n in every], [n * topology.kv_heads for n in every]
         )
+
+
+def profile_metrics(table: LatencyTable | None, topology: Topology) -> dict[str, Any]:
+    """metrics/profile.json: what the table says of the dense model, in ms."""
+    if table is None:
+        return {"enabled": 0}
+    row: dict[str, Any] = {"enabled": 1, "threads": table.made_on["threads"]}
+    for phase in PHASES:
+        row[phase] = {
+            "dense_ms": table.dense(phase, topology),
+            "rest_ms": float(table.rest[phase][-1]),
+            "attention_ms": float(table.attention[phase][-1, -1]),
+            "mlp_ms": float(table.mlp[phase][-1, -1]),
+        }
+    return row
+
+
+def write_staircase(path: Path, table: LatencyTable | None) -> None:
+    """metrics/profile.csv: an MLP's latency by intermediate width, hidden dense; no rows without a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["intermediate", *(f"{phase}_{name}" for phase in PHASES for name in ("ms", "iqr_ms"))])
+        if table is None:
+            return
+        for index, width in enumerate(table.intermediate):
+            columns = [by[phase] for phase in PHASES for by in (table.mlp, table.iqr["mlp"])]
+            rows.writerow([width, *(float(column[-1, index]) for column in columns)])
 
 
 def write_table(directory: Path, table: LatencyTable | None) -> None:

@@ -11,7 +11,9 @@ from tvaprune.checkpoint.loading import load_config
 from tvaprune.model.topology import Topology
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.widths.adapt import adapt, adapt_metrics
+from tvaprune.widths.latency_table import read_table
 from tvaprune.widths.masks import read_masks, write_masks
+from tvaprune.widths.measured import adapt_measured, latency_metrics
 
 
 def main(
@@ -19,6 +21,9 @@ def main(
         "data/model"
     ),
     masks: Annotated[Path, typer.Option(help="Masks artifact to adapt.")] = Path("artifacts/masks"),
+    profile: Annotated[
+        Path, typer.Option(help="Latency table; read where adapt_dimensions.multiple is measured.")
+    ] = Path("artifacts/profile"),
     adapted: Annotated[Path, typer.Option(help="Masks artifact to write, widths in multiples.")] = Path(
         "artifacts/adapted"
     ),
@@ -29,21 +34,20 @@ def main(
 ) -> None:
     """Resize the masks.
 
-    Reads data/model/config.json and artifacts/masks; writes artifacts/adapted and metrics/adapt.json.
+    Reads data/model/config.json, artifacts/masks and artifacts/profile; writes artifacts/adapted and
+    metrics/adapt.json.
     """
     with clear_errors():
         params = AdaptDimensionsParams.load(params_file)
         topology = Topology.of(load_config(model))
         before = read_masks(masks, topology)
-        after = adapt(
-            topology,
-            before,
-            params.sparsity,
-            params.rounding,
-            params.multiple_of("hidden"),
-            params.multiple_of("intermediate"),
-            layout=params.layout,
-        )
+        table = None
+        if multiples := params.multiples():
+            after = adapt(topology, before, params.sparsity, params.rounding, *multiples, layout=params.layout)
+        else:
+            table = read_table(profile, topology)
+            goal = (params.sparsity, params.latency_target, params.slack)
+            after = adapt_measured(topology, before, table, params.latency_phase, params.layout, *goal)
         _, meta = read_artifact(masks, "masks")
         write_masks(
             adapted,
@@ -52,6 +56,10 @@ def main(
             validation_ppl=meta["validation_ppl"],
         )
         report = adapt_metrics(topology, before, after, params.sparsity)
+        if table:
+            report |= latency_metrics(topology, table, after, params.layout)
+            shares = [f"{phase} {report[phase]['predicted_share']:.2f}" for phase in ("prefill", "decode")]
+            typer.echo(f"predicted of the dense latency on {table.made_on['processor']}: {', '.join(shares)}")
         write_json(metrics, report)
     typer.echo(
         f"hidden {report['hidden_before']:.0f} -> {report['hidden_after']:.0f}, "

@@ -34,7 +34,8 @@ def main(
         learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
         topology = Topology.of(load_config(model))
         check_method(learn.method, learn.axes, learn.sparsity, topology)
-        check_multiples(topology, adapt.multiple_of("hidden"), adapt.multiple_of("intermediate"))
+        if multiples := adapt.multiples():
+            check_multiples(topology, *multiples)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("the parameters fit the model\n")
 

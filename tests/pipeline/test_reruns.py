@@ -17,7 +17,7 @@ slow = pytest.mark.slow
     [
         ("eval_zeroshot.limit", 2, {"eval_zeroshot"}),
         pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=slow),
-        pytest.param("adapt_dimensions.multiple", 8, FROM_ADAPT, marks=slow),
+        pytest.param("adapt_dimensions.multiple", 8, {"profile_hardware", *FROM_ADAPT}, marks=slow),
         pytest.param("sparsity", 0.4, {"learn_masks", *FROM_ADAPT}, marks=slow),
     ],
 )

@@ -78,6 +78,11 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("adapt_dimensions/multiple", 0, r"adapt_dimensions\.multiple\.hidden = 0: .*greater than or equal to 1"),
     ("adapt_dimensions/multiple", {"hidden": 32}, r"adapt_dimensions\.multiple\.intermediate: missing"),
     ("adapt_dimensions/multiple", "8, 16", r"adapt_dimensions\.multiple = '8, 16': .*one whole number, or one an axis"),
+    ("adapt_dimensions/multiple", "fast", r"adapt_dimensions\.multiple = 'fast': .*or measured"),
+    ("adapt_dimensions/budget", "latency", r"latency_target = None with budget = latency: .*needs a target"),
+    ("adapt_dimensions/latency_target", 0.6, r"latency_target = 0\.6 with budget = params"),
+    ("adapt_dimensions/latency_target", 1.5, r"adapt_dimensions\.latency_target = 1\.5"),
+    ("profile_hardware/narrowest_hidden", 0, r"profile_hardware\.narrowest_hidden = 0"),
     ("adapt_dimensions/rounding", "up", r"adapt_dimensions\.rounding = 'up'"),
     ("update_weights/method", "median", r"update_weights\.method = 'median': .*'mean' or 'none'"),
     ("compact/max_abs_logit_diff", 0, r"compact\.max_abs_logit_diff = 0"),
@@ -148,9 +153,9 @@ def test_numbers_as_dvc_writes_them_are_numbers(tmp_path: Path) -> None:
 
 def test_a_multiple_is_one_number_or_one_an_axis(changed: Callable[[str, Any], Path]) -> None:
     one = AdaptDimensionsParams.load(changed("adapt_dimensions/multiple", 16))
-    assert (one.multiple_of("hidden"), one.multiple_of("intermediate")) == (16, 16)
+    assert one.multiples() == (16, 16)
     two = AdaptDimensionsParams.load(changed("adapt_dimensions/multiple", {"hidden": 8, "intermediate": 32}))
-    assert (two.multiple_of("hidden"), two.multiple_of("intermediate")) == (8, 32)
+    assert two.multiples() == (8, 32)
 
 
 def test_shared_keys_reach_the_stage(changed: Callable[[str, Any], Path]) -> None:

@@ -154,6 +154,12 @@ def layers(model: nn.Module) -> Iterator[LayerModules]:
         )
 
 
+def block_norms(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """What runs first in each layer's attention block and first in its MLP block, present or not."""
+    names = ("input_layernorm", "post_attention_layernorm")
+    return [(layer.get_submodule(names[0]), layer.get_submodule(names[1])) for layer in decoder_layers(model)]
+
+
 class Cut(NamedTuple):
     """How a tensor shrinks with the axes.
 

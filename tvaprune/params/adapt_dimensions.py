@@ -1,8 +1,8 @@
 """Parameters of the adapt_dimensions stage."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from tvaprune.params.loading import StageParams
 
@@ -20,8 +20,12 @@ class Multiple(BaseModel):
         if isinstance(value, int):
             return {"hidden": value, "intermediate": value}
         if not isinstance(value, dict):
-            raise ValueError("give one whole number, or one an axis: {hidden: 32, intermediate: 64}")
+            raise ValueError("give one whole number, or one an axis: {hidden: 32, intermediate: 64}, or measured")
         return value
+
+
+def _kind(value: Any) -> str:
+    return "measured" if value == "measured" else "number"
 
 
 class AdaptDimensionsParams(StageParams):
@@ -29,12 +33,47 @@ class AdaptDimensionsParams(StageParams):
     shared: ClassVar[tuple[str, ...]] = ("sparsity", "compact.layout")
 
     sparsity: float = Field(description="Share of the decoder layers' parameters to remove.", gt=0, lt=1)
-    multiple: Multiple = Field(description="T: widths become multiples of it; one number, or one an axis.")
-    rounding: Literal["nearest", "budget"] = Field(description="Each width by itself, or all within the target.")
+    multiple: Annotated[
+        Annotated[Multiple, Tag("number")] | Annotated[Literal["measured"], Tag("measured")], Discriminator(_kind)
+    ] = Field(
+        description="T: widths become multiples of it; one number, or one an axis; measured: by profile_hardware."
+    )
+    rounding: Literal["nearest", "budget"] = Field(
+        description="Each width by itself, or all within the target; nothing to `measured`."
+    )
+    budget: Literal["params", "latency"] = Field(
+        description="What the measured widths keep to: sparsity, or latency_target."
+    )
+    latency_target: float | None = Field(
+        description="Share of the dense model's latency to stay below; null unless budget is latency.", gt=0, lt=1
+    )
+    latency_phase: Literal["prefill", "decode", "request"] = Field(
+        description="Whose latency `measured` looks at; request: a prefill and profile_hardware.decode_tokens steps."
+    )
+    slack: float = Field(
+        description="Importance that `measured` may give up for speed, a share of the least loss within the budget.",
+        ge=0,
+    )
 
     layout: Literal["uneven", "uniform", "padded"] = Field(
         description="compact.layout: a config for all layers alike takes some widths only."
     )
 
-    def multiple_of(self, axis: Literal["hidden", "intermediate"]) -> int:
-        return getattr(self.multiple, axis)
+    @model_validator(mode="after")
+    def _latency_needs_measured(self) -> Self:
+        if (self.budget == "latency") != (self.latency_target is not None):
+            raise ValueError(
+                f"latency_target = {self.latency_target} with budget = {self.budget}: "
+                "budget latency needs a target such as 0.6, budget params null"
+            )
+        if self.budget == "latency" and self.multiple != "measured":
+            raise ValueError("budget = latency needs multiple = measured, as only measured widths have a latency")
+        return self
+
+    def multiples(self) -> tuple[int, int] | None:
+        """T of hidden and of intermediate; None: measured."""
+        return (self.multiple.hidden, self.multiple.intermediate) if isinstance(self.multiple, Multiple) else None
+
+    @classmethod
+    def _describe(cls, problem: Any) -> str:
+        return super()._describe(problem | {"loc": tuple(part for part in problem["loc"] if part != "number")})

@@ -12,6 +12,7 @@ from tvaprune.params.fetch_inputs import FetchInputsParams
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.loading import ParameterError, StageParams, read_yaml
+from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.params.update_weights import UpdateWeightsParams
 
@@ -20,6 +21,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
     SampleCalibrationParams,
     CheckLeaksParams,
     LearnMasksParams,
+    ProfileHardwareParams,
     AdaptDimensionsParams,
     UpdateWeightsParams,
     CompactParams,

@@ -1,7 +1,7 @@
 """Kept widths to the hardware's multiples (TVA-Prune section 3.2)."""
 
 from math import lcm
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def _share_budget(
     return counts
 
 
-def adapt_metrics(topology: Topology, before: Masks, after: Masks, target_sparsity: float) -> dict[str, float]:
+def adapt_metrics(topology: Topology, before: Masks, after: Masks, target_sparsity: float) -> dict[str, Any]:
     """metrics/adapt.json: sparsities as shares of the decoder layers' parameters, widths in units."""
     return {
         "target_sparsity": target_sparsity,

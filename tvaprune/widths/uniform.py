@@ -5,12 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters, unit_costs
+from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters
 from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.widths.importance import lost_by_width
 from tvaprune.widths.masks import Masks, keep_best
-
-# exp(50) is beyond anything that one unit decides, and far from overflow in float64.
-_HIGHEST_LOG_ALPHA = 50.0
 
 
 class Widths(NamedTuple):
@@ -26,15 +24,14 @@ def uniform_widths(
 ) -> Widths:
     """The widths within the budget whose dropped units matter least, of those that the family's config takes.
 
-    A unit's parameters times exp(log_alpha) is what it is worth: log_alpha ranks gain for price (its threshold is
-    one for all axes), so this is the gain alone. For every number of heads and every hidden width, the intermediate
-    width is the largest that the budget leaves; the best of these triples wins. An axis that the masks left whole
-    stays whole, unless nothing fits then (a single head that one layer dropped, say).
+    For every number of heads and every hidden width, the intermediate width is the largest that the budget leaves;
+    the best of these triples wins. An axis that the masks left whole stays whole, unless nothing fits then (a single
+    head that one layer dropped, say).
 
     Raises:
         ValueError: no triple of multiples fits the budget and the config.
     """
-    lost = {axis: _lost_by_width(topology, masks, axis) for axis in AXES}
+    lost = {axis: lost_by_width(topology, masks, axis).sum(0) for axis in AXES}
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
     multiples: dict[Axis, int] = {"hidden": hidden_multiple, "intermediate": intermediate_multiple, "kv_heads": 1}
     every = {axis: range(m, topology.width(axis) + 1, m) for axis, m in multiples.items()}
@@ -81,16 +78,3 @@ def keep_uniform(masks: Masks, widths: Widths) -> Masks:
 def _parameters(topology: Topology, hidden: int, intermediate: int, kv_heads: int) -> float:
     full = torch.ones(topology.layers, dtype=torch.float64)
     return float(decoder_parameters(topology, torch.tensor(hidden), full * intermediate, full * kv_heads))
-
-
-def _lost_by_width(topology: Topology, masks: Masks, axis: Axis) -> Tensor:
-    """What is lost when every vector of the axis keeps its n best units: float64 [width + 1], index n."""
-    dense = (
-        torch.tensor(topology.hidden),
-        torch.full((topology.layers,), topology.intermediate),
-        torch.full((topology.layers,), topology.kv_heads),
-    )
-    price = getattr(unit_costs(topology, *dense), axis).view(-1, 1)
-    log_alpha = masks.log_alpha[axis].double().clamp(max=_HIGHEST_LOG_ALPHA).view(-1, topology.width(axis))
-    worth = torch.sort(price * log_alpha.exp(), dim=-1).values.sum(0)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), worth.cumsum(0)]).flip(0)

@@ -1,0 +1,32 @@
+"""Parameters of the profile_hardware stage."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tvaprune.params.loading import StageParams
+
+
+class ProfileHardwareParams(StageParams):
+    """Which widths are timed, at which lengths, and on what."""
+
+    section: ClassVar[str] = "profile_hardware"
+    shared: ClassVar[tuple[str, ...]] = ("adapt_dimensions.multiple",)
+
+    hidden_step: int = Field(ge=1, description="hidden widths are multiples of it, and the dense one")
+    intermediate_step: int = Field(ge=1, description="intermediate widths are multiples of it, and the dense one")
+    narrowest_hidden: float = Field(gt=0, le=1, description="share of the dense hidden width; none below it is timed")
+    batch_size: int = Field(ge=1, description="sequences at once")
+    prefill_tokens: int = Field(ge=1, description="prompt length of the prefill timing")
+    decode_prompt_tokens: int = Field(ge=1, description="prompt length before the timed decoding")
+    decode_tokens: int = Field(ge=1, description="greedy steps timed after that prompt, and those of a request")
+    repeats: int = Field(ge=3, description="rounds that count; each times every width once")
+    max_warmup: int = Field(ge=2, description="rounds before, at most; they end once two agree within 5%")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
+    threads: int | None = Field(ge=1, description="CPU threads of torch; null for its own choice, every physical core")
+
+    multiple: Any = Field(description="adapt_dimensions.multiple: nothing is timed unless it is measured")
+
+    @property
+    def enabled(self) -> bool:
+        return self.multiple == "measured"

@@ -28,6 +28,7 @@ from tvaprune.params.everything import check_everything
 from tvaprune.params.fetch_inputs import FetchInputsParams
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.memory import finetuning_memory
@@ -92,15 +93,11 @@ def sizes(params_file: Path, model: Path) -> Sizes:
     config = load_config(model)
     topology = Topology.of(config)
     check_method(learn.method, learn.axes, learn.sparsity, topology)
-    masks = adapt(
-        topology,
-        random_masks(topology, learn.sparsity, learn.axes),
-        learn.sparsity,
-        adapting.rounding,
-        adapting.multiple_of("hidden"),
-        adapting.multiple_of("intermediate"),
-        adapting.layout,
-    )
+    dropped = random_masks(topology, learn.sparsity, learn.axes)
+    timed = ProfileHardwareParams.load(params_file)
+    # Which widths `measured` takes, the hardware says; they are multiples of what it times.
+    multiples = adapting.multiples() or (timed.hidden_step, timed.intermediate_step)
+    masks = adapt(topology, dropped, learn.sparsity, adapting.rounding, *multiples, adapting.layout)
     run_gated(config, topology, masks)
     student = pruned_config(config, masks, adapting.layout)
     return Sizes(config, student, masks, parameters(config), parameters(student), sparsity(topology, masks))

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.unit.test_latency import build_pruned
-from tvaprune.model.runtime import PackedAttention, PackedLinear, PackedMLP, pick_runtime, prepare
+from tvaprune.model.runtime import PackedAttention, PackedLinear, PackedMLP, PackedNorm, pick_runtime, prepare
 
 PROMPT = torch.randint(128, (2, 13), generator=torch.Generator().manual_seed(3))
 
@@ -49,6 +49,16 @@ def test_packed_generation_is_the_plain_one(family: str) -> None:
         "eos_token_id": None,
     }
     assert packed.generate(PROMPT, **options).tolist() == model.generate(PROMPT, **options).tolist()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_norm_of_one_token_is_that_of_many(dtype: torch.dtype, bound: float) -> None:
+    norm = PackedNorm(tiny_model("llama").to(dtype).model.norm)
+    # Far from zero mean, and so small that eps counts.
+    inputs = (torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(1)) + 2).to(dtype)
+    inputs[0] *= 1e-3
+    many, one = norm(inputs), torch.cat([norm(inputs[:, index : index + 1]) for index in range(3)], dim=1)
+    torch.testing.assert_close(one, many, rtol=bound, atol=bound)
 
 
 def test_every_product_is_packed() -> None:

@@ -65,11 +65,11 @@ def _pack(model: PreTrainedModel) -> None:
         # A block without units, or of one bias, has nothing to pack.
         if hasattr(layer.self_attn, "q_proj"):
             layer.self_attn = PackedAttention(layer.self_attn)
-            layer.input_layernorm = _norm(layer.input_layernorm)
+            layer.input_layernorm = PackedNorm(layer.input_layernorm)
         if hasattr(layer.mlp, "gate_proj"):
             layer.mlp = PackedMLP(layer.mlp)
-            layer.post_attention_layernorm = _norm(layer.post_attention_layernorm)
-    body.norm = _norm(final_norm(model))
+            layer.post_attention_layernorm = PackedNorm(layer.post_attention_layernorm)
+    body.norm = PackedNorm(final_norm(model))
     body.rotary_emb = SignedRotary(body.get_submodule("rotary_emb"))
     model.lm_head = PackedLinear(model.lm_head)
 
@@ -122,7 +122,7 @@ class PackedAttention(nn.Module):
         self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = PackedLinear(attention.o_proj)
         self.q_norm, self.k_norm = (
-            _norm(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
+            PackedNorm(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
         )
         self.head_dim, self.scaling, self.layer_idx = attention.head_dim, attention.scaling, attention.layer_idx
         self.num_key_value_groups = attention.num_key_value_groups
@@ -172,8 +172,21 @@ class SignedRotary(nn.Module):
         return cos.unsqueeze(2), torch.cat([-first, second], dim=-1).unsqueeze(2)
 
 
-def _norm(norm: Any) -> nn.RMSNorm:
-    """torch's own in place of a family's, whose eight operations it is."""
-    fused = nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon)
-    fused.weight = norm.weight
-    return fused
+class PackedNorm(nn.Module):
+    """Root-mean-square norm; of single tokens by torch's LayerNorm, which is one operation where the former is eight.
+
+    [x, -x] has mean 0 and variance mean(x^2), so the first half of its LayerNorm is x / sqrt(mean(x^2) + eps).
+    """
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.width = norm.weight.shape[0]
+        self.doubled = torch.cat([norm.weight, norm.weight])
+
+    def forward(self, inputs: Float[Tensor, "batch seq *heads width"]) -> Float[Tensor, "batch seq *heads width"]:
+        if inputs.shape[1] > 1:
+            return functional.rms_norm(inputs, (self.width,), self.weight, self.eps)
+        mirrored = torch.cat([inputs, -inputs], dim=-1)
+        normed = functional.layer_norm(mirrored, (2 * self.width,), self.doubled, None, self.eps)
+        return normed[..., : self.width].contiguous()

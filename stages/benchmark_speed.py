@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from stages._errors import clear_errors
@@ -12,7 +11,10 @@ from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.device import DTYPES, pick_device, pick_dtype
 from tvaprune.measures.comparison import present_models
-from tvaprune.measures.latency import checkpoint_bytes, compare, load_timed, peak_memory_bytes
+from tvaprune.measures.latency import checkpoint_bytes, compare, load_timed
+from tvaprune.measures.machine import machine_name, machine_numbers, peak_memory_bytes, pin_threads
+from tvaprune.measures.speed_report import speed_metrics, write_rounds
+from tvaprune.model.runtime import pick_runtime
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 
 
@@ -23,34 +25,34 @@ def main(
         "artifacts/finetuned"
     ),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/speed.json"),
+    rounds: Annotated[Path, typer.Option(help="CSV to write, a row for each measurement.")] = Path("metrics/speed.csv"),
     params: Annotated[Path, typer.Option(help="YAML file with the section benchmark_speed.")] = Path("params.yaml"),
 ) -> None:
     """Time prefill and decode; run it on a machine that does nothing else.
 
-    Reads the three model directories; writes metrics/speed.json.
+    Reads the three model directories; writes metrics/speed.json and metrics/speed.csv.
     """
     with clear_errors():
         settings = BenchmarkSpeedParams.load(params)
         directories = present_models(dense, compact, finetuned)
         device = pick_device()
         dtype = pick_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        pin_threads(settings.threads)
+        runtime = pick_runtime(settings.runtime, device)
         models, load_s = load_timed({name: partial(load, path, dtype, device) for name, path in directories.items()})
-        if settings.compile:
-            for model in models.values():
-                model.compile()
         lengths = settings.model_dump(include={"prefill_tokens", "decode_prompt_tokens", "decode_tokens", "repeats"})
-        speeds = compare(models, settings.batch_sizes, max_warmup=settings.max_warmup, **lengths)
+        phases = compare(models, settings.batch_sizes, max_warmup=settings.max_warmup, runtime=runtime, **lengths)
+        speeds = speed_metrics(phases)
         sizes = {name: {"load_s": load_s[name], "bytes": checkpoint_bytes(path)} for name, path in directories.items()}
         conditions = {
             "dtype_bits": dtype.itemsize * 8,
             "device_is_cuda": int(device.type == "cuda"),
-            "threads": torch.get_num_threads(),
-            "compile": int(settings.compile),
             "peak_memory_bytes": peak_memory_bytes(device),
+            **machine_numbers(device),
         }
         write_json(metrics, {**speeds, "models": sizes, **lengths, **conditions})
+        labels = {"runtime": runtime, "dtype": str(dtype).removeprefix("torch."), "machine": machine_name(device)}
+        write_rounds(rounds, phases, labels)
     for phase in ("prefill", "decode"):
         result = speeds[phase]
         typer.echo(

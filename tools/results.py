@@ -6,6 +6,7 @@ current commit (`dvc exp show`).
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,15 +53,27 @@ def workspace_table(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def measured_experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, parameters and metrics by file name of every experiment in `dvc exp show --json` that was evaluated."""
+    for revision in shown:
+        for experiment in [revision, *(revision.get("experiments") or [])]:
+            for one in experiment.get("revs") or [experiment]:
+                data = one.get("data") or {}
+                metrics = {
+                    Path(path).stem: content.get("data") or {} for path, content in (data.get("metrics") or {}).items()
+                }
+                params = ((data.get("params") or {}).get("params.yaml") or {}).get("data") or {}
+                if {"perplexity", "masks"} <= {name for name, content in metrics.items() if content}:
+                    yield str(one.get("name") or one["rev"][:7]), params, metrics
+
+
 def experiments_table(shown: list[dict[str, Any]]) -> str:
     """One row for each experiment with metrics, sorted by sparsity and perplexity."""
     rows = []
-    for revision in shown:
-        for experiment in [revision, *(e for e in revision.get("experiments") or [])]:
-            for one in experiment.get("revs") or [experiment]:
-                row = _experiment_row(one)
-                if row is not None and row not in rows:
-                    rows.append(row)
+    for name, params, metrics in measured_experiments(shown):
+        row = _experiment_row(name, params, metrics)
+        if row not in rows:
+            rows.append(row)
     head = (
         "| experiment | method | axes | sparsity | pruned ppl | + LoRA | × dense | learning s | prefill | decode |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
@@ -68,19 +81,14 @@ def experiments_table(shown: list[dict[str, Any]]) -> str:
     return "\n".join([head, *("| " + " | ".join(row[2:]) + " |" for row in sorted(rows))])
 
 
-def _experiment_row(one: dict[str, Any]) -> tuple[Any, ...] | None:
-    data = one.get("data") or {}
-    metrics = {Path(path).stem: content.get("data") or {} for path, content in (data.get("metrics") or {}).items()}
-    params = ((data.get("params") or {}).get("params.yaml") or {}).get("data") or {}
-    if not {"perplexity", "masks"} <= {name for name, content in metrics.items() if content}:
-        return None
+def _experiment_row(name: str, params: dict[str, Any], metrics: dict[str, Any]) -> tuple[Any, ...]:
     perplexity, speed = metrics["perplexity"], metrics.get("speed") or {}
     finetuned = perplexity.get("finetuned", {}).get("ppl")
     compact = perplexity["compact"]["ppl"]
     return (
         params["sparsity"],
         compact,
-        str(one.get("name") or one["rev"][:7]),
+        name,
         params["learn_masks"]["method"],
         " ".join(params["learn_masks"]["axes"]),
         str(params["sparsity"]),

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.tiny_models import tiny_model
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
-from tvaprune.measures import latency
+from tvaprune.measures import latency, machine, speed_report
 
 HIDDEN, HEAD_DIM, VOCAB = 64, 16, 128
 
@@ -148,8 +148,10 @@ def test_summary_of_known_latencies() -> None:
         tokens=60,
         work={"dense": 8.0, "compact": 2.0},
     )
-    summary = latency.summarise(phase, "flops")
-    assert summary["dense"] == {"latency_ms": 30.0, "iqr_ms": 20.0, "tokens_per_s": 2000.0, "flops": 8.0}
+    summary = speed_report.summarise(phase, "flops")
+    assert summary["dense"] == pytest.approx(
+        {"latency_ms": 30.0, "iqr_ms": 20.0, "tokens_per_s": 2000.0, "flops": 8.0, "flops_per_s": 8.0 / 0.03}
+    )
     assert summary["compact"]["latency_ms"] == 10.0
     assert summary["speedup"] == 3.0
     assert summary["speedup_paired"] == 1.5  # median of 1, 2, 1.5, 4, 1
@@ -163,9 +165,10 @@ def leaves(content: Any) -> list[Any]:
 
 def test_comparison_is_finite_numbers_under_the_documented_keys() -> None:
     models = {"dense": build(), "compact": build_uneven(), "finetuned": build_uneven()}
-    metrics = latency.compare(
+    phases = latency.compare(
         models, [2, 1], prefill_tokens=12, decode_prompt_tokens=5, decode_tokens=3, repeats=3, max_warmup=2
     )
+    metrics = speed_report.speed_metrics(phases)
     assert gc.isenabled()
     json.dumps(metrics, allow_nan=False)
     for value in leaves(metrics):
@@ -176,7 +179,7 @@ def test_comparison_is_finite_numbers_under_the_documented_keys() -> None:
     assert (metrics["batch"], metrics["batch_1"]["batch"]) == (2, 1)
     for phase, work in (("prefill", "flops"), ("decode", "bytes_read")):
         assert set(metrics[phase]) == {*models, "speedup", "speedup_paired", "limit", "efficiency"}
-        assert set(metrics[phase]["compact"]) == {"latency_ms", "iqr_ms", "tokens_per_s", work}
+        assert set(metrics[phase]["compact"]) == {"latency_ms", "iqr_ms", "tokens_per_s", work, f"{work}_per_s"}
         assert metrics[phase]["limit"] > 1
         assert metrics[phase]["compact"]["latency_ms"] > 0
 
@@ -204,3 +207,41 @@ def test_load_timing_returns_every_model() -> None:
     assert all(torch.equal(models["compact"].state_dict()[name], tensor) for name, tensor in second.items())
     assert set(seconds) == {"dense", "compact"}
     assert all(value >= 0 for value in seconds.values())
+
+
+def test_the_limit_is_the_plain_models_under_every_runtime() -> None:
+    """Packed weights are no parameters: counted after packing, decoding would read next to nothing."""
+    limits = []
+    for runtime in ("eager", "packed"):
+        models = {"dense": build(), "compact": build_uneven()}
+        phases = latency.compare(
+            models,
+            [1],
+            prefill_tokens=6,
+            decode_prompt_tokens=5,
+            decode_tokens=2,
+            repeats=3,
+            max_warmup=2,
+            runtime=runtime,
+        )
+        limits.append([phase.work for phase in phases[1]])
+    assert limits[0] == limits[1]
+    assert limits[0][1]["dense"] > sum(weight.nbytes for weight in build().parameters()) / 2
+
+
+def test_every_round_is_a_row(tmp_path: Path) -> None:
+    phase = latency.Phase(latency_ms={"dense": [3.0, 4.0], "compact": [1.0, 2.0]}, tokens=1, work={})
+    speed_report.write_rounds(tmp_path / "speed.csv", {2: (phase, phase)}, {"machine": "a, b"})
+    lines = (tmp_path / "speed.csv").read_text().splitlines()
+    assert lines[0] == "repeat,batch,phase,model,latency_ms,machine"
+    assert lines[2] == '1,2,prefill,dense,4.0,"a, b"'
+    assert len(lines) == 1 + 2 * 2 * 2
+
+
+def test_the_machine_is_numbers_and_a_name() -> None:
+    numbers = machine.machine_numbers(torch.device("cpu"))
+    assert numbers["threads"] == torch.get_num_threads()
+    assert numbers["processors"] >= 1
+    assert numbers["read_bytes_per_s"] > 1e8
+    assert machine.machine_name(torch.device("cpu"))
+    assert machine.peak_memory_bytes(torch.device("cpu")) > 1e8

@@ -5,9 +5,6 @@ an order that rotates. Beside each speedup stands its limit: the ratio of what t
 """
 
 import gc
-import resource
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +20,7 @@ from tqdm import tqdm
 from transformers import Cache, PreTrainedModel
 
 from tvaprune.device import synchronise
+from tvaprune.model.runtime import Runtime, prepare
 
 # Warm-up ends when every probe's latency differs from its last one by no more than this fraction.
 STABLE = 0.05
@@ -183,6 +181,7 @@ def interleave(
 @torch.inference_mode()
 def time_prefill(
     models: dict[str, PreTrainedModel],
+    work: dict[str, float],
     batch: int,
     tokens: int,
     repeats: int,
@@ -195,7 +194,6 @@ def time_prefill(
         prompt = _prompt(model, batch, tokens)
         return lambda: _milliseconds(model.device, lambda: prefill(model, prompt))
 
-    work = {name: float(prefill_flops(model, batch, tokens)) for name, model in models.items()}
     with _no_garbage_collection():
         latency = interleave({name: probe(model) for name, model in models.items()}, repeats, max_warmup, progress)
     return Phase(latency_ms=latency, tokens=batch * tokens, work=work)
@@ -204,6 +202,7 @@ def time_prefill(
 @torch.inference_mode()
 def time_decode(
     models: dict[str, PreTrainedModel],
+    work: dict[str, float],
     batch: int,
     prompt_tokens: int,
     steps: int,
@@ -222,7 +221,6 @@ def time_decode(
 
         return measure
 
-    work = {name: decode_bytes(model, batch, prompt_tokens, steps) for name, model in models.items()}
     with _no_garbage_collection():
         latency = interleave({name: probe(model) for name, model in models.items()}, repeats, max_warmup, progress)
     return Phase(latency_ms=latency, tokens=batch, work=work)
@@ -236,65 +234,43 @@ def compare(
     decode_tokens: int,
     repeats: int,
     max_warmup: int,
-) -> dict[str, Any]:
+    runtime: Runtime = "eager",
+) -> dict[int, tuple[Phase, Phase]]:
     """Prefill and decode at every batch size, with progress bars.
 
     Args:
-        models: "dense", "compact" and whatever else is to be timed beside them, all on one device.
+        models: "dense", "compact" and whatever else is to be timed beside them, all on one device; all are changed
+            by `prepare` for the runtime, once their work is counted (packed weights are no parameters).
         batch_sizes: sequences at once.
 
     Returns:
-        batch, prefill and decode of the first batch size; those of each further one under batch_N.
+        By batch size, the prefill and the decode.
     """
-    metrics: dict[str, Any] = {}
-    for index, batch in enumerate(batch_sizes):
-        first = time_prefill(models, batch, prefill_tokens, repeats, max_warmup, f"prefill, batch {batch}")
-        then = time_decode(
-            models, batch, decode_prompt_tokens, decode_tokens, repeats, max_warmup, f"decode, batch {batch}"
-        )
-        measured = {"batch": batch, "prefill": summarise(first, "flops"), "decode": summarise(then, "bytes_read")}
-        metrics.update(measured if index == 0 else {f"batch_{batch}": measured})
-    return metrics
-
-
-def summarise(phase: Phase, work_name: str) -> dict[str, Any]:
-    """A phase's part of the metrics file.
-
-    Args:
-        work_name: the key for `phase.work`.
-
-    Returns:
-        By model: latency_ms (median), iqr_ms, tokens_per_s and the work. For compact against dense:
-        speedup (ratio of medians), speedup_paired (median of the rounds' ratios), limit (ratio of
-        work) and efficiency (speedup / limit).
-    """
-    median = {name: statistics.median(values) for name, values in phase.latency_ms.items()}
-    metrics: dict[str, Any] = {}
-    for name, values in phase.latency_ms.items():
-        lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-        metrics[name] = {
-            "latency_ms": median[name],
-            "iqr_ms": upper - lower,
-            "tokens_per_s": 1000 * phase.tokens / median[name],
-            work_name: phase.work[name],
-        }
-    rounds = zip(phase.latency_ms["dense"], phase.latency_ms["compact"], strict=True)
-    speedup, limit = median["dense"] / median["compact"], phase.work["dense"] / phase.work["compact"]
-    return {
-        **metrics,
-        "speedup": speedup,
-        "speedup_paired": statistics.median(dense / compact for dense, compact in rounds),
-        "limit": limit,
-        "efficiency": speedup / limit,
+    flops = {
+        batch: {name: float(prefill_flops(model, batch, prefill_tokens)) for name, model in models.items()}
+        for batch in batch_sizes
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: allocated on a CUDA device, else resident in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    bytes_read = {
+        batch: {name: decode_bytes(model, batch, decode_prompt_tokens, decode_tokens) for name, model in models.items()}
+        for batch in batch_sizes
+    }
+    models = {name: prepare(model, runtime) for name, model in models.items()}
+    return {
+        batch: (
+            time_prefill(models, flops[batch], batch, prefill_tokens, repeats, max_warmup, f"prefill, batch {batch}"),
+            time_decode(
+                models,
+                bytes_read[batch],
+                batch,
+                decode_prompt_tokens,
+                decode_tokens,
+                repeats,
+                max_warmup,
+                f"decode, batch {batch}",
+            ),
+        )
+        for batch in batch_sizes
+    }
 
 
 def _prompt(model: PreTrainedModel, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:

@@ -21,5 +21,11 @@ class BenchmarkSpeedParams(StageParams):
     repeats: int = Field(ge=3, description="rounds that count; each times every model once")
     max_warmup: int = Field(ge=2, description="rounds before, at most; they end once two agree within 5%")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
-    threads: int | None = Field(ge=1, description="CPU threads of torch; null for its own choice, every physical core")
-    compile: bool = Field(description="torch.compile every model alike")
+    threads: int | None = Field(
+        ge=1,
+        description="CPU threads of torch; null for its own choice, every physical core; "
+        "a number also keeps them to as many processors",
+    )
+    runtime: Literal["auto", "eager", "packed", "compile"] = Field(
+        description="how every model alike runs; auto: packed on a CPU, else eager"
+    )

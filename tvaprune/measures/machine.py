@@ -1,0 +1,68 @@
+"""What a benchmark ran on: processor, threads, memory, and how fast it reads."""
+
+import contextlib
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def pin_threads(threads: int | None) -> None:
+    """Compute with so many CPU threads, kept to as many processors where the system can.
+
+    Args:
+        threads: None leaves torch its own choice, and the processors as they are.
+    """
+    if threads is None:
+        return
+    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, allowed[:threads])
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine_numbers(device: torch.device) -> dict[str, float]:
+    """Threads, processors that they may run on, and how fast memory is read; on CUDA clock and power instead."""
+    if device.type == "cuda":
+        numbers: dict[str, float] = {}
+        # Both need NVIDIA's management library, which not every machine has.
+        with contextlib.suppress(ModuleNotFoundError, RuntimeError):
+            numbers["clock_mhz"] = torch.cuda.clock_rate(device)
+            numbers["power_w"] = torch.cuda.power_draw(device) / 1000
+        return numbers
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"threads": torch.get_num_threads(), "processors": allowed, "read_bytes_per_s": read_bytes_per_s()}
+
+
+def read_bytes_per_s(megabytes: int = 256, repeats: int = 5) -> float:
+    """How fast the CPU's threads read memory that no cache holds: a sum over it, the median of some."""
+    values = torch.ones(megabytes * 2**18)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        values.sum()
+        seconds.append(time.perf_counter() - start)
+    return values.nbytes / statistics.median(seconds[1:])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: allocated on a CUDA device, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,67 @@
+"""The benchmark's files: medians, ratios and limits as metrics, and every round as CSV."""
+
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tvaprune.measures.latency import Phase
+
+
+def speed_metrics(phases: dict[int, tuple[Phase, Phase]]) -> dict[str, Any]:
+    """batch, prefill and decode of the first batch size; those of each further one under batch_N."""
+    metrics: dict[str, Any] = {}
+    for batch, (first, then) in phases.items():
+        measured = {"batch": batch, "prefill": summarise(first, "flops"), "decode": summarise(then, "bytes_read")}
+        metrics.update({f"batch_{batch}": measured} if metrics else measured)
+    return metrics
+
+
+def write_rounds(path: Path, phases: dict[int, tuple[Phase, Phase]], labels: dict[str, str]) -> None:
+    """Every measurement that counts, one row each, as CSV.
+
+    Args:
+        labels: further columns, the same in every row: what no metrics file of numbers can say.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["repeat", "batch", "phase", "model", "latency_ms", *labels])
+        for batch, measured in phases.items():
+            for name, phase in zip(("prefill", "decode"), measured, strict=True):
+                for model, values in phase.latency_ms.items():
+                    for repeat, value in enumerate(values):
+                        writer.writerow([repeat, batch, name, model, value, *labels.values()])
+
+
+def summarise(phase: Phase, work_name: str) -> dict[str, Any]:
+    """A phase's part of the metrics file.
+
+    Args:
+        work_name: the key for `phase.work`.
+
+    Returns:
+        By model: latency_ms (median), iqr_ms, tokens_per_s, the work and how much of it was done a second. For compact
+        against dense: speedup (ratio of medians), speedup_paired (median of the rounds' ratios), limit (ratio of
+        work) and efficiency (speedup / limit).
+    """
+    median = {name: statistics.median(values) for name, values in phase.latency_ms.items()}
+    metrics: dict[str, Any] = {}
+    for name, values in phase.latency_ms.items():
+        lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+        metrics[name] = {
+            "latency_ms": median[name],
+            "iqr_ms": upper - lower,
+            "tokens_per_s": 1000 * phase.tokens / median[name],
+            work_name: phase.work[name],
+            f"{work_name}_per_s": 1000 * phase.work[name] / median[name],
+        }
+    rounds = zip(phase.latency_ms["dense"], phase.latency_ms["compact"], strict=True)
+    speedup, limit = median["dense"] / median["compact"], phase.work["dense"] / phase.work["compact"]
+    return {
+        **metrics,
+        "speedup": speedup,
+        "speedup_paired": statistics.median(dense / compact for dense, compact in rounds),
+        "limit": limit,
+        "efficiency": speedup / limit,
+    }

@@ -9,10 +9,11 @@ import typer
 from stages._errors import clear_errors
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
+from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import DTYPES, pick_device, pick_dtype
 from tvaprune.measures.comparison import present_models
 from tvaprune.measures.latency import checkpoint_bytes, compare, load_timed
-from tvaprune.measures.machine import machine_name, machine_numbers, peak_memory_bytes, pin_threads
+from tvaprune.measures.machine import machine_name, machine_numbers, pin_threads
 from tvaprune.measures.speed_report import speed_metrics, write_rounds
 from tvaprune.model.runtime import pick_runtime
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams

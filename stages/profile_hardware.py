@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from stages._errors import clear_errors
@@ -12,6 +11,8 @@ from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.device import DTYPES, pick_device, pick_dtype
 from tvaprune.measures.block_times import Lengths, candidates, made_on, profile
+from tvaprune.measures.machine import pin_threads
+from tvaprune.model.runtime import pick_runtime
 from tvaprune.model.topology import Topology
 from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.widths.latency_table import profile_metrics, write_staircase, write_table
@@ -40,8 +41,7 @@ def main(
         if settings.enabled:
             config, device = load_config(model), pick_device()
             dtype = pick_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
-            if settings.threads:
-                torch.set_num_threads(settings.threads)
+            pin_threads(settings.threads)
             topology = Topology.of(config)
             steps = settings.hidden_step, settings.intermediate_step
             widths = candidates(topology, *steps, settings.narrowest_hidden)
@@ -49,7 +49,7 @@ def main(
                 settings.batch_size, settings.prefill_tokens, settings.decode_prompt_tokens, settings.decode_tokens
             )
             models = random_models(config, [LayerWidths(*each) for each in widths.by_model()], dtype, device)
-            where = made_on(device, dtype, topology, lengths)
+            where = made_on(device, dtype, pick_runtime(settings.runtime, device), topology, lengths)
             table = profile(models, widths, lengths, settings.repeats, settings.max_warmup, where)
         write_table(out, table)
         write_json(metrics, profile_metrics(table, Topology.of(load_config(model))))

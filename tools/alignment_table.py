@@ -21,7 +21,7 @@ from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.checkpoint.update import weight_update
 from tvaprune.device import DTYPES
-from tvaprune.measures.latency import time_decode, time_prefill
+from tvaprune.measures.latency import compare
 from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts
 from tvaprune.model.topology import Topology
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
@@ -78,15 +78,11 @@ def measured_ms(
     config, device = load_config(model), torch.device(where["device"])
     widths = [layer_widths(each) for each in masks.values()]
     models = dict(zip(masks, random_models(config, widths, DTYPES[where["dtype"]], device), strict=True))
-    rounds = {
-        "prefill": time_prefill(models, where["batch"], where["prefill_tokens"], repeats, max_warmup, "prefill"),
-        "decode": time_decode(
-            models, where["batch"], where["decode_prompt_tokens"], where["decode_tokens"], repeats, max_warmup, "decode"
-        ),
-    }
+    lengths = (where["prefill_tokens"], where["decode_prompt_tokens"], where["decode_tokens"])
+    timed = compare(models, [where["batch"]], *lengths, repeats, max_warmup, where["runtime"])[where["batch"]]
     return {
-        phase: {name: statistics.median(values) for name, values in timed.latency_ms.items()}
-        for phase, timed in rounds.items()
+        phase: {name: statistics.median(values) for name, values in each.latency_ms.items()}
+        for phase, each in zip(PHASES, timed, strict=True)
     }
 
 

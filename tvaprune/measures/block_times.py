@@ -5,12 +5,10 @@ then times all candidates side by side, with weights that come from memory, a ca
 overhead, as in the model that will serve; and what is timed adds up to the whole pass.
 """
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +19,8 @@ from transformers import PreTrainedModel
 
 from tvaprune.device import synchronise
 from tvaprune.measures.latency import _no_garbage_collection, _prompt, decode, interleave, prefill
+from tvaprune.measures.machine import machine_name
+from tvaprune.model.runtime import Runtime, prepare
 from tvaprune.model.topology import Topology, block_norms, final_norm
 from tvaprune.widths.latency_table import PHASES, LatencyTable, Phase
 
@@ -73,26 +73,21 @@ def layers_to_time(widths: Candidates) -> tuple[list[int], list[int]]:
     return intermediate, kv_heads
 
 
-def made_on(device: torch.device, dtype: torch.dtype, topology: Topology, lengths: Lengths) -> dict[str, Any]:
-    """What a table holds for: the processor, dtype, threads, versions, lengths, and the model's number of layers."""
+def made_on(
+    device: torch.device, dtype: torch.dtype, runtime: Runtime, topology: Topology, lengths: Lengths
+) -> dict[str, Any]:
+    """What a table holds for: processor, dtype, runtime, threads, versions, lengths, and the number of layers."""
     return {
         "device": device.type,
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "processor": machine_name(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "runtime": runtime,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "layers": topology.layers,
         **lengths._asdict(),
     }
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def profile(
@@ -106,8 +101,10 @@ def profile(
     """Time models with the layers of `widths.by_model` and make the table.
 
     Args:
+        models: changed in place for the runtime that `where` names.
         where: from `made_on`.
     """
+    models = [prepare(model, where["runtime"]) for model in models]
     times = time_blocks(dict(zip(widths.hidden, models, strict=True)), lengths, repeats, max_warmup)
     return table_of(times, widths, where)
 

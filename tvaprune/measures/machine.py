@@ -3,9 +3,7 @@
 import contextlib
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -58,11 +56,3 @@ def read_bytes_per_s(megabytes: int = 256, repeats: int = 5) -> float:
         values.sum()
         seconds.append(time.perf_counter() - start)
     return values.nbytes / statistics.median(seconds[1:])
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: allocated on a CUDA device, else resident in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tvaprune.device import synchronise
-from tvaprune.measures.latency import _no_garbage_collection, _prompt, decode, interleave, prefill
+from tvaprune.measures.latency import decode, interleave, prefill, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name
 from tvaprune.model.runtime import Runtime, prepare
 from tvaprune.model.topology import Topology, block_norms, final_norm
@@ -125,8 +125,8 @@ def time_blocks(
     seen: dict[Phase, dict[int, list[Tensor]]] = {phase: {hidden: [] for hidden in models} for phase in PHASES}
 
     def probe(hidden: int, model: PreTrainedModel) -> Callable[[], float]:
-        prompt = _prompt(model, lengths.batch, lengths.prefill_tokens)
-        context = _prompt(model, lengths.batch, lengths.decode_prompt_tokens)
+        prompt = random_prompt(model, lengths.batch, lengths.prefill_tokens)
+        context = random_prompt(model, lengths.batch, lengths.decode_prompt_tokens)
         blocks = 2 * len(block_norms(model)) + 1
 
         def measure() -> float:
@@ -140,7 +140,7 @@ def time_blocks(
 
         return measure
 
-    with _no_garbage_collection():
+    with without_garbage_collection():
         probes = {str(hidden): probe(hidden, model) for hidden, model in models.items()}
         interleave(probes, repeats, max_warmup, "profile")
     return {phase: {h: torch.stack(rounds[-repeats:]) for h, rounds in by.items()} for phase, by in seen.items()}

@@ -118,7 +118,7 @@ def prefill_flops(model: PreTrainedModel, batch: int, tokens: int) -> int:
     )
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, attention))
     with torch.compiler.set_stance("force_eager"), counter:
-        prefill(model, _prompt(model, batch, tokens))
+        prefill(model, random_prompt(model, batch, tokens))
     return counter.get_total_flops()
 
 
@@ -135,7 +135,7 @@ def decode_bytes(model: PreTrainedModel, batch: int, prompt_tokens: int, steps: 
         weights[id(embedding)] = 0
     rows = batch * embedding.shape[1] * embedding.element_size()
     with torch.compiler.set_stance("force_eager"):
-        _, cache = prefill(model, _prompt(model, 1, 2))
+        _, cache = prefill(model, random_prompt(model, 1, 2))
     states = [state for layer in cache.layers for state in (layer.keys, layer.values) if state is not None]
     per_position = sum(state.nbytes for state in states) / 2
     return sum(weights.values()) + rows + batch * per_position * (prompt_tokens + (steps + 1) / 2)
@@ -191,10 +191,10 @@ def time_prefill(
     """Time to first token: a forward over the prompt that fills a cache, and the last position's logits."""
 
     def probe(model: PreTrainedModel) -> Callable[[], float]:
-        prompt = _prompt(model, batch, tokens)
+        prompt = random_prompt(model, batch, tokens)
         return lambda: _milliseconds(model.device, lambda: prefill(model, prompt))
 
-    with _no_garbage_collection():
+    with without_garbage_collection():
         latency = interleave({name: probe(model) for name, model in models.items()}, repeats, max_warmup, progress)
     return Phase(latency_ms=latency, tokens=batch * tokens, work=work)
 
@@ -213,7 +213,7 @@ def time_decode(
     """Time per generated token after a prompt, whose own reading is not timed."""
 
     def probe(model: PreTrainedModel) -> Callable[[], float]:
-        prompt = _prompt(model, batch, prompt_tokens)
+        prompt = random_prompt(model, batch, prompt_tokens)
 
         def measure() -> float:
             token, cache = prefill(model, prompt)
@@ -221,7 +221,7 @@ def time_decode(
 
         return measure
 
-    with _no_garbage_collection():
+    with without_garbage_collection():
         latency = interleave({name: probe(model) for name, model in models.items()}, repeats, max_warmup, progress)
     return Phase(latency_ms=latency, tokens=batch, work=work)
 
@@ -273,7 +273,7 @@ def compare(
     }
 
 
-def _prompt(model: PreTrainedModel, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
+def random_prompt(model: PreTrainedModel, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
     """Random token ids, the same for every model of one vocabulary: what they say changes no shape."""
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
@@ -296,7 +296,7 @@ def _milliseconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Keep the collector's pauses out of the timings."""
     was_enabled = gc.isenabled()
     gc.collect()

@@ -15,6 +15,7 @@ from tools import alignment_table
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.measures.block_times import Candidates, Lengths, candidates, layers_to_time, table_of, time_blocks
+from tvaprune.model.runtime import Runtime, prepare
 from tvaprune.model.topology import Topology
 from tvaprune.widths.latency_table import PHASES, LatencyTable, read_table, write_table
 from tvaprune.widths.masks import project, read_masks, sparsity, write_masks
@@ -62,11 +63,13 @@ def test_random_models_have_the_widths_and_share_memory(family: str, dtype: torc
             assert model(torch.arange(9)[None]).logits.isfinite().all()
 
 
-def test_every_block_is_timed_and_the_table_adds_up_to_the_passes() -> None:
+@pytest.mark.parametrize("runtime", ["eager", "packed"])
+def test_every_block_is_timed_and_the_table_adds_up_to_the_passes(runtime: Runtime) -> None:
     lengths = Lengths(batch=2, prefill_tokens=8, decode_prompt_tokens=4, decode_tokens=3)
     config = tiny_model("llama").config
     models = random_models(config, [LayerWidths(*each) for each in WIDTHS.by_model()], torch.float32, CPU)
-    times = time_blocks(dict(zip(WIDTHS.hidden, models, strict=True)), lengths, 3, 2)
+    prepared = [prepare(model, runtime) for model in models]
+    times = time_blocks(dict(zip(WIDTHS.hidden, prepared, strict=True)), lengths, 3, 2)
     layers = len(layers_to_time(WIDTHS)[0])
     for phase in PHASES:
         for rounds in times[phase].values():

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tvaprune.model.single_token import DecoderForward
 from tvaprune.model.topology import decoder, decoder_layers, final_norm
 
 Runtime = Literal["eager", "packed", "compile"]
@@ -71,6 +72,7 @@ def _pack(model: PreTrainedModel) -> None:
             layer.post_attention_layernorm = PackedNorm(layer.post_attention_layernorm)
     body.norm = PackedNorm(final_norm(model))
     body.rotary_emb = SignedRotary(body.get_submodule("rotary_emb"))
+    body.forward = DecoderForward(body)
     model.lm_head = PackedLinear(model.lm_head)
 
 
@@ -89,13 +91,21 @@ class PackedLinear(nn.Module):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         elif weight.shape[0] >= weight.shape[1]:
             weight = weight.t().contiguous().t()
-        self.packed = weight
+        self.packed, self.transposed = weight, weight.t()
         self.bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
 
-    def forward(self, inputs: Float[Tensor, "batch seq in_width"]) -> Float[Tensor, "batch seq out_width"]:
+    def forward(self, inputs: Float[Tensor, "*batch in_width"]) -> Float[Tensor, "*batch out_width"]:
         if self.blocked:
             return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
         return functional.linear(inputs, self.packed, self.bias)
+
+    def add_to(
+        self, residual: Float[Tensor, "batch out_width"], inputs: Float[Tensor, "batch in_width"]
+    ) -> Float[Tensor, "batch out_width"]:
+        """The residual plus the product, a new tensor."""
+        if self.blocked or self.bias is not None:
+            return self(inputs).add_(residual)
+        return torch.addmm(residual, inputs, self.transposed)
 
 
 class PackedMLP(nn.Module):
@@ -183,10 +193,12 @@ class PackedNorm(nn.Module):
         self.weight, self.eps = norm.weight, norm.variance_epsilon
         self.width = norm.weight.shape[0]
         self.doubled = torch.cat([norm.weight, norm.weight])
+        self.signs = norm.weight.new_tensor([[1.0], [-1.0]])
 
-    def forward(self, inputs: Float[Tensor, "batch seq *heads width"]) -> Float[Tensor, "batch seq *heads width"]:
-        if inputs.shape[1] > 1:
+    def forward(self, inputs: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """The normed inputs; two dimensions mean single tokens."""
+        if inputs.dim() > 2:
             return functional.rms_norm(inputs, (self.width,), self.weight, self.eps)
-        mirrored = torch.cat([inputs, -inputs], dim=-1)
-        normed = functional.layer_norm(mirrored, (2 * self.width,), self.doubled, None, self.eps)
-        return normed[..., : self.width].contiguous()
+        mirrored = (inputs.unsqueeze(1) * self.signs).view(-1, 2 * self.width)
+        normed = torch.layer_norm(mirrored, (2 * self.width,), self.doubled, None, self.eps)
+        return normed.narrow(1, 0, self.width).contiguous()

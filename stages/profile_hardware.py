@@ -37,12 +37,12 @@ def main(
     """
     with clear_errors():
         settings = ProfileHardwareParams.load(params)
-        table = None
+        config, table = load_config(model), None
+        topology = Topology.of(config)
         if settings.enabled:
-            config, device = load_config(model), pick_device()
+            device = pick_device()
             dtype = pick_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
             pin_threads(settings.threads)
-            topology = Topology.of(config)
             steps = settings.hidden_step, settings.intermediate_step
             widths = candidates(topology, *steps, settings.narrowest_hidden)
             lengths = Lengths(
@@ -52,7 +52,7 @@ def main(
             where = made_on(device, dtype, pick_runtime(settings.runtime, device), topology, lengths)
             table = profile(models, widths, lengths, settings.repeats, settings.max_warmup, where)
         write_table(out, table)
-        write_json(metrics, profile_metrics(table, Topology.of(load_config(model))))
+        write_json(metrics, profile_metrics(table, topology))
         write_staircase(staircase, table)
     typer.echo(f"timed on {table.made_on['processor']}" if table else "multiple is not measured: nothing was timed")
 

@@ -6,8 +6,6 @@ of the current commit (`dvc exp show`). What is not there yet is left out, and s
 """
 
 import csv
-import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.results import measured_experiments
+from tools.results import measured_experiments, shown_experiments
 
 PHASES = ("prefill", "decode")
 
@@ -144,8 +142,7 @@ def main(
         ("rounds", rounds, read_rows(metrics / "speed.csv"), "run dvc repro benchmark_speed"),
     ]
     if experiments:
-        shown = subprocess.run(["dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True)
-        measured = points(json.loads(shown.stdout))
+        measured = points(shown_experiments())
         for name, panel in (("speedup_by_sparsity", speedups), ("quality_by_latency", qualities)):
             wanted.append((name, panel, measured, "run dvc exp run; no experiment has speed and perplexity yet"))
     for name, panel, content, remedy in wanted:

@@ -53,6 +53,12 @@ def workspace_table(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def shown_experiments() -> list[dict[str, Any]]:
+    """What `dvc exp show --json` says of the current commit."""
+    shown = subprocess.run(["dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True)
+    return json.loads(shown.stdout)
+
+
 def measured_experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Name, parameters and metrics by file name of every experiment in `dvc exp show --json` that was evaluated."""
     for revision in shown:
@@ -106,8 +112,7 @@ def main(
     """Print the tables as Markdown. Reads metrics/ and, when asked, `dvc exp show --json`."""
     typer.echo(workspace_table(read_metrics(METRICS)))
     if experiments:
-        shown = subprocess.run(["dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True)
-        typer.echo("\n" + experiments_table(json.loads(shown.stdout)))
+        typer.echo("\n" + experiments_table(shown_experiments()))
 
 
 if __name__ == "__main__":

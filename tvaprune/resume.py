@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from filelock import FileLock, Timeout
@@ -19,6 +19,21 @@ from filelock import FileLock, Timeout
 
 class AnotherWriterError(BlockingIOError):
     """Another live process is making the same output."""
+
+
+@runtime_checkable
+class SavedState(Protocol):
+    """Where long work keeps its state between two processes; `ResumableRun` is one."""
+
+    @property
+    def directory(self) -> Path:
+        """For files of the same lifetime as the state."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The last complete state, or None."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the state."""
 
 
 def hash_files(paths: Iterable[Path]) -> str:

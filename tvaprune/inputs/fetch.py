@@ -9,10 +9,10 @@ from typing import Any
 from tvaprune.artifacts import write_json
 from tvaprune.inputs.documents import Document, drop_known, normalise_title, write_documents
 from tvaprune.inputs.model import SOURCE_FILE, fetch_model
-from tvaprune.inputs.sampling import SavedState
 from tvaprune.inputs.sources import InputError, Source, describe
 from tvaprune.inputs.texts import read_documents
 from tvaprune.inputs.zeroshot import fetch_tasks
+from tvaprune.resume import SavedState
 
 
 def fetch_inputs(

@@ -11,12 +11,13 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from tvaprune.inputs.documents import Document, read_rows
 from tvaprune.inputs.sources import HubSource, InputError, LocalSource
+from tvaprune.resume import SavedState
 
 # Rows in the shuffle buffer, or as many as are asked for, if those are fewer: so many more rows are read than taken.
 _BUFFER = 10_000
@@ -25,20 +26,6 @@ _SHARDS_AT_ONCE = 10
 _SAVE_EVERY = 2_000
 
 ToDocument = Callable[[Any, int], Document]
-
-
-class SavedState(Protocol):
-    """Where a sample keeps its state between two processes (`tvaprune.resume.ResumableRun` is one)."""
-
-    @property
-    def directory(self) -> Path:
-        """For files of the same lifetime as the state."""
-
-    def load(self) -> dict[str, Any] | None:
-        """The last complete state, or None."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace the state."""
 
 
 def open_stream(source: HubSource | LocalSource, files: list[Path]) -> Any:

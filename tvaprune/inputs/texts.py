@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from tvaprune.inputs.documents import Document, field_of, read_rows
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sampling import SavedState, sample
+from tvaprune.inputs.sampling import sample
 from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source
 from tvaprune.inputs.wikipedia import read_dump
+from tvaprune.resume import SavedState
 
 TEXT_FORMATS = ("text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki", "requests")
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -28,27 +28,13 @@ from tvaprune.model.sharding import shard_layers
 from tvaprune.recovery.lora import LoraSettings, add_lora
 from tvaprune.recovery.schedule import Schedule, learning_rate_at, mix_seed, windows_of
 from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden, frozen_head
+from tvaprune.resume import SavedState
 
 TeacherMode = Literal["online", "cached", "none"]
 
 
 class DivergedError(ValueError):
     """The loss is no longer a finite number."""
-
-
-@runtime_checkable
-class SavedState(Protocol):
-    """Where a run keeps its state between two processes (`tvaprune.resume.ResumableRun` is one)."""
-
-    @property
-    def directory(self) -> Path:
-        """For files of the same lifetime as the state."""
-
-    def load(self) -> dict[str, Any] | None:
-        """The last complete state, or None."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace the state."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Each worker runs the tiny pipeline once for itself, on one thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # DVC runs each stage as `python -m stages.NAME`: that python has to be .venv's, and the core that of this directory.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -18,10 +20,10 @@ repro: $(VENV)/.installed ## run the whole pipeline: fetch, prune, fine-tune, me
 	$(BIN)/dvc repro
 
 test: lint ## every check and every fast test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev ## style, types and layers alone
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class Workspace:
                 while not reached(self.root):
                     if dvc.poll() is not None:
                         raise AssertionError((self.root / "started.log").read_text())
+                    time.sleep(0.001)
                 yield dvc
             finally:
                 with suppress(ProcessLookupError):

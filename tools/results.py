@@ -1,11 +1,13 @@
 """The tables of docs/results.md, from the metrics that the pipeline wrote.
 
 `python -m tools.results` prints the workspace's own table; with `--experiments` also one row for each experiment of the
-current commit (`dvc exp show`).
+current commit (`dvc exp show`), and one for each setting that ran with several seeds.
 """
 
 import json
+import statistics
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,29 +76,72 @@ def measured_experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dic
 
 
 def experiments_table(shown: list[dict[str, Any]]) -> str:
-    """One row for each experiment with metrics, sorted by sparsity and perplexity."""
+    """One row for each experiment with metrics, sorted by sparsity and perplexity.
+
+    `changed` names the parameters that differ from the workspace's, but for sparsity, method and axes, which have
+    columns of their own.
+    """
+    measured = list(measured_experiments(shown))
     rows = []
-    for name, params, metrics in measured_experiments(shown):
-        row = _experiment_row(name, params, metrics)
+    for _name, params, metrics in measured:
+        row = _experiment_row(params, metrics, _changed(params, measured[0][1]))
         if row not in rows:
             rows.append(row)
     head = (
-        "| experiment | method | axes | sparsity | pruned ppl | + LoRA | × dense | learning s | prefill | decode |\n"
+        "| method | axes | changed | sparsity | pruned ppl | + LoRA | × dense | learning s | prefill | decode |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *("| " + " | ".join(row[2:]) + " |" for row in sorted(rows))])
 
 
-def _experiment_row(name: str, params: dict[str, Any], metrics: dict[str, Any]) -> tuple[Any, ...]:
+def seeds_table(shown: list[dict[str, Any]]) -> str:
+    """One row for each setting that ran with several seeds: mean and sample standard deviation of the perplexity."""
+    measured = list(measured_experiments(shown))
+    settings: dict[tuple[float, str, str], dict[int, float]] = defaultdict(dict)
+    for _name, params, metrics in measured:
+        changed = _changed(params, measured[0][1], but=("seed",))
+        key = (params["sparsity"], params["learn_masks"]["method"], changed)
+        settings[key][params["seed"]] = metrics["perplexity"]["compact"]["ppl"]
+    rows = [
+        "| method | changed | sparsity | seeds | pruned ppl, mean | standard deviation | of the mean |",
+        "|---" * 7 + "|",
+    ]
+    for (sparsity, method, changed), by_seed in sorted(settings.items()):
+        if len(by_seed) < 2:
+            continue
+        mean, deviation = statistics.mean(by_seed.values()), statistics.stdev(by_seed.values())
+        seeds = " ".join(map(str, sorted(by_seed)))
+        cells = [method, changed, str(sparsity), seeds, f"{mean:.1f}", f"{deviation:.2f}", f"{deviation / mean:.1%}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _changed(params: dict[str, Any], base: dict[str, Any], but: tuple[str, ...] = ()) -> str:
+    """`section.key=value` of what differs between two sets of parameters and has no column."""
+    ours, theirs = dict(_leaves(params)), dict(_leaves(base))
+    columns = ("sparsity", "learn_masks.method", "learn_masks.axes", *but)
+    differ = [name for name in ours if name not in columns and ours[name] != theirs.get(name)]
+    return " ".join(f"{name}={ours[name]}" for name in sorted(differ))
+
+
+def _leaves(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _experiment_row(params: dict[str, Any], metrics: dict[str, Any], changed: str) -> tuple[Any, ...]:
     perplexity, speed = metrics["perplexity"], metrics.get("speed") or {}
     finetuned = perplexity.get("finetuned", {}).get("ppl")
     compact = perplexity["compact"]["ppl"]
     return (
         params["sparsity"],
         compact,
-        name,
         params["learn_masks"]["method"],
         " ".join(params["learn_masks"]["axes"]),
+        changed,
         str(params["sparsity"]),
         f"{compact:.1f}",
         "" if finetuned is None else f"{finetuned:.1f}",
@@ -107,12 +152,16 @@ def _experiment_row(name: str, params: dict[str, Any], metrics: dict[str, Any]) 
 
 
 def main(
-    experiments: Annotated[bool, typer.Option(help="Add one row for each experiment of this commit.")] = False,
+    experiments: Annotated[
+        bool, typer.Option(help="Add one row for each experiment of this commit and each setting.")
+    ] = False,
 ) -> None:
     """Print the tables as Markdown. Reads metrics/ and, when asked, `dvc exp show --json`."""
     typer.echo(workspace_table(read_metrics(METRICS)))
     if experiments:
-        typer.echo("\n" + experiments_table(shown_experiments()))
+        shown = shown_experiments()
+        typer.echo("\n" + experiments_table(shown))
+        typer.echo("\n" + seeds_table(shown))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The tables are the metrics' own figures."""
 
-from tools.results import experiments_table, workspace_table
+from tools.results import experiments_table, seeds_table, workspace_table
 
 MODEL = {"ppl": 20.0}
 SCORES = {
@@ -34,17 +34,27 @@ def test_the_workspace_table_has_a_row_for_each_model_that_was_measured() -> Non
     assert "LoRA" not in workspace_table(METRICS)
 
 
-def test_experiments_are_sorted_by_sparsity_and_perplexity() -> None:
-    def experiment(name: str, sparsity: float, ppl: float) -> dict:
-        metrics = {
-            "metrics/perplexity.json": {"data": {"dense": MODEL, "compact": {"ppl": ppl}}},
-            "metrics/masks.json": {"data": {"seconds": 10.0}},
-        }
-        params = {"params.yaml": {"data": {"sparsity": sparsity, "learn_masks": {"method": name, "axes": ["hidden"]}}}}
-        return {"rev": name * 3, "name": name, "data": {"metrics": metrics, "params": params}}
+def experiment(method: str, sparsity: float, ppl: float, seed: int = 0, **gates: float) -> dict:
+    metrics = {
+        "metrics/perplexity.json": {"data": {"dense": MODEL, "compact": {"ppl": ppl}}},
+        "metrics/masks.json": {"data": {"seconds": 10.0}},
+    }
+    learn = {"method": method, "axes": ["hidden"], "gates": {"noise": 0.0, **gates}}
+    params = {"params.yaml": {"data": {"seed": seed, "sparsity": sparsity, "learn_masks": learn}}}
+    return {"rev": method * 3, "data": {"metrics": metrics, "params": params}}
 
-    shown = [{**experiment("tva", 0.2, 30), "experiments": [{"revs": [experiment("flap", 0.2, 40)]}]}]
+
+def test_experiments_are_sorted_by_sparsity_and_perplexity_and_say_what_changed() -> None:
+    shown = [{**experiment("tva", 0.2, 30), "experiments": [{"revs": [experiment("flap", 0.2, 40, noise=1.0)]}]}]
     shown += [{"rev": "empty", "data": None}, experiment("random", 0.1, 90)]
-    rows = experiments_table(shown).splitlines()[2:]
-    assert [row.split(" | ")[1] for row in rows] == ["random", "tva", "flap"]
-    assert rows[1].split(" | ")[4:7] == ["30.0", "", "1.50"]
+    rows = [[cell.strip() for cell in row.split("|")] for row in experiments_table(shown).splitlines()[2:]]
+    assert [row[1] for row in rows] == ["random", "tva", "flap"]
+    assert [row[3] for row in rows] == ["", "", "learn_masks.gates.noise=1.0"]
+    assert rows[1][5:8] == ["30.0", "", "1.50"]
+
+
+def test_seeds_of_one_setting_make_one_row_and_single_runs_none() -> None:
+    shown = [experiment("tva", 0.2, ppl, seed) for seed, ppl in enumerate((28.0, 30.0, 32.0, 30.0))]
+    shown += [shown[0], experiment("tva", 0.2, 50, seed=1, noise=1.0), experiment("tva", 0.5, 60)]
+    (row,) = seeds_table(shown).splitlines()[2:]
+    assert row == "| tva |  | 0.2 | 0 1 2 3 | 30.0 | 1.63 | 5.4% |"

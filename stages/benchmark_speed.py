@@ -10,7 +10,7 @@ from stages._errors import clear_errors
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.device import DTYPES, pick_device, pick_dtype
+from tvaprune.device import pick_device, pick_dtype
 from tvaprune.measures.comparison import present_models
 from tvaprune.measures.latency import checkpoint_bytes, compare, load_timed
 from tvaprune.measures.machine import machine_name, machine_numbers, pin_threads
@@ -37,7 +37,7 @@ def main(
         settings = BenchmarkSpeedParams.load(params)
         directories = present_models(dense, compact, finetuned)
         device = pick_device()
-        dtype = pick_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
+        dtype = pick_dtype(device, settings.dtype)
         pin_threads(settings.threads)
         runtime = pick_runtime(settings.runtime, device)
         models, load_s = load_timed({name: partial(load, path, dtype, device) for name, path in directories.items()})

@@ -9,7 +9,7 @@ from stages._errors import clear_errors
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
-from tvaprune.device import DTYPES, pick_device, pick_dtype
+from tvaprune.device import pick_device, pick_dtype
 from tvaprune.measures.block_times import Lengths, candidates, made_on, profile
 from tvaprune.measures.machine import pin_threads
 from tvaprune.model.runtime import pick_runtime
@@ -41,7 +41,7 @@ def main(
         topology = Topology.of(config)
         if settings.enabled:
             device = pick_device()
-            dtype = pick_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
+            dtype = pick_dtype(device, settings.dtype)
             pin_threads(settings.threads)
             steps = settings.hidden_step, settings.intermediate_step
             widths = candidates(topology, *steps, settings.narrowest_hidden)

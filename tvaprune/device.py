@@ -26,8 +26,13 @@ def pick_device() -> torch.device:
     return device
 
 
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32; TVAPRUNE_DTYPE overrides."""
+def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
+    """What was asked for; for auto bfloat16 where the device multiplies it natively, else float32.
+
+    TVAPRUNE_DTYPE overrides auto, and nothing else.
+    """
+    if asked != "auto":
+        return DTYPES[asked]
     name = os.environ.get("TVAPRUNE_DTYPE")
     if name:
         if name not in DTYPES:

@@ -5,6 +5,7 @@ llama.cpp comes prebuilt in the package xllamacpp, which is not needed for anyth
 
 import json
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,18 @@ class GreedyStep(NamedTuple):
 
     token: int
     logprobs: dict[int, float]
+
+
+class Timing(NamedTuple):
+    """One request, by llama.cpp's own clock.
+
+    Attributes:
+        prefill_ms: reading the prompt.
+        decode_ms: a generated token, mean.
+    """
+
+    prefill_ms: float
+    decode_ms: float
 
 
 def greedy_tokens(file: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -56,8 +69,33 @@ def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
     return [_tokenize(server, text) for text in texts]
 
 
-def _server(file: Path, context: int) -> Any:
-    """llama.cpp with the model loaded; it computes and caches in float32, whatever the weights are stored in."""
+def timed(file: Path, prompt: list[int], tokens: int) -> Callable[[], Timing]:
+    """Load the model as llama.cpp serves it by default: attention and cache of its own choice, as many threads as torch.
+
+    Args:
+        file: GGUF.
+        prompt: token ids, read anew by every call.
+        tokens: to generate after it, on beyond end-of-text.
+
+    Returns:
+        Makes the request and returns its times.
+
+    Raises:
+        ModuleNotFoundError: xllamacpp is not installed.
+        ValueError: llama.cpp does not load the file.
+    """
+    server = _server(file, context=len(prompt) + tokens, exact=False)
+    request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+
+    def measure() -> Timing:
+        times = server.handle_completions(request)["timings"]
+        return Timing(times["prompt_ms"], times["predicted_per_token_ms"])
+
+    return measure
+
+
+def _server(file: Path, context: int, exact: bool = True) -> Any:
+    """llama.cpp with the model loaded; exact computes and caches in float32, whatever the weights are stored in."""
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
@@ -67,8 +105,9 @@ def _server(file: Path, context: int) -> Any:
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if exact:
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     settings.n_gpu_layers = 0
     settings.n_threads_http = 1

@@ -70,7 +70,7 @@ def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
 
 
 def timed(file: Path, prompt: list[int], tokens: int) -> Callable[[], Timing]:
-    """Load the model as llama.cpp serves it by default: attention and cache of its own choice, as many threads as torch.
+    """Load the model as llama.cpp serves it by default, with its own choice of attention and cache, on torch's threads.
 
     Args:
         file: GGUF.

@@ -15,6 +15,9 @@ from tvaprune.widths.latency_table import read_table
 from tvaprune.widths.masks import read_masks, write_masks
 from tvaprune.widths.measured import adapt_measured, latency_metrics
 
+# Gates order the units near the sparsity that they were learned for, and hardly further away.
+LEARNED_FOR = 0.05
+
 
 def main(
     model: Annotated[Path, typer.Option(help="The dense model's directory; only its config is read.")] = Path(
@@ -61,6 +64,14 @@ def main(
             shares = [f"{phase} {report[phase]['predicted_share']:.2f}" for phase in ("prefill", "decode")]
             typer.echo(f"predicted of the dense latency on {table.made_on['processor']}: {', '.join(shares)}")
         write_json(metrics, report)
+    reached = report["sparsity_decoder"]
+    if abs(reached - params.sparsity) > LEARNED_FOR:
+        typer.secho(
+            f"warning: this latency takes a sparsity of {reached:.2f}, but the gates were learned for sparsity = "
+            f"{params.sparsity}, and say little so far from it; set sparsity near {reached:.2f}",
+            fg="yellow",
+            err=True,
+        )
     typer.echo(
         f"hidden {report['hidden_before']:.0f} -> {report['hidden_after']:.0f}, "
         f"sparsity {report['sparsity_before']:.4f} -> {report['sparsity_decoder']:.4f}"

@@ -101,7 +101,7 @@ def test_the_parameters_are_met_and_the_widths_are_the_tables(
 def test_never_worse_than_rounding_to_multiples(
     topology: Topology, target: float, seed: int, slack: float, multiple: int, layout: Layout
 ) -> None:
-    """Rounding that meets the budget loses more than the slack allows, or is no faster at the same parameters."""
+    """Rounding that meets the budget loses more than the slack allows, or is no faster at the same size."""
     masks = project(topology, random_masks(topology, seed), target)
     measured = table(topology, seed)
     try:
@@ -115,7 +115,9 @@ def test_never_worse_than_rounding_to_multiples(
         assert least.lost <= lost(topology, rounded) * close
     within = lost(topology, rounded) <= (1 + slack) * least.lost
     same = kept_decoder_parameters(topology, rounded.keep) >= 0.995 * least.parameters
-    if within and same:
+    heads = float(rounded.widths()["kv_heads"].sum())
+    assert abs(chosen.heads - least.heads) <= 0.02 * least.heads
+    if within and same and abs(heads - least.heads) <= 0.02 * least.heads:
         assert chosen.latency_ms <= latency(measured, rounded) * 1.002
 
 

@@ -152,21 +152,50 @@ def profiled(root: Path) -> None:
     )  # fmt: skip
 
 
+def adapted(root: Path) -> str:
+    return run(
+        adapt_dimensions, "--model", f"{root}/model", "--masks", f"{root}/masks", "--profile", f"{root}/profile",
+        "--adapted", f"{root}/adapted", "--metrics", f"{root}/adapt.json", "--params", f"{root}/params.yaml",
+    )  # fmt: skip
+
+
 def test_the_stages_profile_and_adapt_to_what_was_measured(pipeline: Path) -> None:
     profiled(pipeline)
     assert len((pipeline / "profile.csv").read_text().splitlines()) == 1 + 13
-    output = run(
-        adapt_dimensions, "--model", f"{pipeline}/model", "--masks", f"{pipeline}/masks", "--profile",
-        f"{pipeline}/profile", "--adapted", f"{pipeline}/adapted", "--metrics", f"{pipeline}/adapt.json", "--params",
-        f"{pipeline}/params.yaml",
-    )  # fmt: skip
+    output = adapted(pipeline)
     assert "predicted of the dense latency on" in output
-    adapted = read_masks(pipeline / "adapted", TOPOLOGY)
-    assert sparsity(TOPOLOGY, adapted) >= 0.4
-    assert all(width % 8 == 0 for width in adapted.widths()["intermediate"].tolist())
+    assert "warning" not in output
+    after = read_masks(pipeline / "adapted", TOPOLOGY)
+    assert sparsity(TOPOLOGY, after) >= 0.4
+    assert all(width % 8 == 0 for width in after.widths()["intermediate"].tolist())
     report = json.loads((pipeline / "adapt.json").read_text())
     assert report["decode"]["predicted_ms"] > 0
     assert report["profile_threads"] == torch.get_num_threads()
+
+
+def test_a_latency_far_from_the_sparsity_that_was_learned_is_met_with_a_warning(pipeline: Path) -> None:
+    """A token takes a millisecond a unit and two a head, so 0.9 of that keeps about 0.9 of the parameters."""
+    params, yaml = pipeline / "params.yaml", YAML()
+    content = yaml.load(params)
+    content["adapt_dimensions"] |= {"budget": "latency", "latency_target": 0.9, "latency_phase": "decode"}
+    yaml.dump(content, params)
+    zeros = torch.zeros(2, dtype=torch.float64)
+    by_width = {
+        "rest": zeros,
+        "attention": torch.tensor([[0.0, 2, 4]] * 2),
+        "mlp": torch.tensor([[0.0, 32, 64, 96]] * 2),
+    }
+
+    def by_phase() -> dict:
+        return {name: {phase: value.double().clone() for phase in PHASES} for name, value in by_width.items()}
+
+    where = {"layers": 3, "decode_tokens": 4, "device": "cpu", "processor": "some", "threads": 1}
+    write_table(pipeline / "profile", LatencyTable(*WIDTHS, **by_phase(), iqr=by_phase(), made_on=where))
+    output = adapted(pipeline)
+    found = json.loads((pipeline / "adapt.json").read_text())
+    assert 0.7 < found["decode"]["predicted_share"] <= 0.9  # the widths are a third apart
+    assert f"warning: this latency takes a sparsity of {found['sparsity_decoder']:.2f}, but" in output
+    assert "learned for sparsity = 0.4" in output
 
 
 def test_nothing_is_timed_where_measured_is_not_asked_for(pipeline: Path) -> None:

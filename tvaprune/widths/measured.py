@@ -25,6 +25,9 @@ from tvaprune.widths.masks import Masks, keep_best
 AIM = 0.95
 # What is traded for speed keeps the parameters to this share, so that the result compares with other ways to round.
 SAME_PARAMETERS = 0.995
+# And the key-value heads to this share either way. The importance of units that gates have just decided on is nearly
+# the same, so by importance alone heads, which are slow, would go for MLP units; perplexity says otherwise (lab log).
+SAME_HEADS = 0.02
 # HiGHS meets a sum to about 1e-6; where it oversteps, it is asked again with a limit so much lower.
 _MARGIN = 2e-6
 # Near-ties are countless, and proving the last digit of them takes for ever: how far the found may be from the proven,
@@ -76,6 +79,7 @@ class Chosen(NamedTuple):
         lost: importance of the units that they leave out.
         parameters: of the decoder layers.
         latency_ms: predicted.
+        heads: key-value heads of all layers.
     """
 
     hidden: int
@@ -84,6 +88,7 @@ class Chosen(NamedTuple):
     lost: float
     parameters: float
     latency_ms: float
+    heads: float
 
 
 def widths_within_parameters(
@@ -98,9 +103,9 @@ def widths_within_parameters(
     """The fastest of the widths that lose hardly more than the least possible within the parameters.
 
     First the least that any widths of the table lose within the budget; then, of those that lose no more than
-    (1 + slack) times that with as good as the same parameters, the ones of the lowest predicted latency. Whatever
-    rounding of the masks to multiples of the table's steps meets the budget is among the candidates, so none loses
-    less, and none that is within the slack is faster.
+    (1 + slack) times that with as good as the same parameters and heads, the ones of the lowest predicted latency.
+    Whatever rounding of the masks to multiples of the table's steps meets the budget is among the candidates, so none
+    loses less, and none that is within the slack, with as many heads, is faster.
 
     A padded model computes its widest layer in every layer, so there the first step alone counts.
 
@@ -120,7 +125,11 @@ def widths_within_parameters(
         if layout == "padded":
             return best
         limit = (1 + slack) * (1 + _ROUNDING) * best.lost
-        limits = {"lost": (0.0, limit), "parameters": (SAME_PARAMETERS * best.parameters, budget)}
+        limits = {
+            "lost": (0.0, limit),
+            "parameters": (SAME_PARAMETERS * best.parameters, budget),
+            "heads": ((1 - SAME_HEADS) * best.heads, (1 + SAME_HEADS) * best.heads),
+        }
         fast = [program.least("latency_ms", limits) for program, chosen in found if chosen.lost <= limit]
         return min([best, *(chosen for chosen in fast if chosen)], key=lambda chosen: chosen.latency_ms)
     raise ValueError(
@@ -181,8 +190,9 @@ class _Program:
     """Choices at one hidden width. A group takes exactly one choice, and all layers of a group take it alike.
 
     Attributes:
-        group, width, lost, parameters, latency_ms: [choices]; first the attention groups, then as many MLP groups.
-        fixed: lost, parameters and latency_ms of the hidden width itself.
+        group, width, lost, parameters, latency_ms, heads: [choices]; first the attention groups, then as many MLP
+            groups.
+        fixed: lost, parameters, latency_ms and heads of the hidden width itself.
         layers: of each group.
         groups: however many choices are left of each.
     """
@@ -193,6 +203,7 @@ class _Program:
     lost: np.ndarray
     parameters: np.ndarray
     latency_ms: np.ndarray
+    heads: np.ndarray
     fixed: dict[str, float]
     layers: int
     groups: int
@@ -217,7 +228,7 @@ class _Program:
         return self.fixed["latency_ms"] + sum(self.latency_ms[self.group == g].min() for g in np.unique(self.group))
 
     def only(self, which: np.ndarray) -> "_Program":
-        names = ("group", "width", "lost", "parameters", "latency_ms")
+        names = ("group", "width", "lost", "parameters", "latency_ms", "heads")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
     def _without_hopeless(self, objective: str, limits: dict[str, tuple[float, float]]) -> "_Program | None":
@@ -308,7 +319,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
     hidden = table.hidden[row]
     layers, groups = (topology.layers, 1) if merged else (1, topology.layers)
     rest, attention, mlp = table.parts(of)
-    parts: dict[str, list[np.ndarray]] = {"width": [], "lost": [], "parameters": [], "latency_ms": []}
+    parts: dict[str, list[np.ndarray]] = {"width": [], "lost": [], "parameters": [], "latency_ms": [], "heads": []}
     blocks: tuple[tuple[Axis, list[int], torch.Tensor], ...] = (
         ("kv_heads", table.kv_heads, attention[row]),
         ("intermediate", table.intermediate, mlp[row]),
@@ -320,6 +331,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
         parts["lost"].append((lost.sum(0, keepdim=True) if merged else lost).flatten().numpy())
         parts["parameters"].append(layers * np.tile(own, groups))
         parts["latency_ms"].append(layers * np.tile(latency.numpy(), groups))
+        parts["heads"].append(layers * np.tile(widths if axis == "kv_heads" else np.zeros(len(widths)), groups))
     sizes = np.repeat([len(table.kv_heads), len(table.intermediate)], groups)
     return _Program(
         hidden,
@@ -329,6 +341,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
             "lost": float(lost_by_width(topology, masks, "hidden")[0, hidden]),
             "parameters": topology.layers * _parameters(topology, hidden),
             "latency_ms": float(rest[row]),
+            "heads": 0.0,
         },
         layers=layers,
         groups=2 * groups,

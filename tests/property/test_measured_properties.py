@@ -11,7 +11,7 @@ from tests.tiny_models import random_masks
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.model.topology import Topology
 from tvaprune.widths.adapt import Layout, adapt
-from tvaprune.widths.importance import lost_by_width
+from tvaprune.widths.importance import SLOPE, lost_by_width
 from tvaprune.widths.latency_table import PHASES, LatencyTable
 from tvaprune.widths.masks import Masks, project
 from tvaprune.widths.measured import AIM, keep_chosen, widths_within_latency, widths_within_parameters
@@ -58,7 +58,7 @@ def table(topology: Topology, seed: int, step: int = 16) -> LatencyTable:
 def lost(topology: Topology, masks: Masks) -> float:
     total = 0.0
     for axis, kept in masks.widths().items():
-        by_width = lost_by_width(topology, masks, axis)
+        by_width = lost_by_width(topology, masks, axis, SLOPE)
         total += sum(float(row[n]) for row, n in zip(by_width, kept.reshape(-1).tolist(), strict=True))
     return total
 

@@ -12,11 +12,21 @@ from tvaprune.widths.masks import Masks
 _HIGHEST_LOG_ALPHA = 50.0
 
 
-def lost_by_width(topology: Topology, masks: Masks, axis: Axis) -> Float[Tensor, "vectors widths"]:
+# Training ends with gates of sigmoid(8 (log_alpha - threshold)): a unit's odds of being kept are exp of 8 log_alpha.
+SLOPE = 8.0
+
+
+def lost_by_width(
+    topology: Topology, masks: Masks, axis: Axis, slope: float = 1.0
+) -> Float[Tensor, "vectors widths"]:
     """What is lost when a vector of the axis keeps its n best units: float64, index n from 0 to the width.
 
     A unit's parameters times exp(log_alpha) is what it is worth: log_alpha ranks gain for price (its threshold is
     one for all axes), so this is the gain alone.
+
+    Args:
+        slope: of log_alpha. With SLOPE a unit's parameters count by the gate's odds instead, which stays closer to
+            what the gates kept: by gain alone, units that they kept or dropped firmly are worth nearly the same.
 
     Returns:
         One row for hidden, one a layer for the others.
@@ -28,5 +38,5 @@ def lost_by_width(topology: Topology, masks: Masks, axis: Axis) -> Float[Tensor,
     )
     price = getattr(unit_costs(topology, *dense), axis).view(-1, 1)
     log_alpha = masks.log_alpha[axis].double().clamp(max=_HIGHEST_LOG_ALPHA).view(-1, topology.width(axis))
-    worth = torch.sort(price * log_alpha.exp(), dim=-1).values
+    worth = torch.sort(price * (slope * log_alpha).exp(), dim=-1).values
     return torch.cat([torch.zeros_like(worth[:, :1]), worth.cumsum(-1)], dim=-1).flip(-1)

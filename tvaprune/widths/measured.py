@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters
 from tvaprune.model.topology import Axis, Topology
 from tvaprune.widths.adapt import Layout
-from tvaprune.widths.importance import lost_by_width
+from tvaprune.widths.importance import SLOPE, lost_by_width
 from tvaprune.widths.latency_table import LATENCIES, Latency, LatencyTable
 from tvaprune.widths.masks import Masks, keep_best
 
@@ -325,7 +325,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
         ("intermediate", table.intermediate, mlp[row]),
     )
     for axis, widths, latency in blocks:
-        lost = lost_by_width(topology, masks, axis)[:, widths]
+        lost = lost_by_width(topology, masks, axis, SLOPE)[:, widths]
         own = [_parameters(topology, hidden, **{axis: n}) - _parameters(topology, hidden) for n in widths]
         parts["width"].append(np.tile(widths, groups))
         parts["lost"].append((lost.sum(0, keepdim=True) if merged else lost).flatten().numpy())
@@ -338,7 +338,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
         group=np.repeat(np.arange(2 * groups), sizes),
         **{name: np.concatenate(found) for name, found in parts.items()},
         fixed={
-            "lost": float(lost_by_width(topology, masks, "hidden")[0, hidden]),
+            "lost": float(lost_by_width(topology, masks, "hidden", SLOPE)[0, hidden]),
             "parameters": topology.layers * _parameters(topology, hidden),
             "latency_ms": float(rest[row]),
             "heads": 0.0,

@@ -16,9 +16,7 @@ _HIGHEST_LOG_ALPHA = 50.0
 SLOPE = 8.0
 
 
-def lost_by_width(
-    topology: Topology, masks: Masks, axis: Axis, slope: float = 1.0
-) -> Float[Tensor, "vectors widths"]:
+def lost_by_width(topology: Topology, masks: Masks, axis: Axis, slope: float = 1.0) -> Float[Tensor, "vectors widths"]:
     """What is lost when a vector of the axis keeps its n best units: float64, index n from 0 to the width.
 
     A unit's parameters times exp(log_alpha) is what it is worth: log_alpha ranks gain for price (its threshold is

@@ -143,7 +143,8 @@ def widths_within_latency(
 ) -> Chosen:
     """The widths that lose least of those predicted to take no more than a share of the dense model's latency.
 
-    Aims at AIM times the share, so that the measured latency stays below it. The parameters follow. A padded model
+    Aims at AIM times the share, so that the measured latency stays below it. The parameters follow; layers that need
+    not be alike keep as many heads in sum as the masks, if any widths of the MLPs are fast enough then. A padded model
     is as slow as its widest layer in every layer, so all are equally wide there.
 
     Raises:
@@ -152,11 +153,16 @@ def widths_within_latency(
     dense = table.dense(of, topology)
     ceiling = AIM * latency_target * dense
     fastest = dense
+    learned = masks.keep["kv_heads"].sum(-1).numpy()
+    some_heads = {"heads": ((1 - SAME_HEADS) * learned.sum(), (1 + SAME_HEADS) * learned.sum())}
     for programs in _programs(topology, masks, table, of, "uniform" if layout == "padded" else layout):
-        found = [program.least("lost", {"latency_ms": (0, ceiling)}) for program in programs]
-        chosen = [each for each in found if each is not None]
-        if chosen:
-            return min(chosen, key=lambda each: each.lost)
+        for heads in (some_heads, {}) if layout == "uneven" else ({},):
+            limits = {"latency_ms": (0.0, ceiling), **heads}
+            found = [
+                program.least("lost", limits, program.with_heads(learned) if heads else None) for program in programs
+            ]
+            if chosen := [each for each in found if each is not None]:
+                return min(chosen, key=lambda each: each.lost)
         fastest = min([fastest, *(program.fastest() for program in programs)])
     raise ValueError(
         f"adapt_dimensions.latency_target = {latency_target}: the narrowest widths that profile_hardware timed take "
@@ -208,10 +214,17 @@ class _Program:
     layers: int
     groups: int
 
-    def least(self, objective: str, limits: dict[str, tuple[float, float]]) -> Chosen | None:
-        """The choices of the lowest sum that keep other sums between limits; None if there are none."""
+    def least(
+        self, objective: str, limits: dict[str, tuple[float, float]], easy: np.ndarray | None = None
+    ) -> Chosen | None:
+        """The choices of the lowest sum that keep other sums between limits; None if there are none.
+
+        Args:
+            easy: bool [choices], those that meet every limit but the first; for the objective lost, and there only
+                solutions that lose no more than some of these are found.
+        """
         within = {name: (low - self.fixed[name], high - self.fixed[name]) for name, (low, high) in limits.items()}
-        smaller = self._without_hopeless(objective, within)
+        smaller = self._without_hopeless(objective, within, self if easy is None else self.only(easy))
         if smaller is None:
             return None
         found = None
@@ -227,11 +240,18 @@ class _Program:
             return float("inf")
         return self.fixed["latency_ms"] + sum(self.latency_ms[self.group == g].min() for g in np.unique(self.group))
 
+    def with_heads(self, counts: np.ndarray) -> np.ndarray:
+        """Choices of the MLPs, and of each layer's attention the one with so many heads: bool [choices]."""
+        attention = self.group < self.groups // 2
+        return ~attention | (self.width == np.concatenate([counts, counts])[self.group])
+
     def only(self, which: np.ndarray) -> "_Program":
         names = ("group", "width", "lost", "parameters", "latency_ms", "heads")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
-    def _without_hopeless(self, objective: str, limits: dict[str, tuple[float, float]]) -> "_Program | None":
+    def _without_hopeless(
+        self, objective: str, limits: dict[str, tuple[float, float]], easy: "_Program"
+    ) -> "_Program | None":
         """Without the choices that alone break a limit, or lose more than some solution in sum.
 
         So what is left has one scale: importance as such spans e^50, which no solver resolves.
@@ -240,8 +260,8 @@ class _Program:
         for name, (_, high) in limits.items():
             possible &= getattr(self, name) <= high
         if objective == "lost":
-            [(name, (_, high))] = limits.items()
-            possible &= self.lost <= self._lost_by_some_solution(getattr(self, name), high)
+            name, (_, high) = next(iter(limits.items()))
+            possible &= self.lost <= easy._lost_by_some_solution(getattr(easy, name), high)
         smaller = self.only(possible)
         return smaller if smaller._has_choices() else None
 

@@ -25,9 +25,6 @@ from tvaprune.widths.masks import Masks, keep_best
 AIM = 0.95
 # What is traded for speed keeps the parameters to this share, so that the result compares with other ways to round.
 SAME_PARAMETERS = 0.995
-# And the key-value heads to this share either way. The importance of units that gates have just decided on is nearly
-# the same, so by importance alone heads, which are slow, would go for MLP units; perplexity says otherwise (lab log).
-SAME_HEADS = 0.02
 # HiGHS meets a sum to about 1e-6; where it oversteps, it is asked again with a limit so much lower.
 _MARGIN = 2e-6
 # Near-ties are countless, and proving the last digit of them takes for ever: how far the found may be from the proven,
@@ -79,7 +76,6 @@ class Chosen(NamedTuple):
         lost: importance of the units that they leave out.
         parameters: of the decoder layers.
         latency_ms: predicted.
-        heads: key-value heads of all layers.
     """
 
     hidden: int
@@ -88,7 +84,6 @@ class Chosen(NamedTuple):
     lost: float
     parameters: float
     latency_ms: float
-    heads: float
 
 
 def widths_within_parameters(
@@ -103,9 +98,12 @@ def widths_within_parameters(
     """The fastest of the widths that lose hardly more than the least possible within the parameters.
 
     First the least that any widths of the table lose within the budget; then, of those that lose no more than
-    (1 + slack) times that with as good as the same parameters and heads, the ones of the lowest predicted latency.
-    Whatever rounding of the masks to multiples of the table's steps meets the budget is among the candidates, so none
-    loses less, and none that is within the slack, with as many heads, is faster.
+    (1 + slack) times that with as good as the same parameters and the same heads, the ones of the lowest predicted
+    latency. Whatever rounding of the masks to multiples of the table's steps meets the budget is among the
+    candidates, so none loses less, and none that is within the slack, with those heads, is faster.
+
+    Heads stay, because they are slow and the importance of units that gates have just decided on is nearly the same: by
+    importance alone they would go for MLP units, and perplexity says otherwise (lab log).
 
     A padded model computes its widest layer in every layer, so there the first step alone counts.
 
@@ -128,9 +126,12 @@ def widths_within_parameters(
         limits = {
             "lost": (0.0, limit),
             "parameters": (SAME_PARAMETERS * best.parameters, budget),
-            "heads": ((1 - SAME_HEADS) * best.heads, (1 + SAME_HEADS) * best.heads),
         }
-        fast = [program.least("latency_ms", limits) for program, chosen in found if chosen.lost <= limit]
+        fast = [
+            program.only(program.with_heads(best.kv_heads)).least("latency_ms", limits)
+            for program, chosen in found
+            if chosen.lost <= limit
+        ]
         return min([best, *(chosen for chosen in fast if chosen)], key=lambda chosen: chosen.latency_ms)
     raise ValueError(
         f"sparsity = {target_sparsity}: no widths that profile_hardware timed meet it; "
@@ -144,8 +145,8 @@ def widths_within_latency(
     """The widths that lose least of those predicted to take no more than a share of the dense model's latency.
 
     Aims at AIM times the share, so that the measured latency stays below it. The parameters follow; layers that need
-    not be alike keep as many heads in sum as the masks, if any widths of the MLPs are fast enough then. A padded model
-    is as slow as its widest layer in every layer, so all are equally wide there.
+    not be alike keep the masks' heads, if any widths of the MLPs are fast enough then. A padded model is as slow as
+    its widest layer in every layer, so all are equally wide there.
 
     Raises:
         ValueError: the table has no widths so fast.
@@ -153,14 +154,11 @@ def widths_within_latency(
     dense = table.dense(of, topology)
     ceiling = AIM * latency_target * dense
     fastest = dense
-    learned = masks.keep["kv_heads"].sum(-1).numpy()
-    some_heads = {"heads": ((1 - SAME_HEADS) * learned.sum(), (1 + SAME_HEADS) * learned.sum())}
+    heads = masks.keep["kv_heads"].sum(-1).tolist()
     for programs in _programs(topology, masks, table, of, "uniform" if layout == "padded" else layout):
-        for heads in (some_heads, {}) if layout == "uneven" else ({},):
-            limits = {"latency_ms": (0.0, ceiling), **heads}
-            found = [
-                program.least("lost", limits, program.with_heads(learned) if heads else None) for program in programs
-            ]
+        as_learned = [program.only(program.with_heads(heads)) for program in programs] if layout == "uneven" else []
+        for choices in (as_learned, programs):
+            found = [program.least("lost", {"latency_ms": (0, ceiling)}) for program in choices]
             if chosen := [each for each in found if each is not None]:
                 return min(chosen, key=lambda each: each.lost)
         fastest = min([fastest, *(program.fastest() for program in programs)])
@@ -196,9 +194,8 @@ class _Program:
     """Choices at one hidden width. A group takes exactly one choice, and all layers of a group take it alike.
 
     Attributes:
-        group, width, lost, parameters, latency_ms, heads: [choices]; first the attention groups, then as many MLP
-            groups.
-        fixed: lost, parameters, latency_ms and heads of the hidden width itself.
+        group, width, lost, parameters, latency_ms: [choices]; first the attention groups, then as many MLP groups.
+        fixed: lost, parameters and latency_ms of the hidden width itself.
         layers: of each group.
         groups: however many choices are left of each.
     """
@@ -209,22 +206,14 @@ class _Program:
     lost: np.ndarray
     parameters: np.ndarray
     latency_ms: np.ndarray
-    heads: np.ndarray
     fixed: dict[str, float]
     layers: int
     groups: int
 
-    def least(
-        self, objective: str, limits: dict[str, tuple[float, float]], easy: np.ndarray | None = None
-    ) -> Chosen | None:
-        """The choices of the lowest sum that keep other sums between limits; None if there are none.
-
-        Args:
-            easy: bool [choices], those that meet every limit but the first; for the objective lost, and there only
-                solutions that lose no more than some of these are found.
-        """
+    def least(self, objective: str, limits: dict[str, tuple[float, float]]) -> Chosen | None:
+        """The choices of the lowest sum that keep other sums between limits; None if there are none."""
         within = {name: (low - self.fixed[name], high - self.fixed[name]) for name, (low, high) in limits.items()}
-        smaller = self._without_hopeless(objective, within, self if easy is None else self.only(easy))
+        smaller = self._without_hopeless(objective, within)
         if smaller is None:
             return None
         found = None
@@ -240,18 +229,17 @@ class _Program:
             return float("inf")
         return self.fixed["latency_ms"] + sum(self.latency_ms[self.group == g].min() for g in np.unique(self.group))
 
-    def with_heads(self, counts: np.ndarray) -> np.ndarray:
+    def with_heads(self, counts: list[int]) -> np.ndarray:
         """Choices of the MLPs, and of each layer's attention the one with so many heads: bool [choices]."""
         attention = self.group < self.groups // 2
-        return ~attention | (self.width == np.concatenate([counts, counts])[self.group])
+        by_group = np.array(counts)[:: self.layers]
+        return ~attention | (self.width == np.concatenate([by_group, by_group])[self.group])
 
     def only(self, which: np.ndarray) -> "_Program":
-        names = ("group", "width", "lost", "parameters", "latency_ms", "heads")
+        names = ("group", "width", "lost", "parameters", "latency_ms")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
-    def _without_hopeless(
-        self, objective: str, limits: dict[str, tuple[float, float]], easy: "_Program"
-    ) -> "_Program | None":
+    def _without_hopeless(self, objective: str, limits: dict[str, tuple[float, float]]) -> "_Program | None":
         """Without the choices that alone break a limit, or lose more than some solution in sum.
 
         So what is left has one scale: importance as such spans e^50, which no solver resolves.
@@ -260,8 +248,8 @@ class _Program:
         for name, (_, high) in limits.items():
             possible &= getattr(self, name) <= high
         if objective == "lost":
-            name, (_, high) = next(iter(limits.items()))
-            possible &= self.lost <= easy._lost_by_some_solution(getattr(easy, name), high)
+            [(name, (_, high))] = limits.items()
+            possible &= self.lost <= self._lost_by_some_solution(getattr(self, name), high)
         smaller = self.only(possible)
         return smaller if smaller._has_choices() else None
 
@@ -339,7 +327,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
     hidden = table.hidden[row]
     layers, groups = (topology.layers, 1) if merged else (1, topology.layers)
     rest, attention, mlp = table.parts(of)
-    parts: dict[str, list[np.ndarray]] = {"width": [], "lost": [], "parameters": [], "latency_ms": [], "heads": []}
+    parts: dict[str, list[np.ndarray]] = {"width": [], "lost": [], "parameters": [], "latency_ms": []}
     blocks: tuple[tuple[Axis, list[int], torch.Tensor], ...] = (
         ("kv_heads", table.kv_heads, attention[row]),
         ("intermediate", table.intermediate, mlp[row]),
@@ -351,7 +339,6 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
         parts["lost"].append((lost.sum(0, keepdim=True) if merged else lost).flatten().numpy())
         parts["parameters"].append(layers * np.tile(own, groups))
         parts["latency_ms"].append(layers * np.tile(latency.numpy(), groups))
-        parts["heads"].append(layers * np.tile(widths if axis == "kv_heads" else np.zeros(len(widths)), groups))
     sizes = np.repeat([len(table.kv_heads), len(table.intermediate)], groups)
     return _Program(
         hidden,
@@ -361,7 +348,6 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
             "lost": float(lost_by_width(topology, masks, "hidden", SLOPE)[0, hidden]),
             "parameters": topology.layers * _parameters(topology, hidden),
             "latency_ms": float(rest[row]),
-            "heads": 0.0,
         },
         layers=layers,
         groups=2 * groups,

@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook finds it by name)
@@ -18,3 +19,8 @@ install_import_hook([f"tvaprune.{name}" for name in CHECKED], "tests.typecheck.c
 
 for name in ("TVAPRUNE_DEVICE", "TVAPRUNE_DTYPE", "DVC_STAGE", "DVC_ROOT"):
     os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, which have a time limit of their own: else they end alone, on one worker."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)

@@ -43,7 +43,7 @@ def test_make_has_the_targets_the_readme_names() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_command_runs(workspace: Workspace, tmp_path: Path) -> None:
     run = [line for line in commands() if not MAKE.match(line)]
     assert any("exp run" in line for line in run)
@@ -66,7 +66,7 @@ def test_every_command_runs(workspace: Workspace, tmp_path: Path) -> None:
 
 
 def _wait_for_the_queue(workspace: Workspace) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
         status = workspace.dvc("queue", "status").stdout
         assert "Failed" not in status, status

@@ -17,7 +17,7 @@ import psutil
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 280
+TIMEOUT_S = 560
 
 
 @dataclass(frozen=True)

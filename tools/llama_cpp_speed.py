@@ -16,9 +16,9 @@ from gguf import GGUFReader
 
 from tvaprune.checkpoint.gguf import GgufDtype, write_gguf
 from tvaprune.checkpoint.gguf_runtime import timed
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.measures.comparison import present_models
-from tvaprune.measures.latency import Phase, interleave, prefill_flops, without_garbage_collection
+from tvaprune.measures.latency import Phase, interleave, prefill_flops, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name, pin_threads
 from tvaprune.measures.speed_report import summarise
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
@@ -43,8 +43,9 @@ def compare(
     flops, prefills, decodes = {}, {}, {}
     for name, directory in directories.items():
         write_gguf(directory, files[name], dtype)
-        flops[name] = float(prefill_flops(load(directory, torch.bfloat16), 1, settings.prefill_tokens))
-        long = random_ids(directory, settings.prefill_tokens)
+        model = load(directory, torch.bfloat16)
+        flops[name] = float(prefill_flops(model, 1, settings.prefill_tokens))
+        long = random_prompt(model, 1, settings.prefill_tokens)[0].tolist()
         prefills[name] = timed(files[name], long, 1)
         decodes[name] = timed(files[name], long[: settings.decode_prompt_tokens], settings.decode_tokens)
     rounds = settings.repeats, settings.max_warmup
@@ -60,12 +61,6 @@ def compare(
         then = interleave({name: decode(name) for name in files}, *rounds, f"{dtype}: decode")
     sizes = {name: float(bytes_read(file)) for name, file in files.items()}
     return Phase(first, settings.prefill_tokens, flops), Phase(then, 1, sizes)
-
-
-def random_ids(directory: Path, tokens: int) -> list[int]:
-    """Token ids that say nothing, the same for every model of one vocabulary."""
-    vocabulary = load_config(directory).vocab_size
-    return torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def main(

@@ -29,7 +29,7 @@ def make_sources(sizes: list[int], sources: int = 2) -> dict[str, list[TokenDocu
 
 def sample(sources: dict[str, list[TokenDocument]], packing: str, seed: int = 0) -> dict[str, torch.Tensor]:
     sets = [WindowSet("train", 8, 7), WindowSet("validation", 3, 7), WindowSet("finetune", 5, 11)]
-    return sample_windows(sources, sets, mix={}, packing=packing, eos_token_id=EOS, seed=seed)  # type: ignore[arg-type]
+    return sample_windows(sources, sets, packing=packing, eos_token_id=EOS, seed=seed)  # type: ignore[arg-type]
 
 
 def sample_or_skip(sources: dict[str, list[TokenDocument]], packing: str, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -67,7 +67,6 @@ def test_too_little_text_says_how_many_windows_there_are() -> None:
         sample_windows(
             {"books": documents},
             [WindowSet("train", 100, 8)],
-            mix={},
             packing="documents",
             eos_token_id=0,
             seed=0,
@@ -76,7 +75,7 @@ def test_too_little_text_says_how_many_windows_there_are() -> None:
 
 def test_one_long_document_gives_all_sets() -> None:
     sets = [WindowSet("train", 10, 8), WindowSet("validation", 4, 8)]
-    windows = sample_windows({"book": [document(8 * 40)]}, sets, mix={}, packing="auto", eos_token_id=0, seed=0)
+    windows = sample_windows({"book": [document(8 * 40)]}, sets, packing="auto", eos_token_id=0, seed=0)
     train, validation = (set(windows[name].flatten().tolist()) for name in ("train", "validation"))
     assert len(train) == 80
     assert not train & validation
@@ -84,9 +83,7 @@ def test_one_long_document_gives_all_sets() -> None:
 
 def test_windows_start_at_random_offsets() -> None:
     documents = [document(15, f"d{number}") for number in range(64)]
-    windows = sample_windows(
-        {"a": documents}, [WindowSet("train", 64, 8)], mix={}, packing="documents", eos_token_id=0, seed=0
-    )
+    windows = sample_windows({"a": documents}, [WindowSet("train", 64, 8)], packing="documents", eos_token_id=0, seed=0)
     assert set(windows["train"][:, 0].tolist()) == set(range(1, 9))
 
 
@@ -95,13 +92,30 @@ def test_mix_weights_the_sources_and_refuses_unknown_ones() -> None:
     for docs, start in zip(sources.values(), (0, 100), strict=True):
         for one in docs:
             one.tokens[:] += start
-    sets = [WindowSet("train", 12, 8)]
-    windows = sample_windows(sources, sets, mix={"a": 3}, packing="auto", eos_token_id=0, seed=0)
+    sets = [WindowSet("train", 12, 8, {"a": 3}), WindowSet("other", 6, 8, {"a": 0})]
+    windows = sample_windows(sources, sets, packing="auto", eos_token_id=0, seed=0)
     assert int((windows["train"][:, 0] < 100).sum()) == 9
-    with pytest.raises(InputError, match="mix names c; the calibration sources are a, b"):
-        sample_windows(sources, sets, mix={"c": 1}, packing="auto", eos_token_id=0, seed=0)
-    with pytest.raises(InputError, match="weight 0"):
-        sample_windows(sources, sets, mix={"a": 0, "b": 0}, packing="auto", eos_token_id=0, seed=0)
+    assert int((windows["other"][:, 0] < 100).sum()) == 0
+    with pytest.raises(InputError, match="train: mix names c; the calibration sources are a, b"):
+        WindowSet("train", 12, 8, {"c": 1}).shares(sources)
+    with pytest.raises(InputError, match="train: mix gives every source the weight 0"):
+        WindowSet("train", 12, 8, {"a": 0, "b": 0}).shares(sources)
+
+
+def test_text_for_fine_tuning_alone_leaves_the_windows_for_masks_as_they_were(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """A source of weight 0 in one mix and of 1 in the other, the other sources' windows as many as before."""
+    documents = {"long": make_documents(40, 40), "more": make_documents(60, 20)}
+    without = {"packing": "auto", "finetune_mix": None, "seed": 3}
+    before, _ = sample_calibration({"long": documents["long"]}, tokenizer, **SIZES, mix={}, **without)  # type: ignore[arg-type]
+    twice = SIZES | {name: 2 * SIZES[name] for name in ("finetune_samples", "finetune_validation_samples")}
+    own = without | {"mix": {"more": 0}, "finetune_mix": {}}
+    after, meta = sample_calibration(documents, tokenizer, **twice, **own)  # type: ignore[arg-type]
+    for name in ("input_ids", "validation_ids"):
+        assert torch.equal(before[name], after[name])
+        assert meta["windows"][name]["more"] == 0
+    assert meta["windows"]["finetune_ids"] == {"long": 4, "more": 4}
 
 
 def test_share_out_gives_the_rest_to_the_largest_remainders() -> None:
@@ -111,7 +125,7 @@ def test_share_out_gives_the_rest_to_the_largest_remainders() -> None:
 
 def test_meta_says_what_the_windows_come_from(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = {"long": make_documents(40, 40), "short": make_documents(60, 5)}
-    windows, meta = sample_calibration(documents, tokenizer, **SIZES, packing="auto", mix={}, seed=3)  # type: ignore[arg-type]
+    windows, meta = sample_calibration(documents, tokenizer, **SIZES, packing="auto", mix={}, finetune_mix=None, seed=3)  # type: ignore[arg-type]
     assert {name: tuple(rows.shape) for name, rows in windows.items()} == {
         "input_ids": (6, 8),
         "validation_ids": (2, 8),
@@ -147,7 +161,7 @@ def test_the_stage_writes_the_same_bytes_twice(tokenizer: PreTrainedTokenizerFas
     tokenizer.save_pretrained(tmp_path / "model")
     settings = "\n".join(f"  {name}: {value}" for name, value in SIZES.items())
     params = tmp_path / "params.yaml"
-    params.write_text(f"seed: 1\nsample_calibration:\n{settings}\n  packing: auto\n  mix: {{}}\n")
+    params.write_text(f"seed: 1\nsample_calibration:\n{settings}\n  packing: auto\n  mix: {{}}\n  finetune_mix: null\n")
     options = ["--params", str(params), "--texts", str(texts), "--model", str(tmp_path / "model"), "--out"]
     for name in ("one", "two"):
         result = CliRunner().invoke(app, [*options, str(tmp_path / name)])

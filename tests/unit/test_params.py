@@ -67,6 +67,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("sample_calibration/seq_len", 1, r"sample_calibration\.seq_len = 1"),
     ("sample_calibration/packing", "tight", r"sample_calibration\.packing = 'tight': .*'auto'"),
     ("sample_calibration/mix", {"speeches": -1}, r"sample_calibration\.mix\.speeches = -1"),
+    ("sample_calibration/finetune_mix", {"speeches": -1}, r"sample_calibration\.finetune_mix\.speeches = -1"),
     ("check_leaks/ngram", 1, r"check_leaks\.ngram = 1: .*greater than or equal to 2"),
     ("check_leaks/max_overlap", 1.5, r"check_leaks\.max_overlap = 1\.5: .*less than or equal to 1"),
     ("learn_masks/method", "magic", r"learn_masks\.method = 'magic'"),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +31,33 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class WindowSet:
-    """How many windows of how many tokens a set is to have."""
+    """How many windows of how many tokens a set is to have.
+
+    Attributes:
+        mix: source -> weight, in shares of windows; a source without one has weight 1.
+    """
 
     name: str
     samples: int
     seq_len: int
+    mix: Mapping[str, float] = field(default_factory=dict)
+
+    def shares(self, sources: Iterable[str]) -> dict[str, int]:
+        """Source -> how many of the windows are to come from it.
+
+        Raises:
+            InputError: mix names an unknown source, or leaves none.
+        """
+        sources = list(sources)
+        unknown = sorted(set(self.mix) - set(sources))
+        if unknown:
+            raise InputError(
+                f"{self.name}: mix names {', '.join(unknown)}; the calibration sources are {', '.join(sources)}"
+            )
+        weights = {name: float(self.mix.get(name, 1.0)) for name in sources}
+        if sum(weights.values()) <= 0:
+            raise InputError(f"{self.name}: mix gives every source the weight 0")
+        return share_out(self.samples, weights)
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,6 @@ def sample_windows(
     sources: Mapping[str, list[TokenDocument]],
     sets: list[WindowSet],
     *,
-    mix: Mapping[str, float],
     packing: Packing,
     eos_token_id: int,
     seed: int,
@@ -95,7 +116,6 @@ def sample_windows(
     Args:
         sources: name -> its documents.
         sets: in the order in which they are returned; names differ.
-        mix: source -> weight, in shares of windows; a source without one has weight 1.
         packing: for all sources.
         eos_token_id: the only special token in a window.
 
@@ -103,9 +123,9 @@ def sample_windows(
         Set name -> int32 [samples, seq_len].
 
     Raises:
-        InputError: the text is too short; says how many windows there are.
+        InputError: the text is too short (says how many windows there are), or a mix does not fit the sources.
     """
-    shares = {one.name: share_out(one.samples, _weights(sources, mix)) for one in sets}
+    shares = {one.name: one.shares(sources) for one in sets}
     windows: dict[str, list[np.ndarray]] = {window_set.name: [] for window_set in sets}
     for source, documents in sources.items():
         rng = _generator(seed, source)
@@ -140,12 +160,14 @@ def sample_calibration(
     finetune_validation_samples: int,
     packing: Packing,
     mix: Mapping[str, float],
+    finetune_mix: Mapping[str, float] | None,
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tokenise the documents and draw the four sets of windows.
 
     Args:
         documents: source -> its documents.
+        mix, finetune_mix: source -> weight, of the windows to learn masks on and to fine-tune on; None: the same.
 
     Returns:
         int32 tensors input_ids [samples, seq_len], validation_ids [validation_samples, seq_len], finetune_ids
@@ -155,16 +177,17 @@ def sample_calibration(
     Raises:
         InputError: the text is too short, or mix names an unknown source.
     """
-    _weights(documents, mix)  # before the long work
-    sources = {name: tokenise(texts, tokenizer, name) for name, texts in documents.items()}
+    finetune_mix = mix if finetune_mix is None else finetune_mix
     sets = [
-        WindowSet("input_ids", samples, seq_len),
-        WindowSet("validation_ids", validation_samples, seq_len),
-        WindowSet("finetune_ids", finetune_samples, finetune_seq_len),
-        WindowSet("finetune_validation_ids", finetune_validation_samples, finetune_seq_len),
+        WindowSet("input_ids", samples, seq_len, mix),
+        WindowSet("validation_ids", validation_samples, seq_len, mix),
+        WindowSet("finetune_ids", finetune_samples, finetune_seq_len, finetune_mix),
+        WindowSet("finetune_validation_ids", finetune_validation_samples, finetune_seq_len, finetune_mix),
     ]
+    counts = {one.name: one.shares(documents) for one in sets}  # before the long work
+    sources = {name: tokenise(texts, tokenizer, name) for name, texts in documents.items()}
     eos = tokenizer.eos_token_id
-    windows = sample_windows(sources, sets, mix=mix, packing=packing, eos_token_id=eos, seed=seed)
+    windows = sample_windows(sources, sets, packing=packing, eos_token_id=eos, seed=seed)
     meta = {
         "seed": seed,
         "packing": packing,
@@ -173,7 +196,7 @@ def sample_calibration(
             name: {"documents": len(tokens), "tokens": sum(len(document.tokens) for document in tokens)}
             for name, tokens in sources.items()
         },
-        "windows": {one.name: share_out(one.samples, _weights(sources, mix)) for one in sets},
+        "windows": counts,
     }
     return windows, meta
 
@@ -198,17 +221,6 @@ def share_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     for name in by_remainder[: total - sum(shares.values())]:
         shares[name] += 1
     return shares
-
-
-def _weights(sources: Iterable[str], mix: Mapping[str, float]) -> dict[str, float]:
-    sources = list(sources)
-    unknown = sorted(set(mix) - set(sources))
-    if unknown:
-        raise InputError(f"mix names {', '.join(unknown)}; the calibration sources are {', '.join(sources)}")
-    weights = {name: float(mix.get(name, 1.0)) for name in sources}
-    if sum(weights.values()) <= 0:
-        raise InputError("mix gives every source the weight 0")
-    return weights
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
@@ -278,5 +290,5 @@ def _too_short(source: str, demand: WindowSet, available: int, documents: list[T
     return (
         f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are asked of {source!r}, which has "
         f"{available} for it ({len(documents)} documents, {tokens} tokens in all sets together, packing {packing}); "
-        "ask for fewer samples, give the source less weight in mix, or add text"
+        "ask for fewer samples, give the source less weight in the mix, or add text"
     )

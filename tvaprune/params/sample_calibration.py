@@ -6,6 +6,8 @@ from pydantic import Field
 
 from tvaprune.params.loading import StageParams
 
+Weights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
 
 class SampleCalibrationParams(StageParams):
     section = "sample_calibration"
@@ -21,6 +23,7 @@ class SampleCalibrationParams(StageParams):
     packing: Literal["auto", "documents", "packed"] = Field(
         description="Windows inside long documents, short documents one after another, or each where it suits."
     )
-    mix: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
-        description="Source -> its weight in shares of windows; a source that is not named has weight 1."
+    mix: Weights = Field(
+        description="Source -> its weight in shares of the windows to learn masks on; 1 for a source that is not named."
     )
+    finetune_mix: Weights | None = Field(description="The same for the windows to fine-tune on; null: as mix.")

@@ -7,6 +7,7 @@ current commit (`dvc exp show`), and one for each setting that ran with several 
 import json
 import statistics
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import typer
 METRICS = Path("metrics")
 TASKS = (("piqa", "acc"), ("hellaswag", "acc_norm"), ("arc_easy", "acc"))
 NAMES = {"dense": "dense", "compact": "pruned", "finetuned": "pruned + LoRA"}
+# Sections that the pruned model does not depend on.
+AFTER_PRUNING = ("finetune_lora.", "benchmark_speed.", "eval_zeroshot.")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -57,7 +60,9 @@ def workspace_table(metrics: dict[str, Any]) -> str:
 
 def shown_experiments() -> list[dict[str, Any]]:
     """What `dvc exp show --json` says of the current commit."""
-    shown = subprocess.run(["dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True
+    )
     return json.loads(shown.stdout)
 
 
@@ -79,12 +84,14 @@ def experiments_table(shown: list[dict[str, Any]]) -> str:
     """One row for each experiment with metrics, sorted by sparsity and perplexity.
 
     `changed` names the parameters that differ from the workspace's, but for sparsity, method and axes, which have
-    columns of their own.
+    columns of their own. An experiment that did not run the benchmark holds the commit's speeds, which are left out.
     """
     measured = list(measured_experiments(shown))
     rows = []
     for _name, params, metrics in measured:
-        row = _experiment_row(params, metrics, _changed(params, measured[0][1]))
+        speed = metrics.get("speed") or {}
+        own = params == measured[0][1] or speed != measured[0][2].get("speed")
+        row = _experiment_row(params, metrics, speed if own else {}, _changed(params, measured[0][1]))
         if row not in rows:
             rows.append(row)
     head = (
@@ -97,30 +104,34 @@ def experiments_table(shown: list[dict[str, Any]]) -> str:
 def seeds_table(shown: list[dict[str, Any]]) -> str:
     """One row for each setting that ran with several seeds: mean and sample standard deviation of the perplexity."""
     measured = list(measured_experiments(shown))
-    settings: dict[tuple[float, str, str], dict[int, float]] = defaultdict(dict)
+    settings: dict[tuple[float, str, str, str], dict[int, float]] = defaultdict(dict)
     for _name, params, metrics in measured:
-        changed = _changed(params, measured[0][1], but=("seed",))
-        key = (params["sparsity"], params["learn_masks"]["method"], changed)
-        settings[key][params["seed"]] = metrics["perplexity"]["compact"]["ppl"]
+        changed = _changed(params, measured[0][1], but=("seed", *AFTER_PRUNING))
+        method, axes = params["learn_masks"]["method"], " ".join(params["learn_masks"]["axes"])
+        settings[params["sparsity"], method, axes, changed][params["seed"]] = metrics["perplexity"]["compact"]["ppl"]
     rows = [
-        "| method | changed | sparsity | seeds | pruned ppl, mean | standard deviation | of the mean |",
-        "|---" * 7 + "|",
+        "| method | axes | changed | sparsity | seeds | pruned ppl, mean | standard deviation | of the mean |",
+        "|---" * 8 + "|",
     ]
-    for (sparsity, method, changed), by_seed in sorted(settings.items()):
+    for (sparsity, method, axes, changed), by_seed in sorted(settings.items()):
         if len(by_seed) < 2:
             continue
         mean, deviation = statistics.mean(by_seed.values()), statistics.stdev(by_seed.values())
         seeds = " ".join(map(str, sorted(by_seed)))
-        cells = [method, changed, str(sparsity), seeds, f"{mean:.1f}", f"{deviation:.2f}", f"{deviation / mean:.1%}"]
-        rows.append("| " + " | ".join(cells) + " |")
+        cells = [method, axes, changed, str(sparsity), seeds, f"{mean:.1f}", f"{deviation:.2f}"]
+        rows.append("| " + " | ".join([*cells, f"{deviation / mean:.1%}"]) + " |")
     return "\n".join(rows)
 
 
 def _changed(params: dict[str, Any], base: dict[str, Any], but: tuple[str, ...] = ()) -> str:
-    """`section.key=value` of what differs between two sets of parameters and has no column."""
+    """`section.key=value` of what differs between two sets of parameters and has no column.
+
+    Args:
+        but: names, or sections with their dot, to leave out.
+    """
     ours, theirs = dict(_leaves(params)), dict(_leaves(base))
     columns = ("sparsity", "learn_masks.method", "learn_masks.axes", *but)
-    differ = [name for name in ours if name not in columns and ours[name] != theirs.get(name)]
+    differ = [name for name in ours if not name.startswith(columns) and ours[name] != theirs.get(name)]
     return " ".join(f"{name}={ours[name]}" for name in sorted(differ))
 
 
@@ -132,8 +143,10 @@ def _leaves(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def _experiment_row(params: dict[str, Any], metrics: dict[str, Any], changed: str) -> tuple[Any, ...]:
-    perplexity, speed = metrics["perplexity"], metrics.get("speed") or {}
+def _experiment_row(
+    params: dict[str, Any], metrics: dict[str, Any], speed: dict[str, Any], changed: str
+) -> tuple[Any, ...]:
+    perplexity = metrics["perplexity"]
     finetuned = perplexity.get("finetuned", {}).get("ppl")
     compact = perplexity["compact"]["ppl"]
     return (

@@ -34,13 +34,17 @@ def test_the_workspace_table_has_a_row_for_each_model_that_was_measured() -> Non
     assert "LoRA" not in workspace_table(METRICS)
 
 
-def experiment(method: str, sparsity: float, ppl: float, seed: int = 0, **gates: float) -> dict:
+def experiment(
+    method: str, sparsity: float, ppl: float, seed: int = 0, speedup: float = 1.2, steps: int = 100, **gates: float
+) -> dict:
     metrics = {
         "metrics/perplexity.json": {"data": {"dense": MODEL, "compact": {"ppl": ppl}}},
         "metrics/masks.json": {"data": {"seconds": 10.0}},
+        "metrics/speed.json": {"data": {"prefill": {"speedup": speedup}}},
     }
     learn = {"method": method, "axes": ["hidden"], "gates": {"noise": 0.0, **gates}}
-    params = {"params.yaml": {"data": {"seed": seed, "sparsity": sparsity, "learn_masks": learn}}}
+    content = {"seed": seed, "sparsity": sparsity, "learn_masks": learn, "finetune_lora": {"steps": steps}}
+    params = {"params.yaml": {"data": content}}
     return {"rev": method * 3, "data": {"metrics": metrics, "params": params}}
 
 
@@ -53,8 +57,14 @@ def test_experiments_are_sorted_by_sparsity_and_perplexity_and_say_what_changed(
     assert rows[1][5:8] == ["30.0", "", "1.50"]
 
 
+def test_speeds_that_an_experiment_only_inherited_are_left_out() -> None:
+    shown = [experiment("tva", 0.2, 30), experiment("flap", 0.2, 40), experiment("depth", 0.2, 50, speedup=1.3)]
+    rows = [row.split("|")[9].strip() for row in experiments_table(shown).splitlines()[2:]]
+    assert rows == ["1.20×", "", "1.30×"]
+
+
 def test_seeds_of_one_setting_make_one_row_and_single_runs_none() -> None:
-    shown = [experiment("tva", 0.2, ppl, seed) for seed, ppl in enumerate((28.0, 30.0, 32.0, 30.0))]
+    shown = [experiment("tva", 0.2, ppl, seed, steps=seed) for seed, ppl in enumerate((28.0, 30.0, 32.0, 30.0))]
     shown += [shown[0], experiment("tva", 0.2, 50, seed=1, noise=1.0), experiment("tva", 0.5, 60)]
     (row,) = seeds_table(shown).splitlines()[2:]
-    assert row == "| tva |  | 0.2 | 0 1 2 3 | 30.0 | 1.63 | 5.4% |"
+    assert row == "| tva | hidden |  | 0.2 | 0 1 2 3 | 30.0 | 1.63 | 5.4% |"

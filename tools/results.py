@@ -67,7 +67,10 @@ def shown_experiments() -> list[dict[str, Any]]:
 
 
 def measured_experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, parameters and metrics by file name of every experiment in `dvc exp show --json` that was evaluated."""
+    """Name, parameters and metrics by file name of every experiment in `dvc exp show --json` that was evaluated.
+
+    A failed one is left out: it holds the commit's metrics beside its own parameters.
+    """
     for revision in shown:
         for experiment in [revision, *(revision.get("experiments") or [])]:
             for one in experiment.get("revs") or [experiment]:
@@ -76,7 +79,9 @@ def measured_experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dic
                     Path(path).stem: content.get("data") or {} for path, content in (data.get("metrics") or {}).items()
                 }
                 params = ((data.get("params") or {}).get("params.yaml") or {}).get("data") or {}
-                if {"perplexity", "masks"} <= {name for name, content in metrics.items() if content}:
+                if not one.get("error") and {"perplexity", "masks"} <= {
+                    name for name, content in metrics.items() if content
+                }:
                     yield str(one.get("name") or one["rev"][:7]), params, metrics
 
 

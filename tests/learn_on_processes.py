@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from tests.tiny_models import tiny_model
-from tests.unit.test_gates import PAPER, SETTINGS, WINDOWS
+from tests.unit.test_gates import PAPER, SETTINGS, TRACKED, WINDOWS
 from tvaprune.distributed import join
 from tvaprune.gates.training import learn_gates
 from tvaprune.model.sharding import shard_layers
 from tvaprune.model.topology import Topology
 
-CASES = {"budget": SETTINGS, "noisy": replace(SETTINGS, noise=0.5), "lagrangian": PAPER}
+CASES = {"tracked": TRACKED, "budget": SETTINGS, "noisy": replace(SETTINGS, noise=0.5), "lagrangian": PAPER}
 
 
 def main(case: str, family: str, sharded: str, out: str) -> None:

@@ -28,7 +28,7 @@ def run(directory: Path, processes: int, *arguments: str) -> dict[str, torch.Ten
     ("case", "family", "sharded"),
     [
         ("noisy", "llama_tied", "whole"),
-        ("budget", "qwen3", "sharded"),
+        ("tracked", "qwen3", "sharded"),
         pytest.param("budget", "llama", "whole", marks=pytest.mark.slow),
         pytest.param("lagrangian", "llama", "whole", marks=pytest.mark.slow),
         pytest.param("noisy", "llama_bias", "sharded", marks=pytest.mark.slow),

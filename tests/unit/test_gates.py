@@ -10,7 +10,7 @@ from tests.tiny_models import FAMILIES, random_masks, tiny_model
 from tvaprune.gates import insertion, vib
 from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
-from tvaprune.gates.curvature import gate_curvature
+from tvaprune.gates.curvature import RunningCurvature, gate_curvature
 from tvaprune.gates.insertion import GatedModel, NoisePool, hard_gates
 from tvaprune.gates.run import check_method, find_masks
 from tvaprune.gates.state import GateTraining
@@ -23,15 +23,17 @@ from tvaprune.widths.masks import UnreachableSparsityError, sparsity
 WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 SETTINGS = GateTraining(
     steps=30, batch_size=2, constraint="budget", ramp=0.6, init="curvature", init_log_var=0.0, curvature_windows=4,
-    head_start={"hidden": 1.0, "intermediate": 0.0, "kv_heads": 0.5}, log_var_lr=0.05, mu_lr=0.01, lambda_lr=0.1,
-    noise=0.0, channel_means=True, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0, distillation_weight=1.0,
-    slope=(2.0, 8.0), clip=None,
+    log_var="trained", head_start={"hidden": 1.0, "intermediate": 0.0, "kv_heads": 0.5}, log_var_lr=0.05, mu_lr=0.01,
+    lambda_lr=0.1, noise=0.0, channel_means=True, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0,
+    distillation_weight=1.0, slope=(2.0, 8.0), clip=None,
 )  # fmt: skip
 PAPER = replace(
     SETTINGS, constraint="lagrangian", init="constant", init_log_var=-3.0, noise=1.0, slope=(1.0, 1.0),
     channel_means=False, log_var_lr=0.2, kl_weight=dict.fromkeys(AXES, 1e-6), distillation_weight=0.0,
     lambda_lr=20.0, clip=1.0,
 )  # fmt: skip
+
+TRACKED = replace(SETTINGS, log_var="tracked")
 
 
 class Memory:
@@ -58,11 +60,12 @@ class Memory:
                 raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, TRACKED], ids=["trained", "tracked"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_budget_is_met_at_every_step_and_at_the_end(family: str) -> None:
+def test_the_budget_is_met_at_every_step_and_at_the_end(family: str, settings: GateTraining) -> None:
     model = tiny_model(family)
     topology = Topology.of(model.config)
-    learned = learn_gates(model, topology, WINDOWS, 0.4, SETTINGS, progress=False)
+    learned = learn_gates(model, topology, WINDOWS, 0.4, settings, progress=False)
     full = [torch.tensor(64), torch.full((3,), 96), torch.full((3,), topology.kv_heads)]
     dearest = max(float(cost.max()) for cost in unit_costs(topology, *full)) + 2 * topology.hidden  # and its norms
     dearest /= dense_decoder_parameters(topology)
@@ -72,7 +75,7 @@ def test_the_budget_is_met_at_every_step_and_at_the_end(family: str) -> None:
     assert sparsity(topology, learned.masks) >= 0.4
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, noise=0.5), PAPER])
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, noise=0.5), TRACKED, PAPER])
 def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(settings: GateTraining) -> None:
     topology = Topology.of(tiny_model("llama").config)
     undisturbed = learn_gates(tiny_model("llama"), topology, WINDOWS, 0.3, settings, progress=False)
@@ -219,6 +222,42 @@ def test_curvature_is_that_of_the_distillation_loss() -> None:
         exact = [(divergence(unit, 0.05) + divergence(unit, -0.05)) / 0.05**2 for unit in units]
     for unit, curvature in zip(units, exact, strict=True):
         assert float(estimate[unit]) == pytest.approx(curvature, rel=0.35)
+
+
+def test_running_curvature_averages_draws_over_kept_units_on_the_starts_scale() -> None:
+    start = {axis: torch.tensor([1.0, 2.0, 3.0]) for axis in AXES}
+    keep = {axis: torch.tensor([True, True, False]) for axis in AXES}
+    running = RunningCurvature(start, windows=2)
+    assert all(torch.equal(running.mean()[axis], start[axis]) for axis in AXES)
+    # Squares 8 and 4 on the kept units are 2 and 1 on the start's scale, whose total over them is 3.
+    running.add({axis: torch.tensor([8.0, 4.0, 99.0]).sqrt() for axis in AXES}, keep, windows=1)
+    for axis in AXES:
+        assert running.mean()[axis].tolist() == pytest.approx([(2 + 2) / 3, (4 + 1) / 3, 3.0])
+    again = RunningCurvature.from_state(running.state_dict())
+    assert all(torch.equal(again.mean()[axis], running.mean()[axis]) for axis in AXES)
+
+
+def test_running_curvature_does_not_depend_on_the_objectives_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = {axis: torch.rand(6, generator=generator) for axis in AXES}
+    one, other = RunningCurvature(start, 4), RunningCurvature(start, 4)
+    for _ in range(3):
+        gradient = {axis: torch.randn(6, generator=generator) for axis in AXES}
+        keep = {axis: torch.rand(6, generator=generator) > 0.3 for axis in AXES}
+        one.add(gradient, keep, 2)
+        other.add({axis: 0.01 * value for axis, value in gradient.items()}, keep, 2)
+    assert all(torch.allclose(one.mean()[axis], other.mean()[axis], rtol=1e-4) for axis in AXES)
+
+
+def test_tracked_gates_move_with_the_training_and_have_no_rate_or_slope() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    start = replace(TRACKED, steps=1, mu_lr=0.0)
+    first, last = (learn_gates(model, topology, WINDOWS, 0.3, one, progress=False).masks for one in (start, TRACKED))
+    assert not torch.equal(first.keep["intermediate"], last.keep["intermediate"])
+    trained_rate = replace(TRACKED, log_var_lr=5.0, slope=(1.0, 1.0))
+    other = learn_gates(model, topology, WINDOWS, 0.3, trained_rate, progress=False).masks
+    assert all(torch.equal(last.log_alpha[axis], other.log_alpha[axis]) for axis in AXES)
 
 
 def test_kept_parameters_under_hard_gates_never_exceed_the_budget() -> None:

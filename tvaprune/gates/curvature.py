@@ -1,5 +1,7 @@
 """How the loss curves in each gate, by the Fisher information of the model's own predictions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -46,6 +48,52 @@ def gate_curvature(
             total[axis] += gradient.square() * counts
     gated.clear()
     return {axis: world.sum_(total[axis]) / len(windows) for axis in AXES}
+
+
+class RunningCurvature:
+    """The curvature at the start, averaged with what training's own gradients say of it, at no cost.
+
+    The square of a gate's gradient on one window is one draw of its Fisher information (the empirical one: the text's
+    labels for sampled ones, and half of the objective distillation), and training computes it at every step anyway.
+    It says what the dense model cannot: how the loss curves once other units are gone. Each axis's draws are scaled to
+    the start's total over the units that were drawn, so that neither the objective's weights nor the labels shift the
+    axes against each other. A dropped unit has no draw: its gradient at 0 says what it would do, not how it curves.
+
+    Args:
+        start: mean over windows, float32 per axis, as of `gate_curvature`.
+        windows: how many.
+    """
+
+    def __init__(self, start: dict[Axis, Tensor], windows: int) -> None:
+        self._start, self._windows = start, float(windows)
+        self._drawn = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
+        self._draws = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
+
+    def add(self, gradient: dict[Axis, Tensor], keep: dict[Axis, Tensor], windows: int) -> None:
+        """A step's gradients of the mean loss over `windows` windows, with respect to the gates' means."""
+        for axis in AXES:
+            kept = keep[axis].float()
+            self._drawn[axis] += windows**2 * gradient[axis].square() * kept
+            self._draws[axis] += windows * kept
+
+    def mean(self) -> dict[Axis, Tensor]:
+        """float32 per axis: over the start's windows and, for units that were kept, the training's."""
+        means = {}
+        for axis, start in self._start.items():
+            draws, drawn = self._draws[axis], self._drawn[axis]
+            seen = draws > 0
+            scale = start[seen].sum() / ((drawn / draws.clamp_min(1))[seen].sum() + 1e-30)
+            means[axis] = (start * self._windows + scale * drawn) / (self._windows + draws)
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self._start, "windows": self._windows, "drawn": self._drawn, "draws": self._draws}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "RunningCurvature":
+        one = cls(state["start"], int(state["windows"]))
+        one._drawn, one._draws = state["drawn"], state["draws"]
+        return one
 
 
 def _sample(hidden: Tensor, head: Tensor, uniform: Tensor, chunk: int = 256) -> Tensor:

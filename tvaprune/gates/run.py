@@ -113,7 +113,8 @@ def find_masks(
             model.activation_checkpointing_enable()
             model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
         if method == "deterministic":
-            gates = replace(gates, noise=0.0, kl_weight=dict.fromkeys(AXES, 0.0), init="constant")
+            none = dict.fromkeys(AXES, 0.0)
+            gates = replace(gates, noise=0.0, kl_weight=none, init="constant", log_var="trained")
         learned = learn_gates(
             model,
             topology,

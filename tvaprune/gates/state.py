@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tvaprune.gates.curvature import RunningCurvature
 from tvaprune.gates.vib import EPSILON, log_alpha, stationary_log_var
 from tvaprune.model.sparsity import unit_costs
 from tvaprune.model.topology import AXES, PLACES, Axis, Place, Topology
@@ -25,6 +26,9 @@ class GateTraining:
         init: "curvature" starts log_var at the bottleneck's stationary point, "constant" at init_log_var.
         init_log_var: mean of the normal (std 0.01) that log_var starts from with init "constant".
         curvature_windows: calibration windows for init "curvature".
+        log_var: "tracked" keeps it at the stationary point through training, with the curvature averaged over the
+            start's windows and the training's own (`RunningCurvature`); needs constraint "budget" and init
+            "curvature", and learns nothing by log_var_lr, slope or KL on log_var. "trained" follows the gradient.
         head_start: added to log_alpha at the start, per axis, on the scale of a standard deviation.
         log_var_lr, mu_lr, lambda_lr: AdamW learning rates.
         channel_means: learn `channel_mu` too, at mu's rate: a mean by channel and layer where one gate spans several
@@ -44,6 +48,7 @@ class GateTraining:
     init: Literal["curvature", "constant"]
     init_log_var: float
     curvature_windows: int
+    log_var: Literal["tracked", "trained"]
     head_start: dict[Axis, float]
     log_var_lr: float
     mu_lr: float
@@ -86,6 +91,8 @@ class Gates:
             weight_decay=0.0,
         )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._curvature: RunningCurvature | None = None
+        self._scale = 0.0, 1.0
 
     def start_at_stationary_point(self, curvature: dict[Axis, Tensor]) -> None:
         """log_var where KL and curvature balance, one price a parameter, on a common scale over the axes.
@@ -94,17 +101,38 @@ class Gates:
         to one standard deviation of the intermediate units' log_alpha, so that learning rates mean the same on
         every model.
         """
+        self._curvature = RunningCurvature(curvature, self.settings.curvature_windows)
+        balance = self._balance(curvature)["intermediate"]
+        self._scale = float(balance.mean()), float(balance.std())
+        self._follow(curvature)
+
+    def track(self, gradient: dict[Axis, Tensor], keep: dict[Axis, Tensor]) -> None:
+        """Move log_var to the stationary point as this step's gradients, too, see it.
+
+        Args:
+            gradient: of the mean loss of the whole batch with respect to the gates' means, float32 per axis.
+            keep: bool per axis, the step's gates.
+        """
+        assert self._curvature is not None, "log_var is tracked from the stationary point on"
+        self._curvature.add(gradient, keep, self.settings.batch_size)
+        self._follow(self._curvature.mean())
+
+    def _balance(self, curvature: dict[Axis, Tensor]) -> dict[Axis, Tensor]:
+        """log(mu²·H / price) per axis, the price a unit's parameters in the dense model."""
         full = [torch.tensor(float(self.topology.hidden))]
         full += [torch.full((self.topology.layers,), float(self.topology.width(a))) for a in AXES[1:]]
         costs = unit_costs(self.topology, *full)
-        scores = {}
+        balance = {}
         for axis, cost in zip(AXES, costs, strict=True):
             price = cost.float().to(curvature[axis].device)
             price = price if axis == "hidden" else price[:, None]
-            scores[axis] = log_alpha(self.mu[axis], stationary_log_var(self.mu[axis], curvature[axis], price))
-        centre, scale = scores["intermediate"].mean(), scores["intermediate"].std()
-        for axis in AXES:
-            score = (scores[axis] - centre) / scale + self.settings.head_start[axis]
+            balance[axis] = log_alpha(self.mu[axis], stationary_log_var(self.mu[axis], curvature[axis], price))
+        return balance
+
+    def _follow(self, curvature: dict[Axis, Tensor]) -> None:
+        centre, scale = self._scale
+        for axis, balance in self._balance(curvature).items():
+            score = (balance - centre) / scale + self.settings.head_start[axis]
             self.log_var[axis].copy_(torch.log(self.mu[axis].square() + EPSILON) - score)
 
     def scores(self) -> dict[Axis, Tensor]:
@@ -137,6 +165,8 @@ class Gates:
             "log_var": self.log_var,
             "multipliers": self.multipliers,
             "optimizer": self.optimizer.state_dict(),
+            "curvature": None if self._curvature is None else self._curvature.state_dict(),
+            "scale": self._scale,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -147,6 +177,8 @@ class Gates:
             mean.copy_(state["channel_mu"][place])
         self.multipliers.copy_(state["multipliers"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._curvature = None if state["curvature"] is None else RunningCurvature.from_state(state["curvature"])
+        self._scale = state["scale"]
 
     def step(
         self,

@@ -47,7 +47,9 @@ def budget_step(
     noise: NoisePool | None,
     world: World = ALONE,
 ) -> Row:
-    """One step under the exact budget: 0/1 gates forward, a straight-through sigmoid backward, along its tangent.
+    """One step under the exact budget: 0/1 gates forward, and log_var tracked or trained.
+
+    Trained: a straight-through sigmoid backward, along the budget's tangent.
 
     Args:
         batch: this process's share of the step's windows.
@@ -78,23 +80,25 @@ def budget_step(
     parts.loss.backward()
     parts = _average(world, parts, [*z.values(), *(sigma or {}).values(), *channel_mu.values()])
     with torch.no_grad():
-        gate_gradient = {axis: _grad(z[axis]) * gates.mu[axis] for axis in AXES}
-        score_gradient, _ = tangent_to_budget(topology, hard, gate_gradient)
-        mu_gradient, log_var_gradient = {}, {}
-        for axis in AXES:
-            on_score = score_gradient[axis]
-            mu_gradient[axis] = _grad(z[axis]) * hard.keep[axis]
-            if sigma is not None:
-                on_score = on_score - 0.5 * _grad(sigma[axis]) * sigma[axis]
-            kl_mu, kl_log_var = kl_gradient(gates.mu[axis], gates.log_var[axis])
-            weight = settings.kl_weight[axis]
-            log_var_gradient[axis] = -on_score + weight * kl_log_var
-            mu_gradient[axis] = mu_gradient[axis] + weight * kl_mu
-            if axis not in gates.axes:
-                log_var_gradient[axis].zero_()
+        z_gradient = {axis: _grad(z[axis]) for axis in AXES}
+        kl_gradients = {axis: kl_gradient(gates.mu[axis], gates.log_var[axis]) for axis in AXES}
+        mu_gradient = {
+            axis: z_gradient[axis] * hard.keep[axis] + settings.kl_weight[axis] * kl_gradients[axis][0] for axis in AXES
+        }
+        log_var_gradient = {axis: torch.zeros_like(gates.log_var[axis]) for axis in AXES}
+        if settings.log_var == "trained":
+            gate_gradient = {axis: z_gradient[axis] * gates.mu[axis] for axis in AXES}
+            score_gradient, _ = tangent_to_budget(topology, hard, gate_gradient)
+            for axis in gates.axes:
+                on_score = score_gradient[axis]
+                if sigma is not None:
+                    on_score = on_score - 0.5 * _grad(sigma[axis]) * sigma[axis]
+                log_var_gradient[axis] = settings.kl_weight[axis] * kl_gradients[axis][1] - on_score
         decay = 1.0 if progress <= settings.ramp else max((1 - progress) / (1 - settings.ramp), 0.02)
         channel_gradient = {place: _grad(mean) for place, mean in channel_mu.items()}
         gates.step(mu_gradient, channel_gradient, log_var_gradient, torch.zeros_like(gates.multipliers), decay)
+        if settings.log_var == "tracked":
+            gates.track(z_gradient, hard.keep)
         reached = sparsity(topology, Masks(hard.keep, {}, {}))
     return _row(parts, reached, scheduled, hard.keep["hidden"].sum())
 

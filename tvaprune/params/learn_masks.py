@@ -29,6 +29,7 @@ class GateParams(BaseModel):
     init: Literal["curvature", "constant"] = Field(description="Where log_var starts.")
     init_log_var: float = Field(description="The constant, for init: constant.", ge=-20, le=20)
     curvature_windows: int = Field(description="Windows for init: curvature.", ge=1)
+    log_var: Literal["tracked", "trained"] = Field(description="Kept at the stationary point, or by gradient.")
     head_start: PerAxis = Field(description="Added to log_alpha at the start.")
     log_var_lr: float = Field(description="Learning rate of log_var.", ge=0)
     mu_lr: float = Field(description="Learning rate of mu; 0 keeps it at 1.", ge=0)
@@ -45,6 +46,15 @@ class GateParams(BaseModel):
     def _objective(self) -> "GateParams":
         if self.ce_weight + self.distillation_weight == 0:
             raise ValueError("ce_weight and distillation_weight are both 0: there is nothing to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _tracked_from_curvature(self) -> "GateParams":
+        if self.log_var == "tracked" and (self.constraint, self.init) != ("budget", "curvature"):
+            raise ValueError(
+                f"log_var = tracked needs constraint: budget and init: curvature, found {self.constraint} and "
+                f"{self.init}; use log_var: trained"
+            )
         return self
 
 
@@ -99,8 +109,11 @@ class LearnMasksParams(StageParams):
             idle = {"curvature_windows"} if self.gates.init == "constant" else {"init_log_var"}
             if self.gates.constraint == "budget":
                 idle |= {"lambda_lr"}
-            if self.method == "deterministic":  # has no noise and no KL, and starts at the constant
-                idle = idle - {"init_log_var"} | {"noise", "kl_weight", "init", "curvature_windows"}
+            if self.gates.log_var == "tracked":
+                idle |= {"log_var_lr", "slope"}
+            if self.method == "deterministic":  # has no noise and no KL, starts at the constant and is trained
+                idle -= {"init_log_var", "log_var_lr", "slope"}
+                idle |= {"noise", "kl_weight", "init", "curvature_windows", "log_var"}
             values["gates"] = {key: value for key, value in values["gates"].items() if key not in idle}
         else:
             values.pop("gates")

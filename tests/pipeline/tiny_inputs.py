@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sample_calibration": {
         "samples": 24, "seq_len": 32, "validation_samples": 2,
         "finetune_samples": 16, "finetune_seq_len": 32, "finetune_validation_samples": 2,
+        "mix": {}, "finetune_mix": None,
     },
     "adapt_dimensions": {"multiple": 16},
     "compact": {"prompt_tokens": 16},

@@ -75,6 +75,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("learn_masks/axes", ["heads"], r"learn_masks\.axes\.0 = 'heads': .*'kv_heads'"),
     ("learn_masks/gates/steps", 0, r"learn_masks\.gates\.steps = 0: .*greater than or equal to 1"),
     ("learn_masks/gates/noise", 1.5, r"learn_masks\.gates\.noise = 1\.5"),
+    ("learn_masks/gates/init", "constant", r"tracked needs .* found budget and constant; use log_var: trained"),
     ("learn_masks/gates/ste", 3, r"learn_masks\.gates\.ste: unknown key"),
     ("adapt_dimensions/multiple", 0, r"adapt_dimensions\.multiple\.hidden = 0: .*greater than or equal to 1"),
     ("adapt_dimensions/multiple", {"hidden": 32}, r"adapt_dimensions\.multiple\.intermediate: missing"),
@@ -107,6 +108,20 @@ def test_a_mistake_is_refused_and_named(changed: Callable[[str, Any], Path], key
     check = sections[name].load if name in sections else check_everything
     with pytest.raises(ParameterError, match=named):
         check(changed(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("sample_calibration/mix", {"tales": 2}, r"mix: names tales, but the sources .* are speeches, .*; take it out"),
+        ("fetch_inputs/calibration/sources/5/label", "mine", r"finetune_mix: names passages, but the sources .* mine"),
+    ],
+)
+def test_a_mix_that_names_no_source_is_refused_before_any_download(
+    changed: Callable[[str, Any], Path], key: str, value: Any, named: str
+) -> None:
+    with pytest.raises(ParameterError, match=rf"sample_calibration\.{named}"):
+        check_everything(changed(key, value))
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)

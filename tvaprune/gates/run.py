@@ -76,10 +76,9 @@ def find_masks(
 ) -> Found:
     """Find masks by the method named.
 
-    tva: the gates as set. deterministic: the same without noise, KL and the start at the bottleneck's stationary point,
-    the ablation of the bottleneck. vtrans: the
-    same without the means (Dutta et al. 2024, their baseline; with adapt_dimensions.multiple 1 it is not adapted
-    either). Any other: a published baseline.
+    tva: the gates as set. deterministic: the ablation of the bottleneck, the same without noise, KL and its stationary
+    point, log_var by gradient from a constant. vtrans: the same without the means (Dutta et al. 2024, their baseline;
+    with adapt_dimensions.multiple 1 it is not adapted either). Any other: a published baseline.
 
     Args:
         model: dense, on its device; frozen here.

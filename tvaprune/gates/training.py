@@ -69,10 +69,10 @@ def learn_gates(
 ) -> Learned:
     """Train mu and log_var (and lambda) until the target is met; the model's weights stay frozen.
 
-    Departures from section 3.1, each with its ablation in docs/lab-log.md: gates are 0 or mu in the forward, the
-    gradient passes straight through a sigmoid, and the threshold is solved at every step so that the kept
-    parameters are the schedule's (constraint "budget"); the starting point is the bottleneck's own stationary
-    point; dropped dimensions are zero and outside the norm while training.
+    Departures from section 3.1, each with its ablation in docs/lab-log.md: gates are 0 or mu in the forward, and the
+    threshold is solved at every step so that the kept parameters are the schedule's (constraint "budget"); log_var
+    starts at the bottleneck's own stationary point and is tracked there, where the paper follows a sampled gradient;
+    dropped dimensions are zero and outside the norm while training.
 
     Args:
         model: causal LM on its device; weights in any floating dtype.

@@ -33,7 +33,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 
 def check_everything(path: Path) -> None:
-    """Read every section.
+    """Read every section, and see that the calibration mixes name sources that there are.
 
     Raises:
         ParameterError: all problems of all sections, a line each.
@@ -47,10 +47,24 @@ def check_everything(path: Path) -> None:
         for key in content
         if key not in known
     ]
+    loaded: dict[type[StageParams], StageParams] = {}
     for stage in SECTIONS:
         try:
-            stage.load(path)
+            loaded[stage] = stage.load(path)
         except ParameterError as error:
             problems.append(str(error))
+    texts, sampling = loaded.get(FetchInputsParams), loaded.get(SampleCalibrationParams)
+    if isinstance(texts, FetchInputsParams) and isinstance(sampling, SampleCalibrationParams):
+        problems += _unknown_sources(texts, sampling)
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
+
+
+def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams) -> list[str]:
+    labels = [source.label for source in texts.calibration.sources]
+    return [
+        f"{sampling.section}.{key}: names {', '.join(unknown)}, but the sources of fetch_inputs.calibration are "
+        f"{', '.join(labels)}; take it out"
+        for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
+        if (unknown := sorted(set(mix) - set(labels)))
+    ]

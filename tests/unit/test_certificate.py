@@ -283,10 +283,13 @@ def test_a_base_without_a_record_has_a_card_too(tmp_path: Path) -> None:
 
 def test_what_had_no_influence_is_not_what_it_was_made_with() -> None:
     masks = LearnMasksParams.load(PARAMS).model_copy(update={"method": "tva"})
-    gates = masks.gates.model_copy(update={"constraint": "budget", "init": "curvature"})
-    used = masks.model_copy(update={"gates": gates}).used()["learn_masks"]
-    assert used.keys() == {"sparsity", "seed", "method", "axes", "gates"}
-    assert set(type(gates).model_fields) - used["gates"].keys() == {"lambda_lr", "init_log_var"}
+    without = {"lambda_lr", "init_log_var"}
+    for log_var, unused in {"trained": without, "tracked": without | {"log_var_lr", "slope"}}.items():
+        update = {"constraint": "budget", "init": "curvature", "log_var": log_var}
+        gates = masks.gates.model_copy(update=update)
+        used = masks.model_copy(update={"gates": gates}).used()["learn_masks"]
+        assert used.keys() == {"sparsity", "seed", "method", "axes", "gates"}
+        assert set(type(gates).model_fields) - used["gates"].keys() == unused
     for method, options in {
         "random": set(),
         "wanda_sp": {"windows"},

@@ -11,18 +11,19 @@ from tvaprune.gates import insertion, vib
 from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
 from tvaprune.gates.curvature import RunningCurvature, gate_curvature
-from tvaprune.gates.insertion import GatedModel, NoisePool, hard_gates
+from tvaprune.gates.insertion import GatedModel, GradientDraws, NoisePool, hard_gates
 from tvaprune.gates.run import check_method, find_masks
 from tvaprune.gates.state import GateTraining
 from tvaprune.gates.training import learn_gates
 from tvaprune.model.attention import use_training_attention
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
-from tvaprune.model.topology import AXES, Topology
+from tvaprune.model.topology import AXES, Axis, Topology
 from tvaprune.widths.masks import UnreachableSparsityError, sparsity
 
 WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 SETTINGS = GateTraining(
     steps=30, batch_size=2, constraint="budget", ramp=0.6, init="curvature", init_log_var=0.0, curvature_windows=4,
+    curvature_tokens=8,
     log_var="trained", head_start={"hidden": 1.0, "intermediate": 0.0, "kv_heads": 0.5}, log_var_lr=0.05, mu_lr=0.01,
     lambda_lr=0.1, noise=0.0, channel_means=True, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0,
     distillation_weight=1.0, slope=(2.0, 8.0), clip=None,
@@ -192,11 +193,71 @@ def test_stationary_point_balances_curvature_and_kl() -> None:
     assert float(gradient.abs().max()) < 1e-2 * price
 
 
-def test_curvature_is_the_squared_gradient_per_window() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stretch", [1, 6, 12, 24])
+def test_draws_are_the_squared_gradients_of_a_stretchs_own_gates(
+    stretch: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one backward for each stretch, with gates that open in that stretch alone and are 1 elsewhere."""
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    masks = random_masks(topology, seed=5)
+    kept = int(masks.keep["hidden"].sum())
+    windows = WINDOWS[:2].long()
+    count = windows.numel() // stretch
+
+    def loss() -> torch.Tensor:
+        logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten())
+
+    def gates() -> dict[Axis, torch.Tensor]:
+        return {axis: value.requires_grad_() for axis, value in hard_gates(masks.keep, masks.mu).items()}
+
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()
+    draws = GradientDraws(topology, stretch, torch.device("cpu"))
+    whole = gates()
+    with GatedModel(model, topology).inserted() as gated:
+        gated.set(whole, kept, channel_mu=masks.channel_mu, draws=draws)
+        loss().backward()
+
+    expected = {axis: torch.zeros(topology.gate_shape(axis)) for axis in AXES}
+    total = {axis: torch.zeros(topology.gate_shape(axis)) for axis in AXES}
+    for index in range(count):
+        here = torch.zeros(count).index_fill_(0, torch.tensor(index), 1.0).repeat_interleave(stretch).view(2, -1, 1)
+
+        class Here:
+            @staticmethod
+            def apply(x: torch.Tensor, z: torch.Tensor, *_: Any, here: torch.Tensor = here) -> torch.Tensor:
+                return x * (z * here + z.detach() * (1 - here))
+
+        own = gates()
+        with monkeypatch.context() as patched, GatedModel(model, topology).inserted() as gated:
+            patched.setattr(insertion, "_Multiply", Here)
+            gated.set(own, kept, channel_mu=masks.channel_mu)
+            loss().backward()
+        for axis in AXES:
+            expected[axis] += own[axis].grad.square()
+            total[axis] += own[axis].grad
+    for axis in AXES:
+        assert expected[axis].sum() > 0
+        torch.testing.assert_close(draws.squares[axis], expected[axis], rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(whole[axis].grad, total[axis], rtol=1e-3, atol=1e-6)
+
+
+def test_stretches_that_do_not_divide_the_windows_are_refused() -> None:
+    model = tiny_model("llama")
+    settings = replace(TRACKED, curvature_tokens=7)
+    with pytest.raises(ValueError, match=r"curvature_tokens = 7 does not divide windows of 24 tokens"):
+        learn_gates(model, Topology.of(model.config), WINDOWS, 0.3, settings, progress=False)
+
+
+def test_the_curvature_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
     topology = Topology.of(model.config)
     with GatedModel(model, topology).inserted() as gated:
-        whole = gate_curvature(gated, WINDOWS[:3].long(), seed=1, progress=False)
+        whole = gate_curvature(gated, WINDOWS[:3].long(), 24, seed=1, progress=False)
         logits = model(WINDOWS.long()).logits
     assert torch.equal(logits, tiny_model("llama")(WINDOWS.long()).logits)
     assert all((whole[axis] >= 0).all() and whole[axis].sum() > 0 for axis in AXES)
@@ -208,7 +269,7 @@ def test_curvature_is_that_of_the_distillation_loss() -> None:
     topology = Topology.of(model.config)
     windows = WINDOWS[:1].long()
     with GatedModel(model, topology).inserted() as gated:
-        draws = [gate_curvature(gated, windows, seed=seed, progress=False)["intermediate"] for seed in range(300)]
+        draws = [gate_curvature(gated, windows, 24, seed=seed, progress=False)["intermediate"] for seed in range(300)]
         dense = model(windows).logits.log_softmax(-1)
 
         def divergence(unit: int, step: float) -> float:
@@ -230,7 +291,7 @@ def test_running_curvature_averages_draws_over_kept_units_on_the_starts_scale() 
     running = RunningCurvature(start, windows=2)
     assert all(torch.equal(running.mean()[axis], start[axis]) for axis in AXES)
     # Squares 8 and 4 on the kept units are 2 and 1 on the start's scale, whose total over them is 3.
-    running.add({axis: torch.tensor([8.0, 4.0, 99.0]).sqrt() for axis in AXES}, keep, windows=1)
+    running.add({axis: torch.tensor([8.0, 4.0, 99.0]) for axis in AXES}, keep, windows=1)
     for axis in AXES:
         assert running.mean()[axis].tolist() == pytest.approx([(2 + 2) / 3, (4 + 1) / 3, 3.0])
     again = RunningCurvature.from_state(running.state_dict())
@@ -242,10 +303,10 @@ def test_running_curvature_does_not_depend_on_the_objectives_scale() -> None:
     start = {axis: torch.rand(6, generator=generator) for axis in AXES}
     one, other = RunningCurvature(start, 4), RunningCurvature(start, 4)
     for _ in range(3):
-        gradient = {axis: torch.randn(6, generator=generator) for axis in AXES}
+        squares = {axis: torch.rand(6, generator=generator) for axis in AXES}
         keep = {axis: torch.rand(6, generator=generator) > 0.3 for axis in AXES}
-        one.add(gradient, keep, 2)
-        other.add({axis: 0.01 * value for axis, value in gradient.items()}, keep, 2)
+        one.add(squares, keep, 2)
+        other.add({axis: 1e-4 * value for axis, value in squares.items()}, keep, 2)
     assert all(torch.allclose(one.mean()[axis], other.mean()[axis], rtol=1e-4) for axis in AXES)
 
 

@@ -7,18 +7,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tvaprune.distributed import ALONE, World
-from tvaprune.gates.insertion import GatedModel
+from tvaprune.gates.insertion import GatedModel, GradientDraws
 from tvaprune.losses import distillation_loss
 from tvaprune.model import topology as layout
 from tvaprune.model.topology import AXES, Axis
 
 
 def gate_curvature(
-    gated: GatedModel, windows: Tensor, seed: int, progress: bool = True, world: World = ALONE
+    gated: GatedModel, windows: Tensor, stretch: int, seed: int, progress: bool = True, world: World = ALONE
 ) -> dict[Axis, Tensor]:
     """The diagonal Fisher information of every gate at 1, per window.
 
-    F = E[(d log p(y) / d z)²] with y sampled from the model itself, summed over a window's tokens before squaring.
+    F = E[(d log p(y) / d z)²] with y sampled from the model itself, the gradient summed over a stretch of tokens before
+    it is squared (`GradientDraws`), the squares over a window's stretches.
     At the dense model it is the Hessian of the distillation loss, so ½·F is what dropping a unit costs to second
     order (optimal brain damage, LeCun et al. 1989; on masks, Kwon et al., NeurIPS 2022). The labels of the text
     itself would add how wrong the model is to how much the unit matters.
@@ -26,6 +27,7 @@ def gate_curvature(
     Args:
         gated: with its gates inserted; left clear.
         windows: int64 [n, seq_len], the same on every process, which take turns.
+        stretch: tokens; divides seq_len. With seq_len the estimate has no bias and the most variance.
 
     Returns:
         float32 per axis, >= 0, mean over windows.
@@ -39,13 +41,14 @@ def gate_curvature(
     for index, counts in tqdm(world.turns(len(windows)), desc="curvature", disable=not progress):
         window = windows[index]
         ones = {axis: torch.ones_like(total[axis], requires_grad=True) for axis in AXES}
-        gated.set(ones, kept_hidden=topology.hidden)
+        draws = GradientDraws(topology, stretch, windows.device)
+        gated.set(ones, kept_hidden=topology.hidden, draws=draws)
         hidden = layout.decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
         sampled = _sample(hidden.detach(), head, uniform[index].to(window.device))
         loss = distillation_loss(hidden, head, None, None, sampled).loss * len(window)
-        gradients = torch.autograd.grad(loss, [ones[axis] for axis in AXES])
-        for axis, gradient in zip(AXES, gradients, strict=True):
-            total[axis] += gradient.square() * counts
+        loss.backward()
+        for axis in AXES:
+            total[axis] += draws.squares[axis] * counts
     gated.clear()
     return {axis: world.sum_(total[axis]) / len(windows) for axis in AXES}
 
@@ -53,8 +56,8 @@ def gate_curvature(
 class RunningCurvature:
     """The curvature at the start, averaged with what training's own gradients say of it, at no cost.
 
-    The square of a gate's gradient on one window is one draw of its Fisher information (the empirical one: the text's
-    labels for sampled ones, and half of the objective distillation), and training computes it at every step anyway.
+    The square of a gate's gradient over a stretch of tokens is a draw of its Fisher information (the empirical one: the
+    text's labels for sampled ones, and half of the objective distillation); training computes it at every step anyway.
     It says what the dense model cannot: how the loss curves once other units are gone. Each axis's draws are scaled to
     the start's total over the units that were drawn, so that neither the objective's weights nor the labels shift the
     axes against each other. A dropped unit has no draw: its gradient at 0 says what it would do, not how it curves.
@@ -69,11 +72,11 @@ class RunningCurvature:
         self._drawn = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
         self._draws = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
 
-    def add(self, gradient: dict[Axis, Tensor], keep: dict[Axis, Tensor], windows: int) -> None:
-        """A step's gradients of the mean loss over `windows` windows, with respect to the gates' means."""
+    def add(self, squares: dict[Axis, Tensor], keep: dict[Axis, Tensor], windows: int) -> None:
+        """A step's `GradientDraws.squares`, of the mean loss over `windows` windows."""
         for axis in AXES:
             kept = keep[axis].float()
-            self._drawn[axis] += windows**2 * gradient[axis].square() * kept
+            self._drawn[axis] += windows**2 * squares[axis] * kept
             self._draws[axis] += windows * kept
 
     def mean(self) -> dict[Axis, Tensor]:

@@ -69,29 +69,72 @@ class NoisePool:
         return drawn[0][None] if len(drawn) == 1 else torch.stack(drawn)
 
 
+class GradientDraws:
+    """Squares of the gates' gradients, each the sum over one stretch of tokens, summed over a backward's stretches.
+
+    Each is a draw of a gate's Fisher information. A window's sum squared is one draw with a relative standard deviation
+    of √2; its stretches give many from the same backward. What is lost are the products of positions in different
+    stretches, which a gate reaches together through attention.
+
+    Args:
+        tokens: of a stretch; a window must be a multiple of it.
+
+    Attributes:
+        squares: float32 per axis, shapes of `Topology.gate_shape`; the backward adds to it.
+    """
+
+    def __init__(self, topology: Topology, tokens: int, device: torch.device) -> None:
+        self._tokens = tokens
+        self.squares = {axis: torch.zeros(topology.gate_shape(axis), device=device) for axis in AXES}
+
+    def split(self, gate: Tensor, tokens: int, axis: Axis, layer: int) -> Tensor:
+        """One gate for each stretch, [units] to [stretches, units], whose gradients are seen on their way back."""
+        squares = self.squares[axis] if axis == "hidden" else self.squares[axis][layer]
+        rows = gate.expand(tokens // self._tokens, -1)
+
+        def add(gradient: Tensor) -> None:
+            squares.add_(gradient.square().sum(0))
+
+        if rows.requires_grad:
+            rows.register_hook(add)
+        return rows
+
+
 class _Multiply(torch.autograd.Function):
-    """x · z + x · sigma · eps, with gradients for x, z and sigma and nothing kept that can be read again."""
+    """x · z + x · sigma · eps, with gradients for x, z and sigma and nothing kept that can be read again.
+
+    z is [width], or [stretches, width] with one row for each of equally many consecutive tokens.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, sigma: Tensor | None, noise: Tensor | None) -> Tensor:
+        shape = x.shape
+        ctx.stretches = z.dim() == 2
+        if ctx.stretches:
+            x = x.reshape(len(z), -1, shape[-1])
+            z = z[:, None]
+            noise = None if noise is None else noise.reshape(x.shape)
         if sigma is not None and noise is not None:
             factor = torch.addcmul(z.to(x.dtype), noise, sigma.to(x.dtype))
         else:
             factor = z.to(x.dtype)
         ctx.save_for_backward(x, factor, noise)
-        return x * factor
+        return (x * factor).view(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         x, factor, noise = ctx.saved_tensors
+        shape = gradient.shape
+        gradient = gradient.reshape(x.shape)
         grad_z = grad_sigma = None
         if ctx.needs_input_grad[1]:
-            product = (gradient * x).flatten(0, -2)
-            grad_z = product.sum(0, dtype=torch.float32)
+            product = gradient * x
+            over = 1 if ctx.stretches else tuple(range(x.dim() - 1))
+            grad_z = product.sum(over, dtype=torch.float32)
             if ctx.needs_input_grad[2]:
-                grad_sigma = (product * noise.flatten(0, -2)).sum(0, dtype=torch.float32)
-        grad_x = gradient * factor if ctx.needs_input_grad[0] else None
+                grad_sigma = (product * noise).flatten(0, -2).sum(0, dtype=torch.float32)
+        grad_x = (gradient * factor).view(shape) if ctx.needs_input_grad[0] else None
         return grad_x, grad_z, grad_sigma, None
 
 
@@ -112,6 +155,8 @@ class GatedModel:
         self._sigma: dict[Axis, Tensor] = {}
         self._channel_mu: dict[Place, Tensor] = {}
         self._noise: NoisePool | None = None
+        self._draws: GradientDraws | None = None
+        self._hidden_rows: Tensor | None = None
         self._norm_scale = 1.0
 
     def set(
@@ -121,6 +166,7 @@ class GatedModel:
         sigma: dict[Axis, Tensor] | None = None,
         noise: NoisePool | None = None,
         channel_mu: dict[Place, Tensor] | None = None,
+        draws: GradientDraws | None = None,
     ) -> None:
         """Use these gates from the next forward on.
 
@@ -132,13 +178,16 @@ class GatedModel:
             noise: where the normals come from; needed with sigma.
             channel_mu: float32 per place, shapes of `Topology.place_shape`, beside the gates' own means; noise is
                 relative to it. Gradients flow to it.
+            draws: where the next backward adds the squares of the gates' gradients.
         """
         self._gates, self._sigma, self._noise, self._channel_mu = gates, sigma or {}, noise, channel_mu or {}
+        self._draws, self._hidden_rows = draws, None
         self._norm_scale = (self.topology.hidden / kept_hidden) ** 0.5
 
     def clear(self) -> None:
         """The dense model again."""
         self._gates, self._sigma, self._channel_mu, self._noise, self._norm_scale = {}, {}, {}, None, 1.0
+        self._draws = self._hidden_rows = None
 
     def _multiply(self, x: Tensor, axis: Axis, layer: int, place: Place | None) -> Tensor:
         gate = self._gates.get(axis)
@@ -148,9 +197,11 @@ class GatedModel:
         if axis != "hidden":
             gate = gate[layer]
             sigma = None if sigma is None else sigma[layer]
+        if self._draws is not None:
+            gate = self._split(self._draws, gate, x.shape[:-1].numel(), axis, layer)
         if axis == "kv_heads":
             rows = self.topology.query_rows
-            gate = gate.repeat_interleave(rows)
+            gate = gate.repeat_interleave(rows, -1)
             sigma = None if sigma is None else sigma.repeat_interleave(rows)
         if place in self._channel_mu:
             mean = self._channel_mu[place][layer]
@@ -158,6 +209,14 @@ class GatedModel:
             sigma = None if sigma is None else sigma * mean.detach().abs()
         noise = self._noise.draw(x.shape) if sigma is not None and self._noise is not None else None
         return _Multiply.apply(x, gate, sigma, noise)
+
+    def _split(self, draws: GradientDraws, gate: Tensor, tokens: int, axis: Axis, layer: int) -> Tensor:
+        if axis != "hidden":
+            return draws.split(gate, tokens, axis, layer)
+        # One for all places, so that a stretch's gradients are summed over them before they are squared.
+        if self._hidden_rows is None:
+            self._hidden_rows = draws.split(gate, tokens, axis, layer)
+        return self._hidden_rows
 
     @contextmanager
     def inserted(self) -> Iterator["GatedModel"]:

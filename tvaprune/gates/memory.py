@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tvaprune.gates.insertion import GatedModel
+from tvaprune.gates.insertion import GatedModel, GradientDraws
 from tvaprune.gates.state import GateTraining
 from tvaprune.gates.steps import Batch, hidden_states, objective
 from tvaprune.losses import next_token_labels
@@ -64,7 +64,10 @@ def training_memory(
             gates = {axis: torch.ones(topology.gate_shape(axis), requires_grad=True) for axis in AXES}
             places = PLACES if settings.channel_means else ()
             means = {place: torch.ones(topology.place_shape(place), requires_grad=True) for place in places}
-            gated.set(gates, topology.hidden, channel_mu=means)
+            draws = None
+            if settings.log_var == "tracked":
+                draws = GradientDraws(topology, settings.curvature_tokens or seq_len, input_ids.device)
+            gated.set(gates, topology.hidden, channel_mu=means, draws=draws)
             objective(gated, settings, Batch(input_ids, next_token_labels(input_ids), teacher)).loss.backward()
         step = live.highest
     trained = 2 * sum(torch.Size(topology.gate_shape(axis)).numel() for axis in AXES)

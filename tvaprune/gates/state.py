@@ -26,6 +26,8 @@ class GateTraining:
         init: "curvature" starts log_var at the bottleneck's stationary point, "constant" at init_log_var.
         init_log_var: mean of the normal (std 0.01) that log_var starts from with init "constant".
         curvature_windows: calibration windows for init "curvature".
+        curvature_tokens: tokens whose gradients are summed before they are squared, at the start and in training; None:
+            whole windows (`tvaprune.gates.insertion.GradientDraws`).
         log_var: "tracked" keeps it at the stationary point through training, with the curvature averaged over the
             start's windows and the training's own (`RunningCurvature`); needs constraint "budget" and init
             "curvature", and learns nothing by log_var_lr, slope or KL on log_var. "trained" follows the gradient.
@@ -48,6 +50,7 @@ class GateTraining:
     init: Literal["curvature", "constant"]
     init_log_var: float
     curvature_windows: int
+    curvature_tokens: int | None
     log_var: Literal["tracked", "trained"]
     head_start: dict[Axis, float]
     log_var_lr: float
@@ -106,15 +109,15 @@ class Gates:
         self._scale = float(balance.mean()), float(balance.std())
         self._follow(curvature)
 
-    def track(self, gradient: dict[Axis, Tensor], keep: dict[Axis, Tensor]) -> None:
+    def track(self, squares: dict[Axis, Tensor], keep: dict[Axis, Tensor]) -> None:
         """Move log_var to the stationary point as this step's gradients, too, see it.
 
         Args:
-            gradient: of the mean loss of the whole batch with respect to the gates' means, float32 per axis.
+            squares: `GradientDraws.squares` of the mean loss of the whole batch, float32 per axis.
             keep: bool per axis, the step's gates.
         """
         assert self._curvature is not None, "log_var is tracked from the stationary point on"
-        self._curvature.add(gradient, keep, self.settings.batch_size)
+        self._curvature.add(squares, keep, self.settings.batch_size)
         self._follow(self._curvature.mean())
 
     def _balance(self, curvature: dict[Axis, Tensor]) -> dict[Axis, Tensor]:

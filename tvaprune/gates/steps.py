@@ -13,7 +13,7 @@ from tvaprune.gates.constraint import (
     linear_ramp,
     tangent_to_budget,
 )
-from tvaprune.gates.insertion import GatedModel, NoisePool
+from tvaprune.gates.insertion import GatedModel, GradientDraws, NoisePool
 from tvaprune.gates.state import Gates, GateTraining
 from tvaprune.gates.vib import kl, kl_gradient, log_alpha, soft_keep
 from tvaprune.losses import DistillationLoss, distillation_loss
@@ -75,7 +75,11 @@ def budget_step(
         }
         sigma = {axis: value.requires_grad_() for axis, value in sigma.items()}
     channel_mu = gates.channel_leaves()
-    gated.set(z, int(hard.keep["hidden"].sum()), sigma, noise, channel_mu)
+    draws = None
+    if settings.log_var == "tracked":
+        stretch = settings.curvature_tokens or batch.input_ids.shape[1]
+        draws = GradientDraws(topology, stretch, batch.input_ids.device)
+    gated.set(z, int(hard.keep["hidden"].sum()), sigma, noise, channel_mu, draws)
     parts = objective(gated, settings, batch)
     parts.loss.backward()
     parts = _average(world, parts, [*z.values(), *(sigma or {}).values(), *channel_mu.values()])
@@ -97,8 +101,9 @@ def budget_step(
         decay = 1.0 if progress <= settings.ramp else max((1 - progress) / (1 - settings.ramp), 0.02)
         channel_gradient = {place: _grad(mean) for place, mean in channel_mu.items()}
         gates.step(mu_gradient, channel_gradient, log_var_gradient, torch.zeros_like(gates.multipliers), decay)
-        if settings.log_var == "tracked":
-            gates.track(z_gradient, hard.keep)
+        if draws is not None:
+            # A share's gradients are those of its own mean loss, `size` times what they are of the whole batch's.
+            gates.track({axis: world.sum_(draws.squares[axis]) / world.size**2 for axis in AXES}, hard.keep)
         reached = sparsity(topology, Masks(hard.keep, {}, {}))
     return _row(parts, reached, scheduled, hard.keep["hidden"].sum())
 

@@ -82,8 +82,13 @@ def learn_gates(
         world: the processes that share each step's windows; all end with the same gates.
 
     Raises:
-        ValueError: a step's windows cannot be shared equally.
+        ValueError: a step's windows cannot be shared equally, or curvature_tokens does not divide seq_len.
     """
+    if settings.curvature_tokens is not None and input_ids.shape[1] % settings.curvature_tokens:
+        raise ValueError(
+            f"learn_masks.gates.curvature_tokens = {settings.curvature_tokens} does not divide windows of "
+            f"{input_ids.shape[1]} tokens"
+        )
     own_windows = range(settings.batch_size)[world.part(settings.batch_size, "learn_masks.gates.batch_size")]
     device = next(model.parameters()).device
     gates = Gates(topology, settings, axes, device, seed)
@@ -101,7 +106,8 @@ def learn_gates(
             curve, timings, start = state["curve"], state["timings"], state["step"]
         elif settings.init == "curvature":
             windows = input_ids[-settings.curvature_windows :].long().to(device)
-            curvature = gate_curvature(gated, windows, seed=seed, progress=progress, world=world)
+            stretch = settings.curvature_tokens or windows.shape[1]
+            curvature = gate_curvature(gated, windows, stretch, seed=seed, progress=progress, world=world)
             gates.start_at_stationary_point(curvature)
         steps = range(start, settings.steps)
         bar = tqdm(steps, initial=start, total=settings.steps, desc="gates", disable=not progress)

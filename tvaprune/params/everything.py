@@ -33,7 +33,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 
 def check_everything(path: Path) -> None:
-    """Read every section, and see that the calibration mixes name sources that there are.
+    """Read every section, and see that they fit together where one speaks of another.
 
     Raises:
         ParameterError: all problems of all sections, a line each.
@@ -54,8 +54,11 @@ def check_everything(path: Path) -> None:
         except ParameterError as error:
             problems.append(str(error))
     texts, sampling = loaded.get(FetchInputsParams), loaded.get(SampleCalibrationParams)
+    masks = loaded.get(LearnMasksParams)
     if isinstance(texts, FetchInputsParams) and isinstance(sampling, SampleCalibrationParams):
         problems += _unknown_sources(texts, sampling)
+    if isinstance(masks, LearnMasksParams) and isinstance(sampling, SampleCalibrationParams):
+        problems += _broken_stretches(masks, sampling)
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
@@ -67,4 +70,14 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
         f"{', '.join(labels)}; take it out"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
+    ]
+
+
+def _broken_stretches(masks: LearnMasksParams, sampling: SampleCalibrationParams) -> list[str]:
+    stretch = masks.used()[masks.section].get("gates", {}).get("curvature_tokens")  # None where it has no influence
+    if stretch is None or sampling.seq_len % stretch == 0:
+        return []
+    return [
+        f"{masks.section}.gates.curvature_tokens = {stretch}: does not divide {sampling.section}.seq_len = "
+        f"{sampling.seq_len}; use a divisor, or null for whole windows"
     ]

@@ -29,6 +29,9 @@ class GateParams(BaseModel):
     init: Literal["curvature", "constant"] = Field(description="Where log_var starts.")
     init_log_var: float = Field(description="The constant, for init: constant.", ge=-20, le=20)
     curvature_windows: int = Field(description="Windows for init: curvature.", ge=1)
+    curvature_tokens: int | None = Field(
+        description="Tokens whose gradients are summed before they are squared; null = a window's.", ge=1
+    )
     log_var: Literal["tracked", "trained"] = Field(description="Kept at the stationary point, or by gradient.")
     head_start: PerAxis = Field(description="Added to log_alpha at the start.")
     log_var_lr: float = Field(description="Learning rate of log_var.", ge=0)
@@ -106,14 +109,15 @@ class LearnMasksParams(StageParams):
         values = self.model_dump(mode="json", exclude={"gradient_checkpointing"})
         if self.method in ("tva", "deterministic", "vtrans"):
             values.pop("baseline")
-            idle = {"curvature_windows"} if self.gates.init == "constant" else {"init_log_var"}
+            of_curvature = {"curvature_windows", "curvature_tokens"}
+            idle = of_curvature if self.gates.init == "constant" else {"init_log_var"}
             if self.gates.constraint == "budget":
                 idle |= {"lambda_lr"}
             if self.gates.log_var == "tracked":
                 idle |= {"log_var_lr", "slope"}
             if self.method == "deterministic":  # has no noise and no KL, starts at the constant and is trained
                 idle -= {"init_log_var", "log_var_lr", "slope"}
-                idle |= {"noise", "kl_weight", "init", "curvature_windows", "log_var"}
+                idle |= {"noise", "kl_weight", "init", "log_var"} | of_curvature
             values["gates"] = {key: value for key, value in values["gates"].items() if key not in idle}
         else:
             values.pop("gates")

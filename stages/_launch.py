@@ -12,7 +12,7 @@ import typer
 from transformers import PreTrainedModel
 
 from stages._errors import clear_errors
-from tvaprune.device import pick_device, pick_dtype
+from tvaprune.device import keep_freed_memory, pick_device, pick_dtype
 from tvaprune.distributed import World, join, launch, processes_asked, sharding_asked
 from tvaprune.model.sharding import shard_layers
 from tvaprune.resume import ResumableRun
@@ -55,5 +55,7 @@ def run(main: Callable[..., None]) -> None:
 def place() -> Iterator[Place]:
     """Meet the other processes, if there are any, for as long as the block lasts."""
     device = pick_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     with join(device) as world:
         yield Place(device, pick_dtype(device), world, sharding_asked())

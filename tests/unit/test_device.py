@@ -1,5 +1,9 @@
 """The environment decides where to compute; a wrong choice is told before any work."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -71,3 +75,24 @@ def test_only_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waited == []
     synchronise(torch.device("cuda"))
     assert waited == [torch.device("cuda")]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc has no mallopt")
+def test_freed_memory_is_used_again_without_asking_the_system() -> None:
+    script = """
+import resource, sys, torch
+from tvaprune.device import keep_freed_memory
+from tvaprune.losses import distillation_loss
+if "keep" in sys.argv:
+    assert keep_freed_memory()
+hidden, head, labels = torch.randn(256, 8), torch.randn(49152, 8), torch.zeros(256, dtype=torch.int64)
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    distillation_loss(hidden.requires_grad_(), head, hidden.detach(), head, labels, distillation_weight=1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    returned, kept = (
+        int(subprocess.run([sys.executable, "-c", script, *how], capture_output=True, text=True, check=True).stdout)
+        for how in ([], ["keep"])
+    )
+    assert kept < returned / 10

@@ -69,10 +69,12 @@ def shown_experiments() -> list[dict[str, Any]]:
 def measured_experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Name, parameters and metrics by file name of every experiment in `dvc exp show --json` that was evaluated.
 
-    A failed one is left out: it holds the commit's metrics beside its own parameters.
+    One that failed, waits or still runs is left out: it holds the commit's metrics beside its own parameters.
     """
     for revision in shown:
         for experiment in [revision, *(revision.get("experiments") or [])]:
+            if (experiment.get("executor") or {}).get("state", "success") != "success":
+                continue
             for one in experiment.get("revs") or [experiment]:
                 data = one.get("data") or {}
                 metrics = {

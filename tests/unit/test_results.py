@@ -52,6 +52,9 @@ def test_experiments_are_sorted_by_sparsity_and_perplexity_and_say_what_changed(
     shown = [{**experiment("tva", 0.2, 30), "experiments": [{"revs": [experiment("flap", 0.2, 40, noise=1.0)]}]}]
     failed = {**experiment("depth", 0.2, 30), "error": {"msg": "Experiment run failed", "type": ""}}
     shown += [{"rev": "empty", "data": None}, failed, experiment("random", 0.1, 90)]
+    running = {"state": "running", "name": "workspace"}
+    shown[0]["experiments"].append({"revs": [experiment("bonsai", 0.2, 30)], "executor": running})
+    shown[0]["experiments"][0]["executor"] = {"state": "success", "name": "dvc-task"}
     rows = [[cell.strip() for cell in row.split("|")] for row in experiments_table(shown).splitlines()[2:]]
     assert [row[1] for row in rows] == ["random", "tva", "flap"]
     assert [row[3] for row in rows] == ["", "", "learn_masks.gates.noise=1.0"]

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
+from stages._options import Compact, Dense, Finetuned
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.cost import peak_memory_bytes
@@ -20,11 +21,9 @@ from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 
 
 def main(
-    dense: Annotated[Path, typer.Option(help="Model directory before pruning.")] = Path("data/model"),
-    compact: Annotated[Path, typer.Option(help="Model directory after pruning.")] = Path("artifacts/compact"),
-    finetuned: Annotated[Path, typer.Option(help="Model directory after fine-tuning; skipped if empty.")] = Path(
-        "artifacts/finetuned"
-    ),
+    dense: Dense = Path("data/model"),
+    compact: Compact = Path("artifacts/compact"),
+    finetuned: Finetuned = Path("artifacts/finetuned"),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/speed.json"),
     rounds: Annotated[Path, typer.Option(help="CSV to write, a row for each measurement.")] = Path("metrics/speed.csv"),
     params: Annotated[Path, typer.Option(help="YAML file with the section benchmark_speed.")] = Path("params.yaml"),

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
 from stages._launch import place, run
+from stages._options import Compact, Dense, Finetuned
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.measures.comparison import present_models
@@ -16,20 +17,17 @@ from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
 
 def main(
-    dense: Annotated[Path, typer.Option(help="Model directory before pruning; its tokenizer serves all.")] = Path(
-        "data/model"
-    ),
-    compact: Annotated[Path, typer.Option(help="Model directory after pruning.")] = Path("artifacts/compact"),
-    finetuned: Annotated[Path, typer.Option(help="Model directory after fine-tuning; skipped if empty.")] = Path(
-        "artifacts/finetuned"
-    ),
+    dense: Dense = Path("data/model"),
+    compact: Compact = Path("artifacts/compact"),
+    finetuned: Finetuned = Path("artifacts/finetuned"),
     heldout: Annotated[Path, typer.Option(help='Directory of JSONL files of {"id", "text"}.')] = Path("data/heldout"),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/perplexity.json"),
     params: Annotated[Path, typer.Option(help="YAML file with the section eval_perplexity.")] = Path("params.yaml"),
 ) -> None:
     """Measure perplexity on held-out text.
 
-    Reads the three model directories and data/heldout; writes metrics/perplexity.json.
+    Reads the three model directories, with the dense one's tokenizer for all, and data/heldout; writes
+    metrics/perplexity.json.
     """
     with clear_errors():
         settings = EvalPerplexityParams.load(params)

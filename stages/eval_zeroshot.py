@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
 from stages._launch import place, run
+from stages._options import Compact, Dense, Finetuned
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.measures.comparison import present_models
@@ -23,20 +24,17 @@ from tvaprune.params.eval_zeroshot import EvalZeroshotParams
 
 
 def main(
-    dense: Annotated[Path, typer.Option(help="Model directory before pruning; its tokenizer serves all.")] = Path(
-        "data/model"
-    ),
-    compact: Annotated[Path, typer.Option(help="Model directory after pruning.")] = Path("artifacts/compact"),
-    finetuned: Annotated[Path, typer.Option(help="Model directory after fine-tuning; skipped if empty.")] = Path(
-        "artifacts/finetuned"
-    ),
+    dense: Dense = Path("data/model"),
+    compact: Compact = Path("artifacts/compact"),
+    finetuned: Finetuned = Path("artifacts/finetuned"),
     zeroshot: Annotated[Path, typer.Option(help="Directory of one JSONL file a task.")] = Path("data/zeroshot"),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/zeroshot.json"),
     params: Annotated[Path, typer.Option(help="YAML file with the section eval_zeroshot.")] = Path("params.yaml"),
 ) -> None:
     """Measure zero-shot accuracy with lm-eval's prompts.
 
-    Reads the three model directories and data/zeroshot; writes metrics/zeroshot.json.
+    Reads the three model directories, with the dense one's tokenizer for all, and data/zeroshot; writes
+    metrics/zeroshot.json.
     """
     with clear_errors():
         settings = EvalZeroshotParams.load(params)

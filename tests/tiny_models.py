@@ -33,8 +33,12 @@ FAMILIES: dict[str, dict] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0, layers: int = 3) -> PreTrainedModel:
-    """A random model; weights are large enough for logits to differ visibly, norms are not all ones."""
+def tiny_model(family: str, seed: int = 0, layers: int = 3, **changed: Any) -> PreTrainedModel:
+    """A random model; weights are large enough for logits to differ visibly, norms are not all ones.
+
+    Args:
+        changed: settings of the config otherwise than below.
+    """
     settings = {
         "vocab_size": 128,
         "hidden_size": 64,
@@ -46,6 +50,7 @@ def tiny_model(family: str, seed: int = 0, layers: int = 3) -> PreTrainedModel:
         "initializer_range": 0.2,
         "tie_word_embeddings": False,
         **FAMILIES[family],
+        **changed,
     }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split("_")[0], **settings))

@@ -22,18 +22,23 @@ class AnotherWriterError(BlockingIOError):
 
 
 @runtime_checkable
-class SavedState(Protocol):
+class Saver(Protocol):
     """Where long work keeps its state between two processes; `ResumableRun` is one."""
-
-    @property
-    def directory(self) -> Path:
-        """For files of the same lifetime as the state."""
 
     def load(self) -> dict[str, Any] | None:
         """The last complete state, or None."""
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state."""
+
+
+@runtime_checkable
+class SavedState(Saver, Protocol):
+    """The same, with room for files; `ResumableRun` is one."""
+
+    @property
+    def directory(self) -> Path:
+        """For files of the same lifetime as the state."""
 
 
 def hash_files(paths: Iterable[Path]) -> str:

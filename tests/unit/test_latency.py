@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tests.tiny_models import tiny_model
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
@@ -18,19 +18,8 @@ HIDDEN, HEAD_DIM, VOCAB = 64, 16, 128
 
 
 def build(tied: bool = False) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        vocab_size=VOCAB,
-        initializer_range=0.3,
-        tie_word_embeddings=tied,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": HIDDEN, "vocab_size": VOCAB}
+    return tiny_model("llama", layers=2, initializer_range=0.3, tie_word_embeddings=tied, eos_token_id=None, **sizes)
 
 
 def build_uneven() -> PreTrainedModel:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.tiny_models import tiny_model
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 from tvaprune.measures.comparison import present_models, read_rows, spread_evenly
@@ -18,17 +19,8 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        vocab_size=128,
-        initializer_range=0.3,  # far from uniform predictions, so that a shifted target would show
-    )
-    return LlamaForCausalLM(config).eval()
+    # Far from uniform predictions, so that a shifted target would show.
+    return tiny_model("llama", layers=2, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -7,32 +7,22 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from stages.eval_zeroshot import main
+from tests.tiny_models import tiny_model
 from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE
 from tvaprune.measures.zeroshot import TASKS, Rows, _LanguageModel, evaluate, select_rows, summarise
 
 
-def tiny_model(seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        vocab_size=257,
-        initializer_range=0.2,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
+def byte_model(seed: int) -> PreTrainedModel:
+    return tiny_model("llama", seed, layers=2, vocab_size=257, max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_model(0)
+    return byte_model(0)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +148,7 @@ def test_the_stage_scores_the_artifact_it_is_given(
 ) -> None:
     """The published code scored the unpruned model: here other weights in the directory give other scores."""
     for name, seed in (("dense", 0), ("compact", 7)):
-        tiny_model(seed).save_pretrained(tmp_path / name)
+        byte_model(seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     params = tmp_path / "params.yaml"
     params.write_text("eval_zeroshot: {tasks: [piqa, arc_easy, hellaswag], limit: 8, batch_size: 8}")

@@ -12,11 +12,12 @@ from tvaprune.distributed import ALONE, World
 from tvaprune.gates.baselines.registry import BaselineOptions, check_baseline, score_baseline
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.state import GateTraining
-from tvaprune.gates.training import Learned, Saver, learn_gates
+from tvaprune.gates.training import Learned, learn_gates
 from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.model import topology as layout
 from tvaprune.model.attention import use_training_attention
 from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.resume import Saver
 from tvaprune.widths.masks import Masks, solve_threshold
 
 GATE_METHODS = ("tva", "deterministic", "vtrans")

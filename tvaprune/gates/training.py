@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tvaprune.gates.steps import Batch, Row, budget_step, hidden_states, lagrang
 from tvaprune.losses import next_token_labels
 from tvaprune.model import topology as layout
 from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.resume import Saver
 from tvaprune.widths.masks import Masks, project
 
 
@@ -40,14 +41,6 @@ class Learned:
     step_seconds: float
     bare_step_seconds: float
     teacher_seconds: float
-
-
-@runtime_checkable
-class Saver(Protocol):
-    """Where training keeps its state; `tvaprune.resume.ResumableRun` is one."""
-
-    def load(self) -> dict[str, Any] | None: ...
-    def save(self, state: dict[str, Any]) -> None: ...
 
 
 BARE_EVERY = 25  # a bare step is timed once in so many steps

@@ -79,17 +79,18 @@ def _pack(model: PreTrainedModel) -> None:
 class PackedLinear(nn.Module):
     """Linear layers of one input as one product, their outputs side by side.
 
-    bfloat16 weights are in oneDNN's own layout, which it reads at 1.6 times the speed. In float32 the library is
-    MKL, which reads wide outputs faster down the columns, and others along the rows.
+    bfloat16 weights are in oneDNN's own layout, which it reads at 1.6 times the speed; it has none for a processor
+    without AVX-512, where they stay as they are. In float32 the library is MKL, which reads wide outputs faster down
+    the columns, and others along the rows.
     """
 
     def __init__(self, *linears: Any) -> None:
         super().__init__()
         weight = torch.cat([linear.weight for linear in linears])
-        self.blocked = weight.dtype == torch.bfloat16
+        self.blocked = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if self.blocked:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        elif weight.shape[0] >= weight.shape[1]:
+        elif weight.dtype == torch.float32 and weight.shape[0] >= weight.shape[1]:
             weight = weight.t().contiguous().t()
         self.packed, self.transposed = weight, weight.t()
         self.bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Int
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -142,7 +143,9 @@ def finetune(
         peft_model, source, train_ids, validation_ids, objective, schedule, seed, device, teacher_nll, steps, own, world
     )
     loop.resume(resumed)
-    loop.run(state)
+    # autocast would cast every adapter's input straight back: a twentieth of a step on a CPU. DoRA computes with it.
+    with disable_input_dtype_casting(peft_model, active=not lora.use_dora):
+        loop.run(state)
     return loop.finish()
 
 

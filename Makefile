@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Each worker runs the tiny pipeline once for itself, on one thread.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 15
 
 # DVC runs each stage as `python -m stages.NAME`: that python has to be .venv's, and the core that of this directory.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -110,6 +110,7 @@ def run_finetune(
     lora: LoraSettings = LORA,
     objective: Objective = Objective(ce_weight=0.0, distillation_weight=1.0),  # noqa: B008
     schedule: Schedule = SCHEDULE,
+    device: torch.device = CPU,
 ) -> Finetuned:
     dense = tiny()
     return finetune(
@@ -121,7 +122,7 @@ def run_finetune(
         objective=objective,
         schedule=schedule,
         seed=7,
-        device=CPU,
+        device=device,
         state=state,
     )
 

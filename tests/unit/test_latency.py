@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tests.tiny_models import tiny_model
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.measures import latency, machine, speed_report
+from tvaprune.measures import latency, machine, passes, speed_report
 
 HIDDEN, HEAD_DIM, VOCAB = 64, 16, 128
 
@@ -41,17 +41,49 @@ def build_pruned() -> PreTrainedModel:
     return TvaPruneForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("make", [build, build_uneven, build_pruned])
+def build_sliding() -> PreTrainedModel:
+    """With a window as wide as the tests' tokens: nothing slides yet."""
+    return tiny_model("mistral", layers=2, initializer_range=0.3, eos_token_id=None, sliding_window=27)
+
+
+@pytest.mark.parametrize("make", [build, build_uneven, build_pruned, build_sliding])
 @torch.inference_mode()
 def test_decode_is_generate(make: Any) -> None:
     model = make()
     prompt = torch.randint(VOCAB, (3, 11), generator=torch.Generator().manual_seed(2))
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=17, do_sample=False)
-    token, cache = latency.prefill(model, prompt)
-    found = torch.cat([token, latency.decode(model, token, cache, position=11, steps=16)], dim=1)
+    token, cache = passes.prefill(model, prompt)
+    found = torch.cat([token, passes.decode(model, token, cache, position=11, steps=16)], dim=1)
     assert found.tolist() == expected[:, 11:].tolist()
     assert len(set(found.flatten().tolist())) > 3  # the models do not just repeat one token
     assert cache.get_seq_length() == 11 + 16
+
+
+@pytest.mark.parametrize("make", [build, build_uneven, build_pruned, build_sliding])
+@torch.inference_mode()
+def test_a_step_of_fixed_shapes_decodes_the_same_tokens_each_time(make: Any) -> None:
+    """What a CUDA graph records, run here as it is; tests/unit/test_cuda.py runs the graph."""
+    model = make()
+    prompt = torch.randint(VOCAB, (3, 11), generator=torch.Generator().manual_seed(2))
+    eager = passes.Decoding(model, prompt, 16)
+    eager.start()
+    expected = eager.run()
+    fixed = passes.RecordedDecoding(model, prompt, 16, record=lambda step: step)
+    for _ in range(2):
+        fixed.start()
+        assert fixed.run().tolist() == expected.tolist()
+    read = passes.recorded_prefill(model, prompt, record=lambda work: work)
+    assert read()[0].tolist() == passes.prefill(model, prompt)[0].tolist()
+
+
+def test_graphs_refuse_a_sliding_window_that_the_tokens_leave() -> None:
+    model = tiny_model("mistral", sliding_window=12)
+    prompt = torch.zeros(1, 8, dtype=torch.int64)
+    passes.RecordedDecoding(model, prompt, 4, record=lambda step: step)
+    with pytest.raises(ValueError, match=r"13 tokens are more than .* window of 12"):
+        passes.RecordedDecoding(model, prompt, 5, record=lambda step: step)
+    with pytest.raises(ValueError, match=r"16 tokens are more than .* window of 12"):
+        passes.recorded_prefill(model, prompt.repeat(1, 2), record=lambda work: work)
 
 
 def linear_flops(pairs: list[tuple[int, int]]) -> int:

@@ -69,7 +69,7 @@ def test_every_block_is_timed_and_the_table_adds_up_to_the_passes(runtime: Runti
     config = tiny_model("llama").config
     models = random_models(config, [LayerWidths(*each) for each in WIDTHS.by_model()], torch.float32, CPU)
     prepared = [prepare(model, runtime) for model in models]
-    times = time_blocks(dict(zip(WIDTHS.hidden, prepared, strict=True)), lengths, 3, 2)
+    times = time_blocks(dict(zip(WIDTHS.hidden, prepared, strict=True)), lengths, 3, 2, runtime)
     layers = len(layers_to_time(WIDTHS)[0])
     for phase in PHASES:
         for rounds in times[phase].values():

@@ -135,14 +135,16 @@ def test_every_product_is_packed() -> None:
     assert torch.nn.Linear not in kinds
 
 
-def test_eager_changes_nothing_and_auto_is_packed_on_a_cpu() -> None:
+def test_eager_changes_nothing_and_auto_is_what_suits_the_device() -> None:
     model = tiny_model("llama")
     kinds = [type(module) for module in model.modules()]
     assert prepare(model, "eager") is model
     assert [type(module) for module in model.modules()] == kinds
     assert pick_runtime("auto", torch.device("cpu")) == "packed"
-    assert pick_runtime("auto", torch.device("cuda")) == "eager"
+    assert pick_runtime("auto", torch.device("cuda")) == "graphs"
     assert pick_runtime("compile", torch.device("cpu")) == "compile"
+    with pytest.raises(ValueError, match="graphs: needs a CUDA device, not cpu"):
+        pick_runtime("graphs", torch.device("cpu"))
 
 
 def test_packed_refuses_what_it_has_no_kernels_for() -> None:

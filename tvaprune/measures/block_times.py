@@ -8,6 +8,7 @@ overhead, as in the model that will serve; and what is timed adds up to the whol
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tvaprune.device import synchronise
-from tvaprune.measures.latency import decode, interleave, prefill, random_prompt, without_garbage_collection
+from tvaprune.measures.latency import interleave, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name
+from tvaprune.measures.passes import Decoding, RecordedDecoding, Recording, Work, prefill, recorded_prefill
 from tvaprune.model.runtime import Runtime, prepare
 from tvaprune.model.topology import Topology, block_norms, final_norm
 from tvaprune.widths.latency_table import PHASES, LatencyTable, Phase
@@ -105,18 +107,18 @@ def profile(
         where: from `made_on`.
     """
     models = [prepare(model, where["runtime"]) for model in models]
-    times = time_blocks(dict(zip(widths.hidden, models, strict=True)), lengths, repeats, max_warmup)
+    times = time_blocks(dict(zip(widths.hidden, models, strict=True)), lengths, repeats, max_warmup, where["runtime"])
     return table_of(times, widths, where)
 
 
 @torch.inference_mode()
 def time_blocks(
-    models: dict[int, PreTrainedModel], lengths: Lengths, repeats: int, max_warmup: int
+    models: dict[int, PreTrainedModel], lengths: Lengths, repeats: int, max_warmup: int, runtime: Runtime
 ) -> dict[Phase, dict[int, Float[Tensor, "repeats blocks"]]]:
     """Time all blocks of all models in turn, with a progress bar.
 
     Args:
-        models: by hidden width.
+        models: by hidden width; prepared for the runtime.
 
     Returns:
         By phase and hidden width, milliseconds of a prefill or of one decode step in every round that counts: the
@@ -125,18 +127,13 @@ def time_blocks(
     seen: dict[Phase, dict[int, list[Tensor]]] = {phase: {hidden: [] for hidden in models} for phase in PHASES}
 
     def probe(hidden: int, model: PreTrainedModel) -> Callable[[], float]:
-        prompt = random_prompt(model, lengths.batch, lengths.prefill_tokens)
-        context = random_prompt(model, lengths.batch, lengths.decode_prompt_tokens)
-        blocks = 2 * len(block_norms(model)) + 1
+        read, generate = (_recorded_passes if runtime == "graphs" else _eager_passes)(model, lengths)
 
         def measure() -> float:
-            whole = _intervals(model, lambda: prefill(model, prompt))
-            token, cache = prefill(model, context)
-            position, steps = lengths.decode_prompt_tokens, lengths.decode_tokens
-            stepped = _intervals(model, lambda: decode(model, token, cache, position, steps))
-            seen["prefill"][hidden].append(_by_block(whole, blocks)[0])
-            seen["decode"][hidden].append(_by_block(stepped, blocks).median(0).values)
-            return sum(whole) + sum(stepped)
+            prefilled, stepped = read(), generate()
+            seen["prefill"][hidden].append(prefilled[0])
+            seen["decode"][hidden].append(stepped.median(0).values)
+            return float(prefilled.sum() + stepped.sum())
 
         return measure
 
@@ -190,6 +187,33 @@ def _quartiles(values: Tensor) -> Float[Tensor, "3"]:
     return torch.quantile(values.flatten(), torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype))
 
 
+def _eager_passes(model: PreTrainedModel, lengths: Lengths) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A prefill, and decode steps after a prompt that is not timed: each gives milliseconds, [passes, blocks]."""
+    work = partial(prefill, model, random_prompt(model, lengths.batch, lengths.prefill_tokens))
+    context = random_prompt(model, lengths.batch, lengths.decode_prompt_tokens)
+    stepping = Decoding(model, context, lengths.decode_tokens)
+
+    def generate() -> Tensor:
+        stepping.start()
+        return _intervals(model, stepping.run)
+
+    return partial(_intervals, model, work), generate
+
+
+def _recorded_passes(model: PreTrainedModel, lengths: Lengths) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """`_eager_passes` as CUDA graphs that read the clock inside."""
+    record = partial(_RecordedClock, model)
+    read = recorded_prefill(model, random_prompt(model, lengths.batch, lengths.prefill_tokens), record)
+    context = random_prompt(model, lengths.batch, lengths.decode_prompt_tokens)
+    stepping = RecordedDecoding(model, context, lengths.decode_tokens, record)
+
+    def generate() -> Tensor:
+        stepping.start()
+        return torch.cat([stepping.step() for _ in range(lengths.decode_tokens)])
+
+    return read, generate
+
+
 def _by_block(intervals: list[float], blocks: int) -> Float[Tensor, "passes blocks"]:
     """Every pass's blocks. The time before the first block of all belongs to the passes' rest, in equal parts."""
     first, *others = intervals
@@ -198,17 +222,44 @@ def _by_block(intervals: list[float], blocks: int) -> Float[Tensor, "passes bloc
     return passes
 
 
-def _intervals(model: PreTrainedModel, work: Callable[[], object]) -> list[float]:
-    """Milliseconds from the start to the first block, and from each block's start, or the end of all, to the next."""
+def _intervals(model: PreTrainedModel, work: Work) -> Float[Tensor, "passes blocks"]:
+    """Milliseconds of each block while some work runs, which is one pass or more."""
     synchronise(model.device)
     with _marked(model) as marks:
         marks.append(_now(model.device))
         work()
         marks.append(_now(model.device))
     synchronise(model.device)
-    if model.device.type == "cuda":
-        return [start.elapsed_time(end) for start, end in pairwise(marks)]
-    return [1000 * (end - start) for start, end in pairwise(marks)]
+    return _by_block(_between(marks), 2 * len(block_norms(model)) + 1)
+
+
+class _RecordedClock:
+    """One pass as a CUDA graph whose nodes note the time; a call gives milliseconds, [1, blocks]."""
+
+    def __init__(self, model: PreTrainedModel, work: Work) -> None:
+        self._blocks = 2 * len(block_norms(model)) + 1
+        with _marked(model) as marks:
+
+            def marked_work() -> None:
+                marks.clear()  # of the run before the recording
+                marks.append(_now(model.device))
+                work()
+                marks.append(_now(model.device))
+
+            self._run, self._marks = Recording(marked_work), marks
+        self._device = model.device
+
+    def __call__(self) -> Float[Tensor, "1 blocks"]:
+        self._run()
+        synchronise(self._device)
+        return _by_block(_between(self._marks), self._blocks)
+
+
+def _between(marks: list[Any]) -> list[float]:
+    """Milliseconds from the start to the first block, and from each block's start, or the end of all, to the next."""
+    if isinstance(marks[0], float):
+        return [1000 * (end - start) for start, end in pairwise(marks)]
+    return [start.elapsed_time(end) for start, end in pairwise(marks)]
 
 
 @contextmanager
@@ -231,6 +282,7 @@ def _marked(model: PreTrainedModel) -> Iterator[list[Any]]:
 def _now(device: torch.device) -> Any:
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    # external: recorded into a graph as a node of its own, to be read after every run of it.
+    event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
     event.record()
     return event

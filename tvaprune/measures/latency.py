@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tvaprune.device import synchronise
+from tvaprune.measures.passes import Decoding, RecordedDecoding, prefill, recorded_prefill
 from tvaprune.model.runtime import Runtime, prepare
 
 # Warm-up ends when every probe's latency differs from its last one by no more than this fraction.
@@ -60,38 +62,6 @@ def load_timed(
 def checkpoint_bytes(directory: Path) -> int:
     """Size of a model's weights on disk."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-
-
-def prefill(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> tuple[Int[Tensor, "batch 1"], Cache]:
-    """Read a prompt: the first generated token (greedy), and the filled cache."""
-    # The model makes the cache itself, as in generate(): it knows its layers' widths.
-    output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
-
-
-def decode(
-    model: PreTrainedModel, token: Int[Tensor, "batch 1"], cache: Cache, position: int, steps: int
-) -> Int[Tensor, "batch steps"]:
-    """Generate greedily: generate()'s computation without its bookkeeping, stopping at no token.
-
-    Args:
-        token: the last token that is not in the cache; from `prefill`.
-        cache: grows by one position a step.
-        position: of that token, which is the number of cached ones.
-
-    Returns:
-        The tokens after `token`.
-    """
-    # Positions are explicit: the cache's own count is wrong if its first layer has no heads left.
-    positions = torch.arange(position, position + steps, device=token.device).unsqueeze(0)
-    tokens = []
-    for step in range(steps):
-        output = model(
-            input_ids=token, past_key_values=cache, position_ids=positions[:, step : step + 1], use_cache=True
-        )
-        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-        tokens.append(token)
-    return torch.cat(tokens, dim=1)
 
 
 @torch.inference_mode()
@@ -186,13 +156,15 @@ def time_prefill(
     tokens: int,
     repeats: int,
     max_warmup: int,
+    runtime: Runtime = "eager",
     progress: str | None = None,
 ) -> Phase:
     """Time to first token: a forward over the prompt that fills a cache, and the last position's logits."""
 
     def probe(model: PreTrainedModel) -> Callable[[], float]:
         prompt = random_prompt(model, batch, tokens)
-        return lambda: _milliseconds(model.device, lambda: prefill(model, prompt))
+        work = recorded_prefill(model, prompt) if runtime == "graphs" else partial(prefill, model, prompt)
+        return lambda: _milliseconds(model.device, work)
 
     with without_garbage_collection():
         latency = interleave({name: probe(model) for name, model in models.items()}, repeats, max_warmup, progress)
@@ -208,16 +180,18 @@ def time_decode(
     steps: int,
     repeats: int,
     max_warmup: int,
+    runtime: Runtime = "eager",
     progress: str | None = None,
 ) -> Phase:
     """Time per generated token after a prompt, whose own reading is not timed."""
 
     def probe(model: PreTrainedModel) -> Callable[[], float]:
         prompt = random_prompt(model, batch, prompt_tokens)
+        decoding = (RecordedDecoding if runtime == "graphs" else Decoding)(model, prompt, steps)
 
         def measure() -> float:
-            token, cache = prefill(model, prompt)
-            return _milliseconds(model.device, lambda: decode(model, token, cache, prompt_tokens, steps)) / steps
+            decoding.start()
+            return _milliseconds(model.device, decoding.run) / steps
 
         return measure
 
@@ -257,7 +231,9 @@ def compare(
     models = {name: prepare(model, runtime) for name, model in models.items()}
     return {
         batch: (
-            time_prefill(models, flops[batch], batch, prefill_tokens, repeats, max_warmup, f"prefill, batch {batch}"),
+            time_prefill(
+                models, flops[batch], batch, prefill_tokens, repeats, max_warmup, runtime, f"prefill, batch {batch}"
+            ),
             time_decode(
                 models,
                 bytes_read[batch],
@@ -266,6 +242,7 @@ def compare(
                 decode_tokens,
                 repeats,
                 max_warmup,
+                runtime,
                 f"decode, batch {batch}",
             ),
         )

@@ -1,4 +1,4 @@
-"""A loaded model changed for inference on a CPU: the same computation in fewer calls, its weights laid out anew.
+"""How a loaded model runs; on a CPU packed: the same computation in fewer calls, its weights laid out anew.
 
 Decoding one token reads every weight once and computes little, so on a CPU its time is that of reading, and of
 starting some 2,500 operations. Stock modules hide a pruned model's gain in both: torch reads rows of a bfloat16
@@ -17,13 +17,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tvaprune.model.single_token import DecoderForward
 from tvaprune.model.topology import decoder, decoder_layers, final_norm
 
-Runtime = Literal["eager", "packed", "compile"]
+Runtime = Literal["eager", "packed", "graphs", "compile"]
 
 
-def pick_runtime(name: Literal["auto", "eager", "packed", "compile"], device: torch.device) -> Runtime:
-    """What `auto` stands for: packed on a CPU whose torch has oneDNN, else eager."""
+def pick_runtime(name: Literal["auto", "eager", "packed", "graphs", "compile"], device: torch.device) -> Runtime:
+    """What `auto` stands for: graphs on CUDA, packed on a CPU whose torch has oneDNN, else eager.
+
+    Raises:
+        ValueError: graphs on another device than CUDA.
+    """
+    if name == "graphs" and device.type != "cuda":
+        raise ValueError(f"runtime graphs: needs a CUDA device, not {device}; use auto or eager")
     if name != "auto":
         return name
+    if device.type == "cuda":
+        return "graphs"
     return "packed" if device.type == "cpu" and torch.backends.mkldnn.is_available() else "eager"
 
 
@@ -32,8 +40,9 @@ def prepare(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
 
     Args:
         model: in evaluation mode, on the device and in the dtype that it is to run in; changed in place.
-        runtime: eager leaves it as it is. packed lays its weights out anew: it can neither be trained nor saved
-            afterwards, and `parameters()` no longer holds them. compile is torch.compile, at the first calls.
+        runtime: eager and graphs leave it as it is; graphs are recorded where it is called (`measures.passes`).
+            packed lays its weights out anew: it can neither be trained nor saved afterwards, and `parameters()` no
+            longer holds them. compile is torch.compile, at the first calls.
 
     Returns:
         The same model.

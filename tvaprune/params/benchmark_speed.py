@@ -26,6 +26,6 @@ class BenchmarkSpeedParams(StageParams):
         description="CPU threads of torch; null for its own choice, every physical core; "
         "a number also keeps them to as many processors",
     )
-    runtime: Literal["auto", "eager", "packed", "compile"] = Field(
-        description="how every model alike runs; auto: packed on a CPU, else eager"
+    runtime: Literal["auto", "eager", "packed", "graphs", "compile"] = Field(
+        description="how every model alike runs; auto: packed on a CPU, graphs on CUDA"
     )

@@ -25,8 +25,8 @@ class ProfileHardwareParams(StageParams):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
     threads: int | None = Field(ge=1, description="CPU threads of torch; null for its own choice, every physical core")
 
-    runtime: Literal["auto", "eager", "packed"] = Field(
-        description="how the model runs that is timed, as in benchmark_speed; auto: packed on a CPU, else eager"
+    runtime: Literal["auto", "eager", "packed", "graphs"] = Field(
+        description="how the model runs that is timed, as in benchmark_speed; auto: packed on a CPU, graphs on CUDA"
     )
 
     multiple: Any = Field(description="adapt_dimensions.multiple: nothing is timed unless it is measured")

@@ -1,0 +1,174 @@
+"""A prompt's prefill and the decode steps after it, as a benchmark runs them: call by call, or as recorded CUDA graphs.
+
+At batch 1 a GPU is done with a decoder layer before Python has started the next one, so eager decoding takes as long
+for a pruned model as for the dense one. A CUDA graph starts a whole pass at once, as servers such as vLLM do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+Work = Callable[[], Any]
+Record = Callable[[Work], Work]
+
+
+def prefill(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], cache: Cache | None = None
+) -> tuple[Int[Tensor, "batch 1"], Cache]:
+    """Read a prompt: the first generated token (greedy), and the filled cache.
+
+    Args:
+        cache: an empty one to fill; None has the model make it itself, as in generate().
+    """
+    output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
+
+
+def decode(
+    model: PreTrainedModel, token: Int[Tensor, "batch 1"], cache: Cache, position: int, steps: int
+) -> Int[Tensor, "batch steps"]:
+    """Generate greedily: generate()'s computation without its bookkeeping, stopping at no token.
+
+    Args:
+        token: the last token that is not in the cache; from `prefill`.
+        cache: grows by one position a step.
+        position: of that token, which is the number of cached ones.
+
+    Returns:
+        The tokens after `token`.
+    """
+    # Positions are explicit: the cache's own count is wrong if its first layer has no heads left.
+    positions = torch.arange(position, position + steps, device=token.device).unsqueeze(0)
+    tokens = []
+    for step in range(steps):
+        output = model(
+            input_ids=token, past_key_values=cache, position_ids=positions[:, step : step + 1], use_cache=True
+        )
+        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        tokens.append(token)
+    return torch.cat(tokens, dim=1)
+
+
+class Decoding:
+    """A prompt, and the greedy steps after it, as often as they are asked for.
+
+    `start` reads the prompt; `run` then generates, and returns the tokens after the prompt's own first one.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], steps: int) -> None:
+        self.model, self.prompt, self.steps = model, prompt, steps
+
+    def start(self) -> None:
+        self.token, self.cache = prefill(self.model, self.prompt)
+
+    def run(self) -> Int[Tensor, "batch steps"]:
+        return decode(self.model, self.token, self.cache, self.prompt.shape[1], self.steps)
+
+
+def recorded_prefill(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], record: Record | None = None) -> Any:
+    """`prefill` of one prompt, recorded once: what to call for it.
+
+    Raises:
+        ValueError: as `RecordedDecoding`.
+    """
+    _check_window(model, prompt.shape[1])
+
+    def work() -> tuple[Tensor, Cache]:
+        # Not the model's own cache: layers of a sliding window copy its size to the device, which no graph holds.
+        return prefill(model, prompt, Cache(layers=[DynamicLayer() for _ in range(model.config.num_hidden_layers)]))
+
+    return (record or Recording)(work)
+
+
+class RecordedDecoding:
+    """`Decoding` whose step is recorded once: nothing in it changes shape or place.
+
+    The cache has room for all positions from the start, and a mask hides those that are not filled yet, so each step
+    reads the whole of it.
+
+    Args:
+        record: turns a step into what is called instead; `Recording` but for tests and clocks.
+
+    Raises:
+        ValueError: the tokens do not fit into the model's sliding window, which such a cache has not.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt: Int[Tensor, "batch tokens"],
+        steps: int,
+        record: Record | None = None,
+    ) -> None:
+        batch, length = prompt.shape
+        _check_window(model, length + steps)
+        self.model, self.prompt, self.steps = model, prompt, steps
+        layers = model.config.num_hidden_layers
+        self.cache = Cache(layers=[StaticLayer(max_cache_len=length + steps) for _ in range(layers)])
+        self.columns = torch.arange(length + steps, device=prompt.device)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=prompt.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=prompt.device)
+        self.tokens = torch.zeros(batch, steps, dtype=torch.int64, device=prompt.device)
+        self.start()  # makes the cache's tensors
+        self.step = (record or Recording)(self._step)
+
+    def start(self) -> None:
+        self.cache.reset()
+        output = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.token.copy_(output.logits[:, -1].argmax(dim=-1, keepdim=True))
+        self.position.fill_(self.prompt.shape[1])
+
+    def run(self) -> Int[Tensor, "batch steps"]:
+        """The same tensor at every call."""
+        for _ in range(self.steps):
+            self.step()
+        return self.tokens
+
+    def _step(self) -> None:
+        filled = (self.columns <= self.position)[None, None, None]
+        output = self.model(
+            input_ids=self.token,
+            attention_mask=filled.expand(len(self.token), -1, -1, -1),
+            position_ids=self.position[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.token.copy_(output.logits[:, -1].argmax(dim=-1, keepdim=True))
+        self.tokens.index_copy_(1, self.position - self.prompt.shape[1], self.token)
+        self.position.add_(1)
+
+
+def _check_window(model: PreTrainedModel, tokens: int) -> None:
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and window < tokens:
+        raise ValueError(
+            f"runtime graphs: {tokens} tokens are more than the model's sliding window of {window}; use fewer, or "
+            "runtime eager"
+        )
+
+
+class Recording:
+    """A CUDA graph of some work; a call runs it on what then lies in the tensors that the work reads.
+
+    Args:
+        work: run once before it is recorded, so that nothing is set up while it is; must not wait for the device.
+    """
+
+    def __init__(self, work: Work) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = work()
+
+    def __call__(self) -> Any:
+        self._graph.replay()
+        return self._result

@@ -156,10 +156,12 @@ class Recording:
     """A CUDA graph of some work; a call runs it on what then lies in the tensors that the work reads.
 
     Args:
-        work: run once before it is recorded, so that nothing is set up while it is; must not wait for the device.
+        work: run once before it is recorded, so that nothing is set up while it is; must not wait for the device. It is
+            kept, and so has to hold all tensors that it reads: a graph does not, and reads them where they were.
     """
 
     def __init__(self, work: Work) -> None:
+        self._work = work
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import tiny_model
+from tools import try_steps
 from tools.dry_run import memory, published_config, size_lines, sizes
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.distributed import ALONE
@@ -126,3 +127,10 @@ def test_what_the_estimate_of_finetuning_counts() -> None:
     assert alone["teacher"] == 0
     assert online["total"] == online["weights"] + online["teacher"] + online["adapter"] + online["step"]
     assert estimate(checkpointing=True, layers=8)["step"] < 0.7 * estimate(layers=8)["step"]
+
+
+def test_some_steps_of_a_file_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    try_steps.main(REPOSITORY / "configs/glassllm.yaml", steps=3)
+    said = capsys.readouterr().out
+    for stage in ("learn_masks", "finetune_lora"):
+        assert re.search(rf"{stage}: 0\.\d+ s a step, \d+\.\d minutes for 200; .* estimated 0\.\d+", said)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from stages import adapt_dimensions, profile_hardware
 from tests.tiny_models import random_masks, save_tiny_model, tiny_model
-from tools import alignment_table
+from tools import alignment_table, mask_speed
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.measures.block_times import Candidates, Lengths, candidates, layers_to_time, table_of, time_blocks
@@ -215,3 +215,15 @@ def test_the_alignment_table_has_a_row_for_each(pipeline: Path, capsys: pytest.C
     )
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows == ["multiple", "---", "dense", "1", "8", "16", "32", "64", "128", "measured"]
+
+
+def test_the_speed_of_masks_is_a_table(pipeline: Path) -> None:
+    sizes = ["--prefill-tokens", "8", "--decode-prompt-tokens", "4", "--decode-tokens", "2", "--repeats", "3"]
+    output = run(
+        mask_speed, "--model", f"{pipeline}/model", "--masks", f"{pipeline}/masks", "--multiple", "16",
+        "--batch-sizes", "1,2", *sizes,
+    )  # fmt: skip
+    rows = [line for line in output.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert [row.split(" | ")[1] for row in rows] == ["prefill", "decode"] * 2
+    assert all(float(row.split(" | ")[2]) > 0 for row in rows)
+    assert 0.4 <= float(output.split(" of the decoder removed")[0].split()[-1]) < 0.45

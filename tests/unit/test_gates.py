@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.tiny_models import FAMILIES, random_masks, tiny_model
-from tvaprune.gates import insertion, vib
+from tvaprune.gates import insertion, steps, vib
 from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
 from tvaprune.gates.curvature import RunningCurvature, gate_curvature
 from tvaprune.gates.insertion import GatedModel, GradientDraws, NoisePool, hard_gates
 from tvaprune.gates.run import check_method, find_masks
-from tvaprune.gates.state import GateTraining
+from tvaprune.gates.state import GateTraining, UsualNorm
 from tvaprune.gates.training import learn_gates
 from tvaprune.model.attention import use_training_attention
 from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
@@ -26,7 +28,7 @@ SETTINGS = GateTraining(
     curvature_tokens=8,
     log_var="trained", head_start={"hidden": 1.0, "intermediate": 0.0, "kv_heads": 0.5}, log_var_lr=0.05, mu_lr=0.01,
     lambda_lr=0.1, noise=0.0, channel_means=True, kl_weight=dict.fromkeys(AXES, 0.0), ce_weight=1.0,
-    distillation_weight=1.0, slope=(2.0, 8.0), clip=None,
+    distillation_weight=1.0, slope=(2.0, 8.0), clip=None, clip_ratio=None,
 )  # fmt: skip
 PAPER = replace(
     SETTINGS, constraint="lagrangian", init="constant", init_log_var=-3.0, noise=1.0, slope=(1.0, 1.0),
@@ -319,6 +321,46 @@ def test_tracked_gates_move_with_the_training_and_have_no_rate_or_slope() -> Non
     trained_rate = replace(TRACKED, log_var_lr=5.0, slope=(1.0, 1.0))
     other = learn_gates(model, topology, WINDOWS, 0.3, trained_rate, progress=False).masks
     assert all(torch.equal(last.log_alpha[axis], other.log_alpha[axis]) for axis in AXES)
+
+
+@given(
+    norms=st.lists(st.floats(0.5, 2.0), min_size=1, max_size=40),
+    explosion=st.floats(10, 1e6),
+    ratio=st.floats(4.5, 8),
+)
+def test_usual_gradients_pass_and_an_explosion_is_cut(norms: list[float], explosion: float, ratio: float) -> None:
+    usual = UsualNorm()
+    assert [usual.factor(norm**2, ratio) for norm in norms] == [1.0] * len(norms)
+    cut = usual.factor(explosion**2, ratio) * explosion
+    assert cut <= 2.0 * ratio * (1 + 1e-9)
+    assert usual.factor(1.0, ratio) == 1.0, "what was cut counts as cut"
+
+
+def test_one_exploding_window_does_not_decide_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = steps.objective
+    topology = Topology.of(tiny_model("llama").config)
+
+    def learned(clip_ratio: float | None, times: float) -> tuple[torch.Tensor, list[float]]:
+        calls = []
+
+        def exploding(gated: GatedModel, *arguments: Any, **inputs: Any) -> Any:
+            calls.append(0)
+            parts = plain(gated, *arguments, **inputs)
+            return parts._replace(loss=parts.loss * (times if len(calls) == 15 else 1))
+
+        monkeypatch.setattr(steps, "objective", exploding)
+        found = learn_gates(
+            tiny_model("llama"), topology, WINDOWS, 0.4, replace(TRACKED, clip_ratio=clip_ratio), progress=False
+        )
+        norms = [row["gradient_norm"] for row in found.curve]
+        return torch.cat([found.masks.log_alpha[axis].flatten() for axis in AXES]), norms
+
+    usual, norms = learned(4.0, 1)
+    assert max(norms[1:]) < 4 * min(norms[1:]), "nothing was cut"
+    cut, cut_norms = learned(4.0, 1e4)
+    assert cut_norms[14] > 1e3 * norms[14]
+    decided, _ = learned(None, 1e4)
+    assert (cut - usual).abs().mean() < 0.3 * (decided - usual).abs().mean()
 
 
 def test_kept_parameters_under_hard_gates_never_exceed_the_budget() -> None:

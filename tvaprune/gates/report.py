@@ -42,7 +42,7 @@ def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str
 
 def write_curve(path: Path, curve: list[dict[str, float | int]]) -> None:
     """The training curve as CSV, one row a step."""
-    columns = ["step", "loss", "ce", "distillation", "sparsity", "target", "hidden_kept"]
+    columns = ["step", "loss", "ce", "distillation", "sparsity", "target", "hidden_kept", "gradient_norm"]
     _write_csv(path, columns, [[row[column] for column in columns] for row in curve])
 
 

@@ -82,7 +82,9 @@ def budget_step(
     gated.set(z, int(hard.keep["hidden"].sum()), sigma, noise, channel_mu, draws)
     parts = objective(gated, settings, batch)
     parts.loss.backward()
-    parts = _average(world, parts, [*z.values(), *(sigma or {}).values(), *channel_mu.values()])
+    leaves = [*z.values(), *(sigma or {}).values(), *channel_mu.values()]
+    parts = _average(world, parts, leaves)
+    norm, factor = gates.calm([leaf.grad for leaf in leaves if leaf.grad is not None])
     with torch.no_grad():
         z_gradient = {axis: _grad(z[axis]) for axis in AXES}
         kl_gradients = {axis: kl_gradient(gates.mu[axis], gates.log_var[axis]) for axis in AXES}
@@ -103,9 +105,10 @@ def budget_step(
         gates.step(mu_gradient, channel_gradient, log_var_gradient, torch.zeros_like(gates.multipliers), decay)
         if draws is not None:
             # A share's gradients are those of its own mean loss, `size` times what they are of the whole batch's.
-            gates.track({axis: world.sum_(draws.squares[axis]) / world.size**2 for axis in AXES}, hard.keep)
+            share = (factor / world.size) ** 2
+            gates.track({axis: world.sum_(draws.squares[axis]) * share for axis in AXES}, hard.keep)
         reached = sparsity(topology, Masks(hard.keep, {}, {}))
-    return _row(parts, reached, scheduled, hard.keep["hidden"].sum())
+    return _row(parts, reached, scheduled, hard.keep["hidden"].sum(), norm)
 
 
 def lagrangian_step(
@@ -135,7 +138,9 @@ def lagrangian_step(
     penalty = lagrangian(topology, keep_probability, scheduled, multipliers)
     bottleneck = sum(settings.kl_weight[axis] * kl(mu[axis], log_var[axis]) for axis in gates.axes)
     (parts.loss + bottleneck + penalty.penalty.float()).backward()
-    parts = _average(world, parts, [*mu.values(), *log_var.values(), *channel_mu.values()])
+    leaves = [*mu.values(), *log_var.values(), *channel_mu.values()]
+    parts = _average(world, parts, leaves)
+    norm, _ = gates.calm([leaf.grad for leaf in leaves if leaf.grad is not None])
     with torch.no_grad():
         gates.step(
             {axis: _grad(mu[axis]) for axis in AXES},
@@ -144,7 +149,7 @@ def lagrangian_step(
             _grad(multipliers),
             1 - progress + 1 / settings.steps,
         )
-    return _row(parts, float(penalty.sparsity.detach()), scheduled, keep_probability["hidden"].detach().sum())
+    return _row(parts, float(penalty.sparsity.detach()), scheduled, keep_probability["hidden"].detach().sum(), norm)
 
 
 def _average(world: World, parts: DistillationLoss, leaves: list[Tensor]) -> DistillationLoss:
@@ -157,7 +162,7 @@ def _average(world: World, parts: DistillationLoss, leaves: list[Tensor]) -> Dis
     return DistillationLoss(*losses[0])
 
 
-def _row(parts: DistillationLoss, sparsity: float, target: float, hidden_kept: Tensor) -> Row:
+def _row(parts: DistillationLoss, sparsity: float, target: float, hidden_kept: Tensor, gradient_norm: float) -> Row:
     return {
         "loss": float(parts.loss),
         "ce": float(parts.ce),
@@ -165,6 +170,7 @@ def _row(parts: DistillationLoss, sparsity: float, target: float, hidden_kept: T
         "sparsity": sparsity,
         "target": target,
         "hidden_kept": float(hidden_kept),
+        "gradient_norm": gradient_norm,
     }
 
 

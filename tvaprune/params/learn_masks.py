@@ -44,6 +44,9 @@ class GateParams(BaseModel):
     distillation_weight: float = Field(description="Weight of the KL to the dense model's predictions.", ge=0)
     slope: tuple[float, float] = Field(description="Slope of the sigmoid, at the start and at the end.")
     clip: float | None = Field(description="Gradient norm at most; null = not clipped.", gt=0)
+    clip_ratio: float | None = Field(
+        description="Gradient norm at most so many times its running mean; null = not clipped.", gt=1
+    )
 
     @model_validator(mode="after")
     def _objective(self) -> "GateParams":

@@ -29,7 +29,8 @@ class Learned:
 
     Attributes:
         masks: projected onto the target, threshold 0.
-        curve: one row a step: step, loss, ce, distillation, sparsity, target, hidden_kept, gradient_norm (before it is cut).
+        curve: one row a step: step, loss, ce, distillation, sparsity, target, hidden_kept, gradient_norm (before any
+            clipping).
         step_seconds: median over steps of the whole step but the teacher's forward.
         bare_step_seconds: median of the same forward, objective and backward (to the embeddings) without gates, on
             some of the same batches, in between.

@@ -103,14 +103,16 @@ def sizes(params_file: Path, model: Path) -> Sizes:
     return Sizes(config, student, masks, parameters(config), parameters(student), sparsity(topology, masks))
 
 
-def memory(params_file: Path, found: Sizes) -> dict[str, dict[str, int]]:
-    """Bytes by stage and part, on one CUDA device in bfloat16; fine-tuning only where it is enabled."""
+def memory(
+    params_file: Path, found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str = "cuda"
+) -> dict[str, dict[str, int]]:
+    """Bytes by stage and part, on one device; fine-tuning only where it is enabled."""
     windows = SampleCalibrationParams.load(params_file)
     learn, recover = LearnMasksParams.load(params_file), FinetuneLoraParams.load(params_file)
     gates = GateTraining(**learn.gates.model_dump())
     bytes_of = {
         "learn_masks": training_memory(
-            found.config, gates, windows.seq_len, torch.bfloat16, "cuda", learn.gradient_checkpointing
+            found.config, gates, windows.seq_len, dtype, device_type, learn.gradient_checkpointing
         )
     }
     if recover.enabled:
@@ -121,8 +123,8 @@ def memory(params_file: Path, found: Sizes) -> dict[str, dict[str, int]]:
             recover.take(Objective),
             recover.take(Schedule),
             windows.finetune_seq_len,
-            torch.bfloat16,
-            "cuda",
+            dtype,
+            device_type,
         )
     return bytes_of
 

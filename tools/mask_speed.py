@@ -15,13 +15,14 @@ import typer
 from tools.alignment_table import layer_widths
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import random_models
-from tvaprune.device import DTYPES, pick_device, pick_dtype
+from tvaprune.device import pick_device, pick_dtype
 from tvaprune.measures.latency import compare
 from tvaprune.measures.machine import machine_name
-from tvaprune.measures.speed_report import summarise
+from tvaprune.measures.speed_report import speed_metrics
 from tvaprune.model.runtime import pick_runtime
 from tvaprune.model.topology import Topology
 from tvaprune.widths.adapt import adapt
+from tvaprune.widths.latency_table import PHASES
 from tvaprune.widths.masks import Masks, read_masks, sparsity
 
 
@@ -55,14 +56,15 @@ def main(
     models = dict(zip(("dense", "compact"), random_models(config, widths, chosen, device), strict=True))
     batches = [int(size) for size in batch_sizes.split(",")]
     timed = compare(models, batches, prefill_tokens, decode_prompt_tokens, decode_tokens, repeats, 3, how)
-    name = next(name for name, each in DTYPES.items() if each == chosen)
+    name = str(chosen).removeprefix("torch.")
     print(f"{machine_name(device)}, {name}, runtime {how}, torch {torch.__version__}; ", end="")
     removed = f"{sparsity(topology, kept):.4f} of the decoder removed"
     print(f"{removed}; prefill of {prefill_tokens} tokens, decode of {decode_tokens} after {decode_prompt_tokens}")
     print("\n| batch | | dense ms | pruned ms | speedup | limit | efficiency |\n|---|---|---|---|---|---|---|")
     for batch, phases in timed.items():
-        for phase, each, work in zip(("prefill", "decode"), phases, ("flops", "bytes_read"), strict=True):
-            found = summarise(each, work)
+        metrics = speed_metrics({batch: phases})
+        for phase in PHASES:
+            found = metrics[phase]
             cells = [f"{found[model]['latency_ms']:.2f}" for model in models]
             cells += [f"{found['speedup']:.2f}×", f"{found['limit']:.2f}×", f"{found['efficiency']:.2f}"]
             print(f"| {batch} | {phase} | {' | '.join(cells)} |")

@@ -16,12 +16,11 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from tools.alignment_table import layer_widths
-from tools.dry_run import published_config, sizes
+from tools.dry_run import memory, published_config, sizes
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.gates.baselines.registry import BaselineOptions
-from tvaprune.gates.memory import training_memory
 from tvaprune.gates.run import find_masks
 from tvaprune.gates.state import GateTraining
 from tvaprune.measures.machine import machine_name
@@ -29,7 +28,6 @@ from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.lora import LoraSettings
-from tvaprune.recovery.memory import finetuning_memory
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.training import Objective, finetune
 
@@ -58,6 +56,7 @@ def main(
     found = sizes(params_file, model or published_config(params_file))
     device = pick_device()
     dtype = pick_dtype(device)
+    estimates = memory(params_file, found, dtype, device.type)
     typer.echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
     windows = SampleCalibrationParams.load(params_file)
     learn, recover = LearnMasksParams.load(params_file), FinetuneLoraParams.load(params_file)
@@ -73,9 +72,8 @@ def main(
         dense, text(gates.batch_size * steps, windows.seq_len), text(2, windows.seq_len), learn.sparsity, gates,
         BaselineOptions(), method="tva", axes=learn.axes, seed=0, gradient_checkpointing=learn.gradient_checkpointing,
     )  # fmt: skip
-    estimate = training_memory(found.config, gates, windows.seq_len, dtype, device.type, learn.gradient_checkpointing)
     seconds = learned.step_seconds + learned.teacher_seconds
-    _say("learn_masks", seconds, learn.gates.steps, learned.peak_memory_bytes, estimate["total"])
+    _say("learn_masks", seconds, learn.gates.steps, learned.peak_memory_bytes, estimates)
     if not recover.enabled:
         return
     # As the stage loads them: in host memory, and on the device only while they are used there.
@@ -92,16 +90,14 @@ def main(
             student, dense, ids, ids[:2], lora=settings, objective=objective, schedule=schedule, seed=0, device=device,
             state=_Forgetful(Path(work)),  # type: ignore[arg-type]
         )  # fmt: skip
-    shape = (windows.finetune_seq_len, dtype, device.type)
-    estimate = finetuning_memory(found.student, found.config, settings, objective, schedule, *shape)
     total = recover.take(Schedule).total_steps(windows.finetune_samples)
-    _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimate["total"])
+    _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimates)
 
 
-def _say(stage: str, seconds: float, steps: int, peak: int, estimate: int) -> None:
+def _say(stage: str, seconds: float, steps: int, peak: int, estimates: dict[str, dict[str, int]]) -> None:
     typer.echo(
         f"{stage}: {seconds:.3f} s a step, {seconds * steps / 60:.1f} minutes for {steps}; "
-        f"{peak / 1e9:.2f} GB (on a CPU of the whole process), estimated {estimate / 1e9:.2f}"
+        f"{peak / 1e9:.2f} GB (on a CPU of the whole process), estimated {estimates[stage]['total'] / 1e9:.2f}"
     )
 
 

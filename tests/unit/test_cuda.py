@@ -46,7 +46,7 @@ def learned(settings: GateTraining, device: torch.device, **others: Any) -> Mask
 
 @pytest.mark.parametrize("constraint", ["budget", "lagrangian"])
 def test_gates_learned_on_a_gpu_are_those_of_the_cpu(constraint: str) -> None:
-    """Without what is sampled: each device draws its own labels and noise."""
+    """Without what is sampled, where a rounding is enough to draw another token."""
     settings = replace(SETTINGS if constraint == "budget" else PAPER, init="constant", noise=0.0)
     here, there = learned(settings, CPU), learned(settings, CUDA)
     for axis in AXES:

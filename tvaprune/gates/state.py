@@ -41,7 +41,8 @@ class GateTraining:
         slope: slopes of the straight-through sigmoid at the start and at the end (budget), or of the soft keep
             probability (lagrangian).
         clip: gradient norm of the gates' parameters at most; None = not clipped.
-        clip_ratio: that norm over its own running mean at most; None = not clipped (`UsualNorm`).
+        clip_ratio: norm of the loss's own gradient in the gates over its running mean at most; None = not clipped
+            (`UsualNorm`).
     """
 
     steps: int

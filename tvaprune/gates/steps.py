@@ -83,8 +83,7 @@ def budget_step(
     parts = objective(gated, settings, batch)
     parts.loss.backward()
     leaves = [*z.values(), *(sigma or {}).values(), *channel_mu.values()]
-    parts = _average(world, parts, leaves)
-    norm, factor = gates.calm([leaf.grad for leaf in leaves if leaf.grad is not None])
+    parts, norm, factor = _average_and_calm(world, gates, parts, leaves)
     with torch.no_grad():
         z_gradient = {axis: _grad(z[axis]) for axis in AXES}
         kl_gradients = {axis: kl_gradient(gates.mu[axis], gates.log_var[axis]) for axis in AXES}
@@ -139,8 +138,7 @@ def lagrangian_step(
     bottleneck = sum(settings.kl_weight[axis] * kl(mu[axis], log_var[axis]) for axis in gates.axes)
     (parts.loss + bottleneck + penalty.penalty.float()).backward()
     leaves = [*mu.values(), *log_var.values(), *channel_mu.values()]
-    parts = _average(world, parts, leaves)
-    norm, _ = gates.calm([leaf.grad for leaf in leaves if leaf.grad is not None])
+    parts, norm, _ = _average_and_calm(world, gates, parts, leaves)
     with torch.no_grad():
         gates.step(
             {axis: _grad(mu[axis]) for axis in AXES},
@@ -152,14 +150,20 @@ def lagrangian_step(
     return _row(parts, float(penalty.sparsity.detach()), scheduled, keep_probability["hidden"].detach().sum(), norm)
 
 
-def _average(world: World, parts: DistillationLoss, leaves: list[Tensor]) -> DistillationLoss:
-    """The mean over the processes of the losses, which are returned, and of the leaves' gradients, in place.
+def _average_and_calm(
+    world: World, gates: Gates, parts: DistillationLoss, leaves: list[Tensor]
+) -> tuple[DistillationLoss, float, float]:
+    """The mean over the processes of the losses, and of the leaves' gradients, in place, calmed; see `Gates.calm`.
 
     Every window has as many labels, so the mean of the shares' means is the whole batch's.
+
+    Returns:
+        The losses, the gradients' norm before it was calmed, and by what it was multiplied.
     """
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     losses = [torch.stack([parts.loss.detach(), parts.ce, parts.distillation])]
-    world.mean_(losses + [leaf.grad for leaf in leaves if leaf.grad is not None])
-    return DistillationLoss(*losses[0])
+    world.mean_(losses + gradients)
+    return DistillationLoss(*losses[0]), *gates.calm(gradients)
 
 
 def _row(parts: DistillationLoss, sparsity: float, target: float, hidden_kept: Tensor, gradient_norm: float) -> Row:

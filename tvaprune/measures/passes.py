@@ -70,7 +70,7 @@ class Decoding:
         return decode(self.model, self.token, self.cache, self.prompt.shape[1], self.steps)
 
 
-def recorded_prefill(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], record: Record | None = None) -> Any:
+def recorded_prefill(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], record: Record | None = None) -> Work:
     """`prefill` of one prompt, recorded once: what to call for it.
 
     Raises:
@@ -119,8 +119,8 @@ class RecordedDecoding:
 
     def start(self) -> None:
         self.cache.reset()
-        output = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token.copy_(output.logits[:, -1].argmax(dim=-1, keepdim=True))
+        token, _ = prefill(self.model, self.prompt, self.cache)
+        self.token.copy_(token)
         self.position.fill_(self.prompt.shape[1])
 
     def run(self) -> Int[Tensor, "batch steps"]:

@@ -12,14 +12,14 @@ import typer
 from transformers import PreTrainedModel
 
 from stages._errors import clear_errors
+from tvaprune.architecture.sharding import shard_layers
 from tvaprune.device import keep_freed_memory, pick_device, pick_dtype
 from tvaprune.distributed import World, join, launch, processes_asked, sharding_asked
-from tvaprune.model.sharding import shard_layers
 from tvaprune.resume import ResumableRun
 
 
 @dataclass(frozen=True)
-class Place:
+class Process:
     """One process's device, the dtype it computes in, and the processes beside it."""
 
     device: torch.device
@@ -28,7 +28,7 @@ class Place:
     sharded: bool
 
     def saved(self, stage: str, settings: dict[str, Any], inputs: list[Path]) -> ResumableRun:
-        """The stage's state to go on from, of these settings and inputs, this code, and this place's last bits."""
+        """The state that a killed run of the stage left: keyed by settings, inputs, code, device and dtype."""
         kind: dict[str, Any] = {"device": self.device.type, "dtype": str(self.dtype)}
         kind |= {"processes": self.world.size, "sharded": self.sharded}
         code = [*Path("tvaprune").rglob("*.py"), Path("stages", f"{stage}.py")]
@@ -52,10 +52,10 @@ def run(main: Callable[..., None]) -> None:
 
 
 @contextmanager
-def place() -> Iterator[Place]:
+def join_processes() -> Iterator[Process]:
     """Meet the other processes, if there are any, for as long as the block lasts."""
     device = pick_device()
     if device.type == "cpu":
         keep_freed_memory()
     with join(device) as world:
-        yield Place(device, pick_dtype(device), world, sharding_asked())
+        yield Process(device, pick_dtype(device), world, sharding_asked())

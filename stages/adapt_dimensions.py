@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.model.topology import Topology
+from tvaprune.masks.adapt import adapt, adapt_metrics
+from tvaprune.masks.latency_table import read_table
+from tvaprune.masks.masks import read_masks, write_masks
+from tvaprune.masks.measured import adapt_measured, latency_metrics
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
-from tvaprune.widths.adapt import adapt, adapt_metrics
-from tvaprune.widths.latency_table import read_table
-from tvaprune.widths.masks import read_masks, write_masks
-from tvaprune.widths.measured import adapt_measured, latency_metrics
 
 # Gates order the units near the sparsity that they were learned for, and hardly further away.
 LEARNED_FOR = 0.05

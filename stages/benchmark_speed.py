@@ -16,8 +16,8 @@ from tvaprune.measures.comparison import present_models
 from tvaprune.measures.latency import checkpoint_bytes, compare, load_timed
 from tvaprune.measures.machine import machine_name, machine_numbers, pin_threads
 from tvaprune.measures.speed_report import speed_metrics, write_rounds
-from tvaprune.model.runtime import pick_runtime
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
+from tvaprune.runtime.packed import pick_runtime
 
 
 def main(

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.gates.run import check_method
-from tvaprune.model.topology import Topology
+from tvaprune.masks.adapt import check_multiples
+from tvaprune.methods import check_method
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.learn_masks import LearnMasksParams
-from tvaprune.widths.adapt import check_multiples
 
 
 def main(

@@ -7,20 +7,20 @@ import typer
 from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.checkpoint.card import Base, Provenance, widths_of
-from tvaprune.checkpoint.certificate import GGUF, Reference, prompt_ids
-from tvaprune.checkpoint.checks import against_reference
-from tvaprune.checkpoint.compact import compact
-from tvaprune.checkpoint.export import certify, require
-from tvaprune.checkpoint.gguf import write_gguf
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.fold import read_update
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.parity import compact_logits, masked_dense_logits
 from tvaprune.checkpoint.report import measured, sizes
-from tvaprune.checkpoint.update import read_update
-from tvaprune.model.topology import Topology
+from tvaprune.export.card import Base, Provenance, widths_of
+from tvaprune.export.gguf import write_gguf
+from tvaprune.export.seal import certify, require
+from tvaprune.masks.masks import read_masks
 from tvaprune.params.compact import CompactParams
-from tvaprune.widths.masks import read_masks
+from tvaprune.proof.certificate import GGUF, Reference, prompt_ids
+from tvaprune.proof.checks import against_reference
+from tvaprune.proof.parity import compact_logits, masked_dense_logits
 
 
 def main(

@@ -7,7 +7,7 @@ import typer
 from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
-from stages._launch import place, run
+from stages._launch import join_processes, run
 from stages._options import Compact, Dense, Finetuned
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
@@ -35,12 +35,14 @@ def main(
         windows = heldout_windows(
             read_texts(heldout), AutoTokenizer.from_pretrained(dense), settings.window, settings.windows
         )
-        with place() as here:
+        with join_processes() as process:
             results = {
-                name: evaluate(here.put(load(path, here.dtype)), windows, settings.batch_size, name, here.world)
+                name: evaluate(
+                    process.put(load(path, process.dtype)), windows, settings.batch_size, name, process.world
+                )
                 for name, path in models.items()
             }
-            if not here.world.is_main:
+            if not process.world.is_main:
                 return
         write_json(metrics, report(results, settings.window))
     for name, result in results.items():

@@ -14,7 +14,7 @@ import typer
 from transformers import AutoTokenizer
 
 from stages._errors import clear_errors
-from stages._launch import place, run
+from stages._launch import join_processes, run
 from stages._options import Compact, Dense, Finetuned
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
@@ -44,11 +44,11 @@ def main(
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a ready-made model, which is meant
         tokenizer = AutoTokenizer.from_pretrained(dense)
         results = {}
-        with place() as here:
+        with join_processes() as process:
             for name, path in models.items():
-                model = here.put(load(path, here.dtype))
-                results[name] = summarise(evaluate(model, tokenizer, rows, settings.batch_size, name, here.world))
-            if not here.world.is_main:
+                model = process.put(load(path, process.dtype))
+                results[name] = summarise(evaluate(model, tokenizer, rows, settings.batch_size, name, process.world))
+            if not process.world.is_main:
                 return
         write_json(metrics, {"limit": settings.limit or 0, **results})
     for name, result in results.items():

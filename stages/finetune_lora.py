@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
-from stages._launch import place, run
+from stages._launch import join_processes, run
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.checkpoint.certificate import read_certificate
-from tvaprune.checkpoint.export import OWN_FILES, certify_retrained, require
 from tvaprune.checkpoint.loading import load
+from tvaprune.export.seal import OWN_FILES, certify_retrained, require
 from tvaprune.params.finetune_lora import FinetuneLoraParams
+from tvaprune.proof.certificate import read_certificate
 from tvaprune.recovery.lora import LoraSettings, merge_adapter, save_adapter, save_like
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.training import Objective, finetune, write_curve
@@ -39,14 +39,14 @@ def main(
     Reads artifacts/compact, data/model and artifacts/calibration; writes artifacts/lora, artifacts/finetuned,
     metrics/finetune.json and metrics/finetune.csv.
     """
-    with clear_errors(), place() as here:
+    with clear_errors(), join_processes() as process:
         params = FinetuneLoraParams.load(params_file)
-        if here.world.is_main:
+        if process.world.is_main:
             for directory in (lora, finetuned):
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir(parents=True)
         if not params.enabled:
-            if here.world.is_main:
+            if process.world.is_main:
                 write_json(finetuned / "meta.json", {"kind": "finetuned", "enabled": False})
                 write_json(metrics, {"enabled": 0})
                 write_curve(curve, [])
@@ -54,22 +54,22 @@ def main(
             return
         read_certificate(compact)  # before the work: what it says goes into the new one
         ids, _ = read_artifact(calibration, "calibration")
-        with here.saved("finetune_lora", params.model_dump(), [compact, dense, calibration]) as saved:
+        with process.saved("finetune_lora", params.model_dump(), [compact, dense, calibration]) as saved:
             result = finetune(
-                load(compact, dtype=here.dtype),
-                load(dense, dtype=here.dtype),
+                load(compact, dtype=process.dtype),
+                load(dense, dtype=process.dtype),
                 ids["finetune_ids"],
                 ids["finetune_validation_ids"],
                 lora=params.take(LoraSettings),
                 objective=params.take(Objective),
                 schedule=params.take(Schedule),
                 seed=params.seed,
-                device=here.device,
+                device=process.device,
                 state=saved,
-                world=here.world,
-                sharded=here.sharded,
+                world=process.world,
+                sharded=process.sharded,
             )
-            if not here.world.is_main:
+            if not process.world.is_main:
                 return
             save_adapter(result.model, lora, base_model=compact.as_posix())
             # Merged into the weights as they are on disk, not as rounded for this device.

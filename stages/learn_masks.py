@@ -6,18 +6,17 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
-from stages._launch import place, run
+from stages._launch import join_processes, run
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
+from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.checkpoint.loading import load, load_config
-from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.memory import memory_table
-from tvaprune.gates.report import masks_metrics, write_curve, write_widths
-from tvaprune.gates.run import GATE_METHODS, check_method, find_masks
 from tvaprune.gates.state import GateTraining
-from tvaprune.model.topology import Topology
+from tvaprune.masks.masks import write_masks
+from tvaprune.methods import GATE_METHODS, check_method, find_masks, masks_metrics, write_curve, write_widths
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
-from tvaprune.widths.masks import write_masks
 
 
 def main(
@@ -51,12 +50,12 @@ def main(
             typer.echo(memory_table(load_config(model), gates, SampleCalibrationParams.load(params_file).seq_len))
             return
         check_method(params.method, params.axes, params.sparsity, Topology.of(load_config(model)))
-        with place() as here:
-            if params.method not in GATE_METHODS and not here.world.is_main:
+        with join_processes() as process:
+            if params.method not in GATE_METHODS and not process.world.is_main:
                 return  # the baselines' work is not shared
             ids, _ = read_artifact(calibration, "calibration")
-            with here.saved("learn_masks", params.model_dump(mode="json"), [model, calibration]) as saved:
-                dense = here.put(load(model, dtype=here.dtype))
+            with process.saved("learn_masks", params.model_dump(mode="json"), [model, calibration]) as saved:
+                dense = process.put(load(model, dtype=process.dtype))
                 found = find_masks(
                     dense,
                     ids["input_ids"],
@@ -69,9 +68,9 @@ def main(
                     seed=params.seed,
                     gradient_checkpointing=params.gradient_checkpointing,
                     saver=saved,
-                    world=here.world,
+                    world=process.world,
                 )
-            if not here.world.is_main:
+            if not process.world.is_main:
                 return
         report = masks_metrics(found, dense.config, params.sparsity)
         write_masks(masks, found.masks, made_with=params.used(), validation_ppl=report["validation_ppl"])

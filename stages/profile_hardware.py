@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.device import pick_device, pick_dtype
+from tvaprune.masks.latency_table import profile_metrics, write_staircase, write_table
 from tvaprune.measures.block_times import Lengths, candidates, made_on, profile
 from tvaprune.measures.machine import pin_threads
-from tvaprune.model.runtime import pick_runtime
-from tvaprune.model.topology import Topology
 from tvaprune.params.profile_hardware import ProfileHardwareParams
-from tvaprune.widths.latency_table import profile_metrics, write_staircase, write_table
+from tvaprune.runtime.packed import pick_runtime
 
 
 def main(

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from stages._errors import clear_errors
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact
+from tvaprune.checkpoint.fold import weight_update, write_update
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.update import weight_update, write_update
-from tvaprune.model.topology import Topology
+from tvaprune.masks.masks import read_masks
 from tvaprune.params.update_weights import UpdateWeightsParams
-from tvaprune.widths.masks import read_masks
 
 
 def main(

@@ -14,7 +14,18 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401  (the hook finds it by name)
 
 # Where tensors are: parameters are pydantic's to check, and the losses check their own shapes.
-CHECKED = ("checkpoint", "gates", "measures", "model", "recovery", "widths")
+CHECKED = (
+    "architecture",
+    "baselines",
+    "checkpoint",
+    "export",
+    "gates",
+    "masks",
+    "measures",
+    "proof",
+    "recovery",
+    "runtime",
+)
 install_import_hook([f"tvaprune.{name}" for name in CHECKED], "tests.typecheck.checked")
 
 for name in ("TVAPRUNE_DEVICE", "TVAPRUNE_DTYPE", "DVC_STAGE", "DVC_ROOT"):

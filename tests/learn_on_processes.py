@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from tests.tiny_models import tiny_model
 from tests.unit.test_gates import PAPER, SETTINGS, TRACKED, WINDOWS
+from tvaprune.architecture.sharding import shard_layers
+from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import join
 from tvaprune.gates.training import learn_gates
-from tvaprune.model.sharding import shard_layers
-from tvaprune.model.topology import Topology
 
 CASES = {"tracked": TRACKED, "budget": SETTINGS, "noisy": replace(SETTINGS, noise=0.5), "lagrangian": PAPER}
 
@@ -34,7 +34,7 @@ def main(case: str, family: str, sharded: str, out: str) -> None:
             tensors = {f"keep.{axis}": keep for axis, keep in masks.keep.items()}
             tensors |= {f"log_alpha.{axis}": score for axis, score in masks.log_alpha.items()}
             tensors |= {f"mu.{axis}": mean for axis, mean in masks.mu.items()}
-            tensors |= {f"channel_mu.{place}": mean for place, mean in masks.channel_mu.items()}
+            tensors |= {f"channel_mu.{site}": mean for site, mean in masks.channel_mu.items()}
             tensors["loss"] = torch.tensor([row["loss"] for row in learned.curve])
             save_file(tensors, Path(out))
 

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tvaprune.model.topology import AXES, PLACES, Topology
-from tvaprune.widths.masks import Masks
+from tvaprune.architecture.topology import AXES, SITES, Topology
+from tvaprune.masks.masks import Masks
 
 FAMILIES: dict[str, dict] = {
     "llama": {},
@@ -112,7 +112,7 @@ def random_masks(topology: Topology, seed: int, keep_share: float = 0.6, empty_l
     if empty_layer is not None:
         keep["intermediate"][empty_layer] = False
         keep["kv_heads"][empty_layer] = False
-    channel_mu = {place: 1 + 0.2 * torch.randn(topology.place_shape(place), generator=generator) for place in PLACES}
+    channel_mu = {site: 1 + 0.2 * torch.randn(topology.site_shape(site), generator=generator) for site in SITES}
     return Masks(keep=keep, log_alpha=log_alpha, mu=mu, channel_mu=channel_mu)
 
 

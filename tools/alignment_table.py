@@ -16,20 +16,20 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
-from tvaprune.checkpoint.compact import compact
+from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
-from tvaprune.checkpoint.update import weight_update
 from tvaprune.device import DTYPES
+from tvaprune.masks.adapt import adapt
+from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
+from tvaprune.masks.masks import Masks, read_masks, sparsity
+from tvaprune.masks.measured import adapt_measured
 from tvaprune.measures.latency import compare
 from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts
-from tvaprune.model.topology import Topology
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
-from tvaprune.widths.adapt import adapt
-from tvaprune.widths.latency_table import PHASES, LatencyTable, read_table
-from tvaprune.widths.masks import Masks, read_masks, sparsity
-from tvaprune.widths.measured import adapt_measured
 
 MULTIPLES = (1, 8, 16, 32, 64, 128)
 

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from tools.dry_run import random_masks
-from tvaprune.checkpoint.compact import compact
+from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import CheckpointWriter
-from tvaprune.checkpoint.update import weight_update
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.model.topology import Topology
-from tvaprune.widths.adapt import adapt
+from tvaprune.masks.adapt import adapt
 
 _COPY_BLOCK = 64_000_000
 

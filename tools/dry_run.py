@@ -15,14 +15,17 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.update import weight_update
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.memory import training_memory
-from tvaprune.gates.run import check_method
 from tvaprune.gates.state import GateTraining
-from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.masks.adapt import adapt
+from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.projection import project
+from tvaprune.methods import check_method
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.everything import check_everything
 from tvaprune.params.fetch_inputs import FetchInputsParams
@@ -34,8 +37,6 @@ from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.memory import finetuning_memory
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.training import Objective
-from tvaprune.widths.adapt import adapt
-from tvaprune.widths.masks import Masks, project, sparsity
 
 PUBLISHED = Path("configs/models")
 

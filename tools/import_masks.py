@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.gates.published import read_published_masks
-from tvaprune.model.topology import Topology
-from tvaprune.widths.masks import sparsity, write_masks
+from tvaprune.masks.masks import sparsity, write_masks
+from tvaprune.masks.published import read_published_masks
 
 
 def main(

@@ -14,14 +14,14 @@ import torch
 import typer
 from gguf import GGUFReader
 
-from tvaprune.checkpoint.gguf import GgufDtype, write_gguf
-from tvaprune.checkpoint.gguf_runtime import timed
 from tvaprune.checkpoint.loading import load
+from tvaprune.export.gguf import GgufDtype, write_gguf
 from tvaprune.measures.comparison import present_models
 from tvaprune.measures.latency import Phase, interleave, prefill_flops, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name, pin_threads
 from tvaprune.measures.speed_report import summarise
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
+from tvaprune.proof.gguf_runtime import timed
 
 
 def bytes_read(file: Path) -> int:

@@ -13,17 +13,17 @@ import torch
 import typer
 
 from tools.alignment_table import layer_widths
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.device import pick_device, pick_dtype
+from tvaprune.masks.adapt import adapt
+from tvaprune.masks.latency_table import PHASES
+from tvaprune.masks.masks import Masks, read_masks, sparsity
 from tvaprune.measures.latency import compare
 from tvaprune.measures.machine import machine_name
 from tvaprune.measures.speed_report import speed_metrics
-from tvaprune.model.runtime import pick_runtime
-from tvaprune.model.topology import Topology
-from tvaprune.widths.adapt import adapt
-from tvaprune.widths.latency_table import PHASES
-from tvaprune.widths.masks import Masks, read_masks, sparsity
+from tvaprune.runtime.packed import pick_runtime
 
 
 def main(

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from tools.alignment_table import layer_widths
 from tools.dry_run import memory, published_config, sizes
+from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype
-from tvaprune.gates.baselines.registry import BaselineOptions
-from tvaprune.gates.run import find_masks
 from tvaprune.gates.state import GateTraining
 from tvaprune.measures.machine import machine_name
+from tvaprune.methods import find_masks
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from tvaprune.checkpoint.certificate import Check, read_certificate
-from tvaprune.checkpoint.checks import fresh_checks
-from tvaprune.checkpoint.compact import MODELING_FILE
+from tvaprune.checkpoint.cut import MODELING_FILE
+from tvaprune.proof.certificate import Check, read_certificate
+from tvaprune.proof.checks import fresh_checks
 
 
 def verify(directory: Path, trust_remote_code: bool = False) -> list[Check]:

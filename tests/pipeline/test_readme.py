@@ -10,8 +10,8 @@ import pytest
 
 from tests.pipeline.workspace import REPOSITORY, Workspace
 from tests.tiny_models import random_masks, write_published
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.model.topology import Topology
 
 README = (REPOSITORY / "README.md").read_text()
 # Set-up: `.ci/run` and the tests themselves come from it; here it is shown that make knows the targets.

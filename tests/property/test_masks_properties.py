@@ -7,10 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import random_masks
-from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters, kept_decoder_parameters, unit_costs
-from tvaprune.model.topology import AXES, Topology
-from tvaprune.widths.adapt import adapt, nearest_multiple
-from tvaprune.widths.masks import Masks, project, sparsity
+from tvaprune.architecture.parameter_counts import (
+    decoder_parameters,
+    dense_decoder_parameters,
+    kept_decoder_parameters,
+    unit_costs,
+)
+from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.masks.adapt import adapt, nearest_multiple
+from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.projection import project
 
 topologies = st.builds(
     Topology,

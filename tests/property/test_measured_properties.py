@@ -8,13 +8,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import random_masks
-from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.model.topology import Topology
-from tvaprune.widths.adapt import Layout, adapt
-from tvaprune.widths.importance import SLOPE, lost_by_width
-from tvaprune.widths.latency_table import PHASES, LatencyTable
-from tvaprune.widths.masks import Masks, project
-from tvaprune.widths.measured import AIM, keep_chosen, widths_within_latency, widths_within_parameters
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.topology import Topology
+from tvaprune.masks.adapt import Layout, adapt
+from tvaprune.masks.importance import SLOPE, lost_by_width
+from tvaprune.masks.latency_table import PHASES, LatencyTable
+from tvaprune.masks.masks import Masks
+from tvaprune.masks.measured import AIM, keep_chosen, widths_within_latency, widths_within_parameters
+from tvaprune.masks.projection import project
 
 LAYOUTS: tuple[Layout, ...] = ("uneven", "uniform", "padded")
 topologies = st.builds(

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tests.tiny_models import tiny_model
-from tvaprune.gates.baselines import activation_scores, gradient_scores, loraprune
-from tvaprune.gates.baselines.activations import input_statistics
-from tvaprune.gates.baselines.allocation import (
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, unit_costs
+from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.baselines import activation_scores, gradient_scores, loraprune
+from tvaprune.baselines.activations import input_statistics
+from tvaprune.baselines.allocation import (
     Stages,
     agree,
     allocate_balanced,
@@ -21,13 +23,12 @@ from tvaprune.gates.baselines.allocation import (
     allocate_uniform,
     percentiles,
 )
-from tvaprune.gates.baselines.bonsai import ridge_utility
-from tvaprune.gates.baselines.depth import depth, similarities
-from tvaprune.gates.baselines.registry import BASELINES, SUPPORTED_AXES, BaselineOptions, score_baseline
+from tvaprune.baselines.bonsai import ridge_utility
+from tvaprune.baselines.depth import depth, similarities
+from tvaprune.baselines.registry import BASELINES, SUPPORTED_AXES, BaselineOptions, score_baseline
 from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
-from tvaprune.model.topology import AXES, Axis, Topology
-from tvaprune.widths.masks import Masks, UnreachableSparsityError, keep_best
+from tvaprune.masks.masks import Masks
+from tvaprune.masks.projection import UnreachableSparsityError, keep_best
 
 WINDOWS = torch.randint(0, 128, (4, 20), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
 UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")

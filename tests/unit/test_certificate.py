@@ -14,8 +14,21 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.tiny_models import random_masks, save_tiny_model, tiny_tokenizer
-from tvaprune.checkpoint.card import Base, Provenance, widths_of
-from tvaprune.checkpoint.certificate import (
+from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.fold import weight_update
+from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.report import sizes
+from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.export.card import Base, Provenance, widths_of
+from tvaprune.export.gguf import write_gguf
+from tvaprune.export.seal import certify, require
+from tvaprune.masks.adapt import Layout, adapt
+from tvaprune.masks.projection import project
+from tvaprune.params.compact import CompactParams
+from tvaprune.params.finetune_lora import FinetuneLoraParams
+from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.proof.certificate import (
     Check,
     DamagedDirectoryError,
     Reference,
@@ -23,22 +36,9 @@ from tvaprune.checkpoint.certificate import (
     prompt_ids,
     read_certificate,
 )
-from tvaprune.checkpoint.checks import against_reference, fresh_checks
-from tvaprune.checkpoint.compact import compact
-from tvaprune.checkpoint.export import certify, require
-from tvaprune.checkpoint.gguf import write_gguf
-from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.parity import compact_logits, masked_dense_logits, same_choices
-from tvaprune.checkpoint.report import sizes
-from tvaprune.checkpoint.tensor_files import Checkpoint
-from tvaprune.checkpoint.update import weight_update
-from tvaprune.model.topology import Topology
-from tvaprune.params.compact import CompactParams
-from tvaprune.params.finetune_lora import FinetuneLoraParams
-from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.proof.checks import against_reference, fresh_checks
+from tvaprune.proof.parity import compact_logits, masked_dense_logits, same_choices
 from tvaprune.verify import main, verify
-from tvaprune.widths.adapt import Layout, adapt
-from tvaprune.widths.masks import project
 
 BOUND = 1e-3
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -238,7 +238,7 @@ def test_a_gguf_file_of_another_model_fails(kind: str, tmp_path: Path) -> None:
 
 
 def test_without_llama_cpp_the_check_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tvaprune.checkpoint.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("tvaprune.proof.checks.find_spec", lambda name: None)
     out, checks = export(tmp_path, gguf="f32")
     assert checks[-1].passed is None
     assert "not run, xllamacpp is not installed" in str(checks[-1])

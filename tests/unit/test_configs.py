@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_models import tiny_model
 from tools import try_steps
 from tools.dry_run import memory, published_config, size_lines, sizes
+from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
+from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.distributed import ALONE
 from tvaprune.gates.memory import LiveBytes
-from tvaprune.gates.run import check_method
-from tvaprune.model.sparsity import kept_decoder_parameters, shared_parameters
-from tvaprune.model.topology import AXES, Topology
+from tvaprune.masks.projection import UnreachableSparsityError
+from tvaprune.methods import check_method
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.recovery.lora import LoraSettings, add_lora
@@ -23,7 +24,6 @@ from tvaprune.recovery.memory import finetuning_memory
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.teacher import Teacher
 from tvaprune.recovery.training import Objective, _Loop
-from tvaprune.widths.masks import UnreachableSparsityError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

@@ -12,27 +12,28 @@ from tests.tiny_models import tiny_model
 from tests.unit.test_finetune import LORA, NoState, adapter, assert_identical, run_finetune
 from tests.unit.test_gates import PAPER, SETTINGS, TRACKED, WINDOWS, Memory
 from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, build_uneven
+from tvaprune.architecture.sharding import shard_layers
+from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.baselines.registry import BASELINES, BaselineOptions
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.distributed import World
-from tvaprune.gates.baselines.registry import BASELINES, BaselineOptions
 from tvaprune.gates.memory import training_memory
-from tvaprune.gates.run import find_masks
 from tvaprune.gates.state import GateTraining
 from tvaprune.gates.training import learn_gates
-from tvaprune.measures import latency, machine, passes
+from tvaprune.masks.latency_table import PHASES
+from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.measures import latency, machine
 from tvaprune.measures.block_times import Candidates, Lengths, layers_to_time, time_blocks
 from tvaprune.measures.perplexity import evaluate
-from tvaprune.model.runtime import Runtime, prepare
-from tvaprune.model.sharding import shard_layers
-from tvaprune.model.topology import AXES, Topology
+from tvaprune.methods import find_masks
 from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.memory import finetuning_memory
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.training import Objective, finetune
-from tvaprune.widths.latency_table import PHASES
-from tvaprune.widths.masks import Masks, sparsity
+from tvaprune.runtime import passes
+from tvaprune.runtime.packed import Runtime, prepare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

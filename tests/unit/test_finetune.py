@@ -16,17 +16,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.finetune_lora import main
 from tests.tiny_models import random_masks
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import write_artifact
-from tvaprune.checkpoint.card import Base, Provenance, widths_of
-from tvaprune.checkpoint.certificate import Reference
-from tvaprune.checkpoint.compact import compact
-from tvaprune.checkpoint.export import certify
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load
-from tvaprune.checkpoint.parity import compact_logits
-from tvaprune.checkpoint.update import weight_update
-from tvaprune.model.topology import Topology
+from tvaprune.export.card import Base, Provenance, widths_of
+from tvaprune.export.seal import certify
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.loading import ParameterError
+from tvaprune.proof.certificate import Reference
+from tvaprune.proof.parity import compact_logits
 from tvaprune.recovery import training
 from tvaprune.recovery.lora import (
     CheckpointMismatchError,

@@ -9,18 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_models import FAMILIES, random_masks, tiny_model
+from tvaprune.architecture.attention import use_training_attention
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, unit_costs
+from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.gates import insertion, steps, vib
-from tvaprune.gates.baselines.registry import BaselineOptions
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
 from tvaprune.gates.curvature import RunningCurvature, gate_curvature
 from tvaprune.gates.insertion import GatedModel, GradientDraws, NoisePool, hard_gates
-from tvaprune.gates.run import check_method, find_masks
 from tvaprune.gates.state import GateTraining, UsualNorm
 from tvaprune.gates.training import learn_gates
-from tvaprune.model.attention import use_training_attention
-from tvaprune.model.sparsity import dense_decoder_parameters, kept_decoder_parameters, unit_costs
-from tvaprune.model.topology import AXES, Axis, Topology
-from tvaprune.widths.masks import UnreachableSparsityError, sparsity
+from tvaprune.masks.masks import sparsity
+from tvaprune.masks.projection import UnreachableSparsityError
+from tvaprune.methods import check_method, find_masks
 
 WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 SETTINGS = GateTraining(
@@ -90,8 +91,8 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(settings: GateTraining)
         assert torch.equal(undisturbed.masks.mu[axis], resumed.masks.mu[axis])
         assert torch.equal(undisturbed.masks.log_alpha[axis], resumed.masks.log_alpha[axis])
         assert torch.equal(undisturbed.masks.keep[axis], resumed.masks.keep[axis])
-    for place, mean in undisturbed.masks.channel_mu.items():
-        assert torch.equal(mean, resumed.masks.channel_mu[place])
+    for site, mean in undisturbed.masks.channel_mu.items():
+        assert torch.equal(mean, resumed.masks.channel_mu[site])
     assert undisturbed.curve == resumed.curve
 
 
@@ -135,7 +136,7 @@ def test_gate_gradients_are_those_of_plain_autograd(noisy: bool, monkeypatch: py
         with GatedModel(model, topology).inserted() as gated:
             if noise is not None:
                 noise.start_step(5, range(2))
-            means = {place: mean.clone().requires_grad_() for place, mean in masks.channel_mu.items()}
+            means = {site: mean.clone().requires_grad_() for site, mean in masks.channel_mu.items()}
             gated.set(gates, int(masks.keep["hidden"].sum()), sigma, noise, means)
             logits = model(WINDOWS[:2].long()).logits[:, :-1].flatten(0, 1)
             torch.nn.functional.cross_entropy(logits, WINDOWS[:2, 1:].long().flatten()).backward()

@@ -13,16 +13,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from tests.tiny_models import FAMILIES, random_masks, save_tiny_model, tiny_model, tiny_tokenizer
 from tools.llama_cpp_speed import bytes_read, compare
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint import tensor_files
-from tvaprune.checkpoint.compact import compact
-from tvaprune.checkpoint.gguf import interleave, write_gguf
-from tvaprune.checkpoint.gguf_runtime import greedy_steps, greedy_tokens, tokenize
-from tvaprune.checkpoint.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.fold import WeightUpdate, weight_update
 from tvaprune.checkpoint.loading import load
-from tvaprune.checkpoint.update import WeightUpdate, weight_update
-from tvaprune.model.topology import Topology
+from tvaprune.export.gguf import interleave, write_gguf
+from tvaprune.export.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
+from tvaprune.masks.masks import Masks
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
-from tvaprune.widths.masks import Masks
+from tvaprune.proof.gguf_runtime import greedy_steps, greedy_tokens, tokenize
 
 PROMPTS = [[5, 17, 99, 3], [120], [64, 64, 7, 31, 90, 12, 2]]
 TOKENS = 32

@@ -19,10 +19,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.tiny_models import random_masks, save_tiny_model, tiny_tokenizer
-from tvaprune.checkpoint.compact import compact
+from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load, load_config
-from tvaprune.checkpoint.update import weight_update
-from tvaprune.model.topology import Topology
 
 PROMPTS = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(1))
 

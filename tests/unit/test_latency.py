@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from tests.tiny_models import tiny_model
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.measures import latency, machine, passes, speed_report
+from tvaprune.measures import latency, machine, speed_report
+from tvaprune.runtime import passes
 
 HIDDEN, HEAD_DIM, VOCAB = 64, 16, 128
 

@@ -9,27 +9,18 @@ import torch
 from torch import Tensor
 
 from tests.tiny_models import FAMILIES, random_masks, tiny_model
-from tvaprune.artifacts import ArtifactError
-from tvaprune.model.sparsity import (
+from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
     kept_decoder_parameters,
     shared_parameters,
     unit_costs,
 )
-from tvaprune.model.topology import AXES, Topology
-from tvaprune.widths.adapt import adapt, adapt_metrics, nearest_multiple
-from tvaprune.widths.masks import (
-    Masks,
-    UnreachableSparsityError,
-    keep_above,
-    keep_best,
-    project,
-    read_masks,
-    solve_threshold,
-    sparsity,
-    write_masks,
-)
+from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.artifacts import ArtifactError
+from tvaprune.masks.adapt import adapt, adapt_metrics, nearest_multiple
+from tvaprune.masks.masks import Masks, read_masks, sparsity, write_masks
+from tvaprune.masks.projection import UnreachableSparsityError, keep_above, keep_best, project, solve_threshold
 
 TOPOLOGY = Topology(layers=4, hidden=64, intermediate=96, kv_heads=4, group_size=2, head_dim=8)
 
@@ -120,8 +111,8 @@ def test_masks_read_back_as_written(tmp_path: Path) -> None:
     for part in ("keep", "log_alpha", "mu"):
         for axis in AXES:
             assert torch.equal(getattr(masks, part)[axis], getattr(again, part)[axis])
-    assert {place: mean.tolist() for place, mean in again.channel_mu.items()} == {
-        place: mean.tolist() for place, mean in masks.channel_mu.items()
+    assert {site: mean.tolist() for site, mean in again.channel_mu.items()} == {
+        site: mean.tolist() for site, mean in masks.channel_mu.items()
     }
     assert torch.equal(again.bias["model.layers.0.mlp.down_proj"], masks.bias["model.layers.0.mlp.down_proj"])
     meta = json.loads((tmp_path / "masks" / "meta.json").read_text())

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 from stages import adapt_dimensions, profile_hardware
 from tests.tiny_models import random_masks, save_tiny_model, tiny_model
 from tools import alignment_table, mask_speed
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
+from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table, write_table
+from tvaprune.masks.masks import read_masks, sparsity, write_masks
+from tvaprune.masks.projection import project
 from tvaprune.measures.block_times import Candidates, Lengths, candidates, layers_to_time, table_of, time_blocks
-from tvaprune.model.runtime import Runtime, prepare
-from tvaprune.model.topology import Topology
-from tvaprune.widths.latency_table import PHASES, LatencyTable, read_table, write_table
-from tvaprune.widths.masks import project, read_masks, sparsity, write_masks
+from tvaprune.runtime.packed import Runtime, prepare
 
 CPU = torch.device("cpu")
 TOPOLOGY = Topology(layers=3, hidden=64, intermediate=96, kv_heads=2, group_size=2, head_dim=16)

@@ -12,12 +12,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
 from tests.tiny_models import random_masks, tiny_model, write_published
+from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors, plan
-from tvaprune.checkpoint.update import weight_update
-from tvaprune.gates.published import PublishedMasksError, read_published_masks
-from tvaprune.model.topology import AXES, Topology
-from tvaprune.widths.adapt import Layout, adapt
-from tvaprune.widths.masks import read_masks, sparsity
+from tvaprune.masks.adapt import Layout, adapt
+from tvaprune.masks.masks import read_masks, sparsity
+from tvaprune.masks.published import PublishedMasksError, read_published_masks
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "tvaprune-mistral-mask.pkl"
 published = pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"the authors' mask file {PUBLISHED.name} is not here")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.unit.test_latency import build_pruned
-from tvaprune.model.runtime import PackedAttention, PackedLinear, PackedMLP, PackedNorm, pick_runtime, prepare
+from tvaprune.runtime.packed import PackedAttention, PackedLinear, PackedMLP, PackedNorm, pick_runtime, prepare
 
 PROMPT = torch.randint(128, (2, 13), generator=torch.Generator().manual_seed(3))
 

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tvaprune.architecture.topology import Topology, Units, cut
+from tvaprune.checkpoint.fold import WeightUpdate, can_stay_tied
 from tvaprune.checkpoint.tensor_files import TensorInfo
-from tvaprune.checkpoint.update import WeightUpdate, can_stay_tied
-from tvaprune.model.topology import Topology, Units, cut
-from tvaprune.widths.adapt import Layout
-from tvaprune.widths.masks import Masks
+from tvaprune.masks.adapt import Layout
+from tvaprune.masks.masks import Masks
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Old Llama checkpoints hold the rotary frequencies, which every version since computes.

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from tvaprune.checkpoint.compact import CheckpointSize
+from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.cut import CheckpointSize
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.model.topology import Topology
-from tvaprune.widths.masks import Masks, sparsity
+from tvaprune.masks.masks import Masks, sparsity
 
 
 class Cost(NamedTuple):

@@ -1,1 +1,1 @@
-"""Which units matter: gates on three axes over frozen weights, and the baselines' scores."""
+"""Gates on three axes over frozen weights: what is trained, and how."""

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tvaprune.model.sparsity import decoder_parameters, dense_decoder_parameters, unit_costs
-from tvaprune.model.topology import AXES, Axis, Topology
-from tvaprune.widths.masks import keep_above, solve_threshold
+from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters, unit_costs
+from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.masks.projection import keep_above, solve_threshold
 
 
 def cubic_ramp(progress: float, target: float, ramp: float) -> float:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tvaprune.architecture.topology import AXES, Axis, decoder, lm_head
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.insertion import GatedModel, GradientDraws
 from tvaprune.losses import distillation_loss
-from tvaprune.model import topology as layout
-from tvaprune.model.topology import AXES, Axis
 
 
 def gate_curvature(
@@ -34,7 +33,7 @@ def gate_curvature(
     """
     topology = gated.topology
     model = gated.model
-    head = layout.head(model).weight.detach()
+    head = lm_head(model).weight.detach()
     # One uniform a token, drawn on the CPU and for all windows, so that a seed gives the same on every device and rank.
     uniform = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed))
     total = {axis: torch.zeros(topology.gate_shape(axis), device=windows.device) for axis in AXES}
@@ -43,7 +42,7 @@ def gate_curvature(
         ones = {axis: torch.ones_like(total[axis], requires_grad=True) for axis in AXES}
         draws = GradientDraws(topology, stretch, windows.device)
         gated.set(ones, kept_hidden=topology.hidden, draws=draws)
-        hidden = layout.decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
+        hidden = decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
         sampled = _sample(hidden.detach(), head, uniform[index].to(window.device))
         loss = distillation_loss(hidden, head, None, None, sampled).loss * len(window)
         loss.backward()

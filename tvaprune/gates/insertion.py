@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvaprune.model import topology as layout
-from tvaprune.model.topology import AXES, Axis, Place, Topology
+from tvaprune.architecture.topology import AXES, Axis, Site, Topology, embedding, final_norm, layer_modules
 
 
 class NoisePool:
@@ -29,9 +28,9 @@ class NoisePool:
 
     A gate's noise takes a draw per token and unit, tens of millions a step, which costs more than the
     model's own matmuls on a CPU. Slices of one large pool cost a read. Draws within a slice are
-    independent; slices may overlap between places and steps.
+    independent; slices may overlap between sites and steps.
 
-    Every window has offsets of its own, a function of the seed, the step and its place in the whole batch, so that a
+    Every window has offsets of its own, a function of the seed, the step and its index in the whole batch, so that a
     batch draws the same on one process and on many.
 
     Args:
@@ -50,7 +49,7 @@ class NoisePool:
 
         Args:
             step: from 0.
-            windows: places in the whole batch of the windows that this process computes, in order.
+            windows: indices in the whole batch of the windows that this process computes, in order.
         """
         self._offsets = [
             torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1009 + window) for window in windows
@@ -153,7 +152,7 @@ class GatedModel:
         self.topology = topology
         self._gates: dict[Axis, Tensor] = {}
         self._sigma: dict[Axis, Tensor] = {}
-        self._channel_mu: dict[Place, Tensor] = {}
+        self._channel_mu: dict[Site, Tensor] = {}
         self._noise: NoisePool | None = None
         self._draws: GradientDraws | None = None
         self._hidden_rows: Tensor | None = None
@@ -165,7 +164,7 @@ class GatedModel:
         kept_hidden: int,
         sigma: dict[Axis, Tensor] | None = None,
         noise: NoisePool | None = None,
-        channel_mu: dict[Place, Tensor] | None = None,
+        channel_mu: dict[Site, Tensor] | None = None,
         draws: GradientDraws | None = None,
     ) -> None:
         """Use these gates from the next forward on.
@@ -176,7 +175,7 @@ class GatedModel:
                 as the compact model will; the published training averages over all of them, and leaks.
             sigma: standard deviations of multiplicative noise, same shapes; 0 for a dropped unit.
             noise: where the normals come from; needed with sigma.
-            channel_mu: float32 per place, shapes of `Topology.place_shape`, beside the gates' own means; noise is
+            channel_mu: float32 per site, shapes of `Topology.site_shape`, beside the gates' own means; noise is
                 relative to it. Gradients flow to it.
             draws: where the next backward adds the squares of the gates' gradients.
         """
@@ -189,7 +188,7 @@ class GatedModel:
         self._gates, self._sigma, self._channel_mu, self._noise, self._norm_scale = {}, {}, {}, None, 1.0
         self._draws = self._hidden_rows = None
 
-    def _multiply(self, x: Tensor, axis: Axis, layer: int, place: Place | None) -> Tensor:
+    def _multiply(self, x: Tensor, axis: Axis, layer: int, site: Site | None) -> Tensor:
         gate = self._gates.get(axis)
         if gate is None:
             return x
@@ -203,8 +202,8 @@ class GatedModel:
             rows = self.topology.query_rows
             gate = gate.repeat_interleave(rows, -1)
             sigma = None if sigma is None else sigma.repeat_interleave(rows)
-        if place in self._channel_mu:
-            mean = self._channel_mu[place][layer]
+        if site in self._channel_mu:
+            mean = self._channel_mu[site][layer]
             gate = gate * mean
             sigma = None if sigma is None else sigma * mean.detach().abs()
         noise = self._noise.draw(x.shape) if sigma is not None and self._noise is not None else None
@@ -213,7 +212,7 @@ class GatedModel:
     def _split(self, draws: GradientDraws, gate: Tensor, tokens: int, axis: Axis, layer: int) -> Tensor:
         if axis != "hidden":
             return draws.split(gate, tokens, axis, layer)
-        # One for all places, so that a stretch's gradients are summed over them before they are squared.
+        # One for all sites, so that a stretch's gradients are summed over them before they are squared.
         if self._hidden_rows is None:
             self._hidden_rows = draws.split(gate, tokens, axis, layer)
         return self._hidden_rows
@@ -223,23 +222,23 @@ class GatedModel:
         """Attach the gates; detach them on leaving, whatever happens."""
         handles = []
 
-        def before(module: nn.Module, axis: Axis, layer: int, place: Place | None) -> None:
+        def before(module: nn.Module, axis: Axis, layer: int, site: Site | None) -> None:
             def hook(_: nn.Module, args: Any) -> Any:
-                return (self._multiply(args[0], axis, layer, place), *args[1:])
+                return (self._multiply(args[0], axis, layer, site), *args[1:])
 
             handles.append(module.register_forward_pre_hook(hook))
 
-        def after_hidden(module: nn.Module, layer: int, place: Place | None) -> None:
+        def after_hidden(module: nn.Module, layer: int, site: Site | None) -> None:
             def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-                return self._multiply(out, "hidden", layer, place)
+                return self._multiply(out, "hidden", layer, site)
 
             handles.append(module.register_forward_hook(hook))
 
         norms: list[tuple[nn.Module, float]] = []
         try:
-            after_hidden(layout.embedding(self.model), 0, None)
-            norms.append((layout.final_norm(self.model), 0.0))
-            for index, layer in enumerate(layout.layers(self.model)):
+            after_hidden(embedding(self.model), 0, None)
+            norms.append((final_norm(self.model), 0.0))
+            for index, layer in enumerate(layer_modules(self.model)):
                 before(layer.o_proj, "kv_heads", index, "attention_in")
                 after_hidden(layer.o_proj, index, "attention_out")
                 before(layer.down_proj, "intermediate", index, None)

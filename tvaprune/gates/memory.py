@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from tvaprune.architecture.attention import use_training_attention
+from tvaprune.architecture.topology import AXES, SITES, Topology
 from tvaprune.gates.insertion import GatedModel, GradientDraws
 from tvaprune.gates.state import GateTraining
 from tvaprune.gates.steps import Batch, hidden_states, objective
 from tvaprune.losses import next_token_labels
-from tvaprune.model.attention import use_training_attention
-from tvaprune.model.topology import AXES, PLACES, Topology
 
 # Value, gradient, and AdamW's two moments.
 _COPIES = 4
@@ -62,8 +62,8 @@ def training_memory(
                 with torch.no_grad():
                     teacher = hidden_states(gated, input_ids=input_ids)
             gates = {axis: torch.ones(topology.gate_shape(axis), requires_grad=True) for axis in AXES}
-            places = PLACES if settings.channel_means else ()
-            means = {place: torch.ones(topology.place_shape(place), requires_grad=True) for place in places}
+            sites = SITES if settings.channel_means else ()
+            means = {site: torch.ones(topology.site_shape(site), requires_grad=True) for site in sites}
             draws = None
             if settings.log_var == "tracked":
                 draws = GradientDraws(topology, settings.curvature_tokens or seq_len, input_ids.device)
@@ -71,8 +71,8 @@ def training_memory(
             objective(gated, settings, Batch(input_ids, next_token_labels(input_ids), teacher)).loss.backward()
         step = live.highest
     trained = 2 * sum(torch.Size(topology.gate_shape(axis)).numel() for axis in AXES)
-    trained += sum(torch.Size(topology.place_shape(place)).numel() for place in places)
-    # The noise pool: twice a window's draws at the widest place (`training._pool_size`), in the model's dtype.
+    trained += sum(torch.Size(topology.site_shape(site)).numel() for site in sites)
+    # The noise pool: twice a window's draws at the widest site (`training._pool_size`), in the model's dtype.
     if settings.noise > 0:
         widest = max(topology.hidden, topology.intermediate, topology.kv_heads * topology.query_rows)
         step += 2 * seq_len * widest * dtype.itemsize

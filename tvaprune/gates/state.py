@@ -6,11 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tvaprune.architecture.parameter_counts import unit_costs
+from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology
 from tvaprune.gates.curvature import RunningCurvature
-from tvaprune.gates.vib import EPSILON, log_alpha, stationary_log_var
-from tvaprune.model.sparsity import unit_costs
-from tvaprune.model.topology import AXES, PLACES, Axis, Place, Topology
-from tvaprune.widths.masks import Masks
+from tvaprune.gates.vib import stationary_log_var
+from tvaprune.masks.masks import EPSILON, Masks, log_alpha
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Gates:
         mu_std = 0.0 if settings.constraint == "budget" else 0.01
         self.mu = {axis: normal(axis, 1.0, mu_std) for axis in AXES}
         self.log_var = {axis: normal(axis, settings.init_log_var - settings.head_start[axis], 0.01) for axis in AXES}
-        places = PLACES if settings.channel_means else ()
-        self.channel_mu = {place: torch.ones(topology.place_shape(place), device=device) for place in places}
+        sites = SITES if settings.channel_means else ()
+        self.channel_mu = {site: torch.ones(topology.site_shape(site), device=device) for site in sites}
         self.multipliers = torch.zeros(2, device=device)
         self.optimizer = torch.optim.AdamW(
             [
@@ -192,9 +192,9 @@ class Gates:
             for axis in AXES
         }
 
-    def channel_leaves(self) -> dict[Place, Tensor]:
+    def channel_leaves(self) -> dict[Site, Tensor]:
         """channel_mu as leaves of a step's own graph."""
-        return {place: mean.detach().clone().requires_grad_() for place, mean in self.channel_mu.items()}
+        return {site: mean.detach().clone().requires_grad_() for site, mean in self.channel_mu.items()}
 
     def masks(self) -> Masks:
         """As learned: keep where log_alpha > 0, not yet projected; on the CPU."""
@@ -203,7 +203,7 @@ class Gates:
             keep={axis: score > 0 for axis, score in scores.items()},
             log_alpha=scores,
             mu={axis: mean.cpu() for axis, mean in self.mu.items()},
-            channel_mu={place: mean.cpu() for place, mean in self.channel_mu.items()},
+            channel_mu={site: mean.cpu() for site, mean in self.channel_mu.items()},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,8 +222,8 @@ class Gates:
         for axis in AXES:
             self.mu[axis].copy_(state["mu"][axis])
             self.log_var[axis].copy_(state["log_var"][axis])
-        for place, mean in self.channel_mu.items():
-            mean.copy_(state["channel_mu"][place])
+        for site, mean in self.channel_mu.items():
+            mean.copy_(state["channel_mu"][site])
         self.multipliers.copy_(state["multipliers"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._curvature = None if state["curvature"] is None else RunningCurvature.from_state(state["curvature"])
@@ -233,7 +233,7 @@ class Gates:
     def step(
         self,
         mu_gradient: dict[Axis, Tensor],
-        channel_gradient: dict[Place, Tensor],
+        channel_gradient: dict[Site, Tensor],
         log_var_gradient: dict[Axis, Tensor],
         ascent: Tensor,
         decay: float,
@@ -242,8 +242,8 @@ class Gates:
         for axis in AXES:
             self.mu[axis].grad = mu_gradient[axis]
             self.log_var[axis].grad = log_var_gradient[axis]
-        for place, mean in self.channel_mu.items():
-            mean.grad = channel_gradient[place]
+        for site, mean in self.channel_mu.items():
+            mean.grad = channel_gradient[site]
         self.multipliers.grad = ascent
         if self.settings.clip is not None:
             trained = [*self.mu.values(), *self.channel_mu.values(), *self.log_var.values()]

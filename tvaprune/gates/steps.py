@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tvaprune.architecture.topology import AXES, decoder, lm_head
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.constraint import (
     cubic_ramp,
@@ -15,11 +16,9 @@ from tvaprune.gates.constraint import (
 )
 from tvaprune.gates.insertion import GatedModel, GradientDraws, NoisePool
 from tvaprune.gates.state import Gates, GateTraining
-from tvaprune.gates.vib import kl, kl_gradient, log_alpha, soft_keep
+from tvaprune.gates.vib import kl, kl_gradient, soft_keep
 from tvaprune.losses import DistillationLoss, distillation_loss
-from tvaprune.model import topology as layout
-from tvaprune.model.topology import AXES
-from tvaprune.widths.masks import Masks, sparsity
+from tvaprune.masks.masks import Masks, log_alpha, sparsity
 
 Row = dict[str, float | int]
 
@@ -100,7 +99,7 @@ def budget_step(
                     on_score = on_score - 0.5 * _grad(sigma[axis]) * sigma[axis]
                 log_var_gradient[axis] = settings.kl_weight[axis] * kl_gradients[axis][1] - on_score
         decay = 1.0 if progress <= settings.ramp else max((1 - progress) / (1 - settings.ramp), 0.02)
-        channel_gradient = {place: _grad(mean) for place, mean in channel_mu.items()}
+        channel_gradient = {site: _grad(mean) for site, mean in channel_mu.items()}
         gates.step(mu_gradient, channel_gradient, log_var_gradient, torch.zeros_like(gates.multipliers), decay)
         if draws is not None:
             # A share's gradients are those of its own mean loss, `size` times what they are of the whole batch's.
@@ -142,7 +141,7 @@ def lagrangian_step(
     with torch.no_grad():
         gates.step(
             {axis: _grad(mu[axis]) for axis in AXES},
-            {place: _grad(mean) for place, mean in channel_mu.items()},
+            {site: _grad(mean) for site, mean in channel_mu.items()},
             {axis: _grad(log_var[axis]) for axis in AXES},
             _grad(multipliers),
             1 - progress + 1 / settings.steps,
@@ -184,12 +183,12 @@ def _grad(tensor: Tensor) -> Tensor:
 
 def hidden_states(gated: GatedModel, **inputs: Tensor) -> Tensor:
     """Normed hidden states under the gates as set, [batch · seq, hidden]."""
-    return layout.decoder(gated.model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    return decoder(gated.model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def objective(gated: GatedModel, settings: GateTraining, batch: Batch, **inputs: Tensor) -> DistillationLoss:
     """The weighted sum of cross-entropy and distillation, on the batch's ids or on other `inputs` of the decoder."""
-    head = layout.head(gated.model).weight
+    head = lm_head(gated.model).weight
     return distillation_loss(
         hidden_states(gated, **(inputs or {"input_ids": batch.input_ids})),
         head,

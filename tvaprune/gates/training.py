@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tvaprune.architecture.topology import AXES, Axis, Topology, embedding
 from tvaprune.device import synchronise
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.curvature import gate_curvature
@@ -17,10 +18,9 @@ from tvaprune.gates.insertion import GatedModel, NoisePool
 from tvaprune.gates.state import Gates, GateTraining
 from tvaprune.gates.steps import Batch, Row, budget_step, hidden_states, lagrangian_step, objective
 from tvaprune.losses import next_token_labels
-from tvaprune.model import topology as layout
-from tvaprune.model.topology import AXES, Axis, Topology
+from tvaprune.masks.masks import Masks
+from tvaprune.masks.projection import project
 from tvaprune.resume import Saver
-from tvaprune.widths.masks import Masks, project
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _teacher(gated: GatedModel, input_ids: Tensor) -> Tensor:
 def _bare_step(gated: GatedModel, settings: GateTraining, batch: Batch) -> None:
     """What a step would cost without gates: to measure, not to learn from."""
     gated.clear()
-    embedded = layout.embedding(gated.model)(batch.input_ids).detach().requires_grad_()
+    embedded = embedding(gated.model)(batch.input_ids).detach().requires_grad_()
     objective(gated, settings, batch, inputs_embeds=embedded).loss.backward()
 
 
@@ -160,11 +160,11 @@ def _median(values: list[float]) -> float:
 
 
 def _batch(input_ids: Tensor, first: int, windows: range) -> Tensor:
-    """int64 [windows, seq]: those at these places of the batch that begins at window `first`, in a round."""
+    """int64 [windows, seq]: those at these indices of the batch that begins at window `first`, in a round."""
     return input_ids[[(first + window) % len(input_ids) for window in windows]].long()
 
 
 def _pool_size(topology: Topology, input_ids: Tensor) -> int:
-    """Enough for one window at the widest place a gate multiplies at, with room for offsets."""
+    """Enough for one window at the widest site a gate multiplies at, with room for offsets."""
     widest = max(topology.hidden, topology.intermediate, topology.kv_heads * topology.query_rows)
     return 2 * input_ids.shape[1] * widest

@@ -9,12 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-EPSILON = 1e-8
-
-
-def log_alpha(mu: Float[Tensor, "*units"], log_var: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
-    """log(mu² + 1e-8) - log_var, natural logarithm; keep iff above the threshold (0 once projected)."""
-    return torch.log(mu.square() + EPSILON) - log_var
+from tvaprune.masks.masks import EPSILON
 
 
 def kl(mu: Float[Tensor, "*units"], log_var: Float[Tensor, "*units"]) -> Float[Tensor, ""]:

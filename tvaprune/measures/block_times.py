@@ -18,13 +18,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tvaprune.architecture.topology import Topology, block_norms, final_norm
 from tvaprune.device import synchronise
+from tvaprune.masks.latency_table import PHASES, LatencyTable, Phase
 from tvaprune.measures.latency import interleave, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name
-from tvaprune.measures.passes import Decoding, RecordedDecoding, Recording, Work, prefill, recorded_prefill
-from tvaprune.model.runtime import Runtime, prepare
-from tvaprune.model.topology import Topology, block_norms, final_norm
-from tvaprune.widths.latency_table import PHASES, LatencyTable, Phase
+from tvaprune.runtime.packed import Runtime, prepare
+from tvaprune.runtime.passes import Decoding, RecordedDecoding, Recording, Work, prefill, recorded_prefill
 
 
 class Candidates(NamedTuple):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.device import synchronise
-from tvaprune.measures.passes import Decoding, RecordedDecoding, prefill, recorded_prefill
-from tvaprune.model.runtime import Runtime, prepare
+from tvaprune.runtime.packed import Runtime, prepare
+from tvaprune.runtime.passes import Decoding, RecordedDecoding, prefill, recorded_prefill
 
 # Warm-up ends when every probe's latency differs from its last one by no more than this fraction.
 STABLE = 0.05

@@ -65,7 +65,7 @@ class GateParams(BaseModel):
 
 
 class BaselineParams(BaseModel):
-    """What the baselines leave open; explained in tvaprune.gates.baselines.registry.BaselineOptions."""
+    """What the baselines leave open; explained in tvaprune.baselines.registry.BaselineOptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     windows: int = Field(description="Calibration windows to use, spread evenly.", ge=1)

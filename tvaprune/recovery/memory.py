@@ -7,9 +7,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tvaprune.architecture.attention import use_training_attention
 from tvaprune.gates.memory import LiveBytes
 from tvaprune.losses import distillation_loss, next_token_labels
-from tvaprune.model.attention import use_training_attention
 from tvaprune.recovery.lora import LoraSettings, add_lora
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.teacher import Teacher, final_hidden, frozen_head

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tvaprune.architecture.attention import use_training_attention
+from tvaprune.architecture.sharding import shard_layers
 from tvaprune.distributed import ALONE, World
 from tvaprune.losses import DistillationKind, distillation_loss, next_token_labels
-from tvaprune.model.attention import use_training_attention
-from tvaprune.model.sharding import shard_layers
 from tvaprune.recovery.lora import LoraSettings, add_lora
 from tvaprune.recovery.schedule import Schedule, learning_rate_at, mix_seed, windows_of
 from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden, frozen_head

@@ -1,0 +1,79 @@
+"""Parameter counts of a pruned decoder: exact for whole units, differentiable for soft counts."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tvaprune.architecture.topology import AXES, Axis, Topology
+
+
+class UnitCosts(NamedTuple):
+    """Parameters that one unit of each axis owns while the other axes are as they are.
+
+    Attributes:
+        hidden: float64 [], the same for every residual dimension.
+        intermediate: float64 [layers].
+        kv_heads: float64 [layers].
+    """
+
+    hidden: Tensor
+    intermediate: Tensor
+    kv_heads: Tensor
+
+
+def decoder_parameters(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_heads: Tensor) -> Tensor:
+    """Parameters of the decoder layers (TVA-Prune section 3.1): without embeddings, head, final norm.
+
+    Sum over layers of 2·head_dim·k·h·(1+G) + 3·m·h + 2·h, and the biases and query/key norms where the family has
+    them. Departure from the paper: a layer whose block lost every unit also loses that block's norm, as in the
+    compact model, so whole counts are those of the checkpoint to the last parameter.
+
+    Args:
+        hidden: kept residual dimensions, [] (soft or whole).
+        intermediate: kept units per layer, [layers].
+        kv_heads: kept key-value heads per layer, [layers].
+
+    Returns:
+        float64 [].
+    """
+    h, m, k = hidden.double(), intermediate.double(), kv_heads.double()
+    has_attention, has_mlp = (k > 0).double(), (m > 0).double()
+    d, groups = topology.head_dim, topology.group_size
+    attention = 2 * d * k * h * (1 + groups) + has_attention * h
+    if topology.attention_bias:
+        attention = attention + d * k * (groups + 2)
+    if topology.output_bias:
+        attention = attention + h
+    if topology.qk_norm:
+        attention = attention + has_attention * 2 * d
+    mlp = 3 * m * h + has_mlp * h
+    if topology.mlp_bias:
+        mlp = mlp + 2 * m + h
+    return (attention + mlp).sum()
+
+
+def unit_costs(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_heads: Tensor) -> UnitCosts:
+    """The parameters that each unit owns: the derivative of `decoder_parameters` with respect to the counts."""
+    with torch.enable_grad():
+        counts = [count.detach().double().requires_grad_() for count in (hidden, intermediate, kv_heads)]
+        return UnitCosts(*torch.autograd.grad(decoder_parameters(topology, *counts), counts))
+
+
+@cache
+def dense_decoder_parameters(topology: Topology) -> int:
+    """Parameters of the decoder layers before pruning."""
+    full = {axis: torch.ones(topology.gate_shape(axis), dtype=torch.bool) for axis in AXES}
+    return kept_decoder_parameters(topology, full)
+
+
+def kept_decoder_parameters(topology: Topology, keep: dict[Axis, Tensor]) -> int:
+    """Parameters of the decoder layers under keep-masks (bool; True = keep; shapes of `Topology.gate_shape`)."""
+    counts = (keep["hidden"].sum(), keep["intermediate"].sum(-1), keep["kv_heads"].sum(-1))
+    return round(float(decoder_parameters(topology, *counts)))
+
+
+def shared_parameters(topology: Topology, hidden: int, vocab_size: int, tied: bool) -> int:
+    """Parameters outside the decoder layers: embedding, head (none of its own when tied), final norm."""
+    return hidden * (vocab_size * (1 if tied else 2) + 1)

@@ -1,0 +1,219 @@
+"""From the three pruning axes to a model's modules and weights.
+
+The only module that knows the attribute and tensor names of Llama, Mistral, Qwen2 and Qwen3. Those four
+share one layout in transformers; what differs (biases, query and key norms) is read from the tensors.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+Axis = Literal["hidden", "intermediate", "kv_heads"]
+AXES: tuple[Axis, ...] = ("hidden", "intermediate", "kv_heads")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Where a gate's mean may differ from channel to channel: the attention output before o_proj, the outputs of o_proj
+# and of down_proj. (Before down_proj a gate is a channel already.)
+Site = Literal["attention_in", "attention_out", "mlp_out"]
+SITES: tuple[Site, ...] = ("attention_in", "attention_out", "mlp_out")
+
+# What one dimension of a weight counts: residual dimensions, intermediate units, all rows of the query heads,
+# or all rows of the key (or value) heads.
+Units = Literal["hidden", "intermediate", "query", "kv"]
+
+
+class UnsupportedModelError(ValueError):
+    """The model has a structure that these axes do not describe."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes of a decoder with grouped-query attention.
+
+    Attributes:
+        layers: number of decoder layers.
+        hidden: width of the residual stream.
+        intermediate: width of the gated MLP.
+        kv_heads: key-value heads per layer.
+        group_size: query heads per key-value head (1 for multi-head attention).
+        head_dim: dimensions of one head.
+        attention_bias: q, k and v have biases (Qwen2; Llama by its config).
+        output_bias: o_proj has a bias.
+        mlp_bias: gate, up and down have biases.
+        qk_norm: each attention block has one RMSNorm over head_dim for queries and one for keys (Qwen3).
+        heads_divide_hidden: the family's config refuses a hidden width that is no multiple of its query heads
+            (LlamaConfig does, although head_dim is explicit; the others do not).
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_heads: int
+    group_size: int
+    head_dim: int
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    heads_divide_hidden: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> "Topology":
+        """Read the sizes from a transformers config.
+
+        Raises:
+            UnsupportedModelError: the family is not one of FAMILIES.
+        """
+        family = getattr(config, "base_model_type", config.model_type)
+        if family not in FAMILIES:
+            raise UnsupportedModelError(f"model_type {family!r}: supported families are {', '.join(FAMILIES)}")
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        bias = bool(getattr(config, "attention_bias", False))
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            kv_heads=kv_heads,
+            group_size=heads // kv_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            attention_bias=family == "qwen2" or bias,
+            output_bias=bias,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            heads_divide_hidden=family == "llama",
+        )
+
+    def width(self, axis: Axis) -> int:
+        """Units of one gate vector on the axis."""
+        return {"hidden": self.hidden, "intermediate": self.intermediate, "kv_heads": self.kv_heads}[axis]
+
+    def gate_shape(self, axis: Axis) -> tuple[int, ...]:
+        """[hidden] for the one vector of the whole model, else [layers, width]."""
+        return (self.hidden,) if axis == "hidden" else (self.layers, self.width(axis))
+
+    def site_shape(self, site: Site) -> tuple[int, int]:
+        """[layers, channels]."""
+        return (self.layers, self.kv_heads * self.query_rows if site == "attention_in" else self.hidden)
+
+    def hidden_divisor(self, kv_heads: int) -> int:
+        """What a hidden width has to be a multiple of for the family's own config to take it."""
+        return kv_heads * self.group_size if self.heads_divide_hidden else 1
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of q_proj (and columns of o_proj) that belong to one key-value head, contiguous."""
+        return self.group_size * self.head_dim
+
+
+class LayerModules(NamedTuple):
+    """The modules of one decoder layer that gates attach to."""
+
+    input_norm: nn.Module
+    attention: nn.Module
+    o_proj: nn.Linear
+    post_norm: nn.Module
+    mlp: nn.Module
+    down_proj: nn.Linear
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The model without its language-model head: token ids to normed hidden states."""
+    return model.get_submodule("model")
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in order, whole; in a pruned model some may have no attention or no MLP."""
+    return list(model.get_submodule("model.layers").children())
+
+
+def embedding(model: nn.Module) -> nn.Embedding:
+    return model.get_submodule("model.embed_tokens")  # type: ignore[return-value]
+
+
+def lm_head(model: nn.Module) -> nn.Linear:
+    return model.get_submodule("lm_head")  # type: ignore[return-value]
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    return model.get_submodule("model.norm")
+
+
+def layer_modules(model: nn.Module) -> Iterator[LayerModules]:
+    """The decoder layers in order."""
+    for layer in decoder_layers(model):
+        yield LayerModules(
+            input_norm=layer.get_submodule("input_layernorm"),
+            attention=layer.get_submodule("self_attn"),
+            o_proj=layer.get_submodule("self_attn.o_proj"),  # type: ignore[arg-type]
+            post_norm=layer.get_submodule("post_attention_layernorm"),
+            mlp=layer.get_submodule("mlp"),
+            down_proj=layer.get_submodule("mlp.down_proj"),  # type: ignore[arg-type]
+        )
+
+
+def block_norms(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """What runs first in each layer's attention block and first in its MLP block, present or not."""
+    names = ("input_layernorm", "post_attention_layernorm")
+    return [(layer.get_submodule(names[0]), layer.get_submodule(names[1])) for layer in decoder_layers(model)]
+
+
+class Cut(NamedTuple):
+    """How a tensor shrinks with the axes.
+
+    Attributes:
+        dims: what each dimension counts; None where it stays whole.
+        scaled: for each dimension, whether the gate that multiplied in training is folded into it. A gate
+            multiplies once per site (embedding output, o_proj in and out, down_proj in and out), so it is
+            folded once per site; paper Eq. 6 read literally scales gate and up too and counts twice.
+        layer: the decoder layer, or None for a tensor of the whole model.
+        block: "attention" or "mlp" where the tensor vanishes with its whole block. Output biases stay: a block
+            without units still adds them.
+    """
+
+    dims: tuple[Units | None, ...]
+    scaled: tuple[bool, ...]
+    layer: int | None
+    block: Literal["attention", "mlp"] | None
+
+
+_CUTS: dict[str, tuple[tuple[Units | None, ...], tuple[bool, ...], Literal["attention", "mlp"] | None]] = {
+    "model.embed_tokens.weight": ((None, "hidden"), (False, True), None),
+    "model.norm.weight": (("hidden",), (False,), None),
+    "lm_head.weight": ((None, "hidden"), (False, False), None),
+    "input_layernorm.weight": (("hidden",), (False,), "attention"),
+    "post_attention_layernorm.weight": (("hidden",), (False,), "mlp"),
+    "self_attn.q_proj.weight": (("query", "hidden"), (False, False), "attention"),
+    "self_attn.q_proj.bias": (("query",), (False,), "attention"),
+    "self_attn.k_proj.weight": (("kv", "hidden"), (False, False), "attention"),
+    "self_attn.k_proj.bias": (("kv",), (False,), "attention"),
+    "self_attn.v_proj.weight": (("kv", "hidden"), (False, False), "attention"),
+    "self_attn.v_proj.bias": (("kv",), (False,), "attention"),
+    "self_attn.o_proj.weight": (("hidden", "query"), (True, True), "attention"),
+    "self_attn.o_proj.bias": (("hidden",), (True,), None),
+    "self_attn.q_norm.weight": ((None,), (False,), "attention"),
+    "self_attn.k_norm.weight": ((None,), (False,), "attention"),
+    "mlp.gate_proj.weight": (("intermediate", "hidden"), (False, False), "mlp"),
+    "mlp.gate_proj.bias": (("intermediate",), (False,), "mlp"),
+    "mlp.up_proj.weight": (("intermediate", "hidden"), (False, False), "mlp"),
+    "mlp.up_proj.bias": (("intermediate",), (False,), "mlp"),
+    "mlp.down_proj.weight": (("hidden", "intermediate"), (True, True), "mlp"),
+    "mlp.down_proj.bias": (("hidden",), (True,), None),
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def cut(name: str) -> Cut:
+    """How the tensor of this name in a checkpoint is cut.
+
+    Raises:
+        UnsupportedModelError: a tensor that none of the supported families has.
+    """
+    match = _LAYER.fullmatch(name)
+    layer, local = (int(match[1]), match[2]) if match else (None, name)
+    if local not in _CUTS:
+        raise UnsupportedModelError(f"tensor {name!r}: not known in any of {', '.join(FAMILIES)}")
+    dims, scaled, block = _CUTS[local]
+    return Cut(dims, scaled, layer, block)

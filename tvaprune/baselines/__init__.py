@@ -1,0 +1,1 @@
+"""Published pruning methods, on the same axes and budget as the gates."""

@@ -1,0 +1,158 @@
+"""Write a model directory as a GGUF file, for llama.cpp and whatever reads its format.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, plan_gguf
+from tvaprune.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
+
+GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
+_TYPES: dict[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+def write_gguf(directory: Path, file: Path, dtype: GgufDtype) -> None:
+    """Write a model directory and its tokenizer as one GGUF file.
+
+    Memory is that of a block of rows; q and k are read whole where their rows are reordered. The file appears when it
+    is complete. Two runs give the same bytes. Norms and biases stay float32; with q8_0, rows that are no
+    multiple of its block of 32 are float16.
+
+    Args:
+        directory: stock llama, mistral, qwen2 or qwen3, or the layout uneven of `compact`.
+        file: to write; replaced if it exists.
+        dtype: of the matrices.
+
+    Raises:
+        FileNotFoundError: the directory holds no model.
+        ValueError: what llama.cpp has no place for, by name, before anything is written; a number beyond float16.
+    """
+    config = load_config(directory)
+    checkpoint = Checkpoint.of(directory)
+    plan = plan_gguf(directory, config, checkpoint)
+    vocabulary = read_vocabulary(directory, config.vocab_size)
+    partial = file.with_name(file.name + ".partial")
+    writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[plan.arch])
+    try:
+        _add_metadata(writer, plan, vocabulary, dtype)
+        _write_tensors(writer, plan, checkpoint, dtype)
+        writer.close()
+        partial.replace(file)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, plan: GgufPlan, vocabulary: Vocabulary, dtype: GgufDtype) -> None:
+    config, head_dim = plan.config, plan.topology.head_dim
+    per_layer = plan.arch == gguf.MODEL_ARCH.DECI
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_file_type(_TYPES[dtype][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(plan.topology.layers)
+    writer.add_feed_forward_length(plan.intermediate if per_layer else plan.intermediate[0])
+    writer.add_head_count(plan.heads if per_layer else plan.heads[0])
+    writer.add_head_count_kv(plan.kv_heads if per_layer else plan.kv_heads[0])
+    # Pruned, heads times head_dim is not the hidden width, from which readers would take it.
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    if config.rope_parameters.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(config.rope_parameters["factor"]))
+    add_vocabulary(writer, vocabulary)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor's encoded rows, a block at a time; GGUFWriter asks an array for these two."""
+
+    nbytes: int
+    blocks: Iterable[np.ndarray]
+
+    def tofile(self, file: BinaryIO) -> None:
+        for block in self.blocks:
+            block.tofile(file)
+
+
+def _write_tensors(writer: gguf.GGUFWriter, plan: GgufPlan, checkpoint: Checkpoint, dtype: GgufDtype) -> None:
+    factors = plan.frequency_factors
+    kinds = {name: _stored_type(info.shape, dtype) for name, info in plan.tensors.items()}
+    sizes = {name: _nbytes(info.shape, kinds[name]) for name, info in plan.tensors.items()}
+    if factors is not None:
+        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
+        writer.add_tensor_info(name, factors.shape, np.dtype(np.float32), factors.nbytes)
+    for name, info in plan.tensors.items():
+        # The dtype is not looked at where raw_dtype says what is stored.
+        writer.add_tensor_info(plan.names[name], info.shape, np.dtype(np.float32), sizes[name], kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors.numpy())
+    with tqdm(desc="write gguf", total=sum(sizes.values()), unit="B", unit_scale=True, delay=2) as progress:
+        for name, kind in kinds.items():
+            blocks = (_encode(name, block, kind) for block in _blocks(plan, checkpoint, name))
+            writer.write_tensor_data(_Rows(sizes[name], blocks))
+            progress.update(sizes[name])
+
+
+def _stored_type(shape: tuple[int, ...], dtype: GgufDtype) -> gguf.GGMLQuantizationType:
+    kind = _TYPES[dtype][0]
+    if len(shape) == 1:
+        return gguf.GGMLQuantizationType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return gguf.GGMLQuantizationType.F16 if shape[-1] % block else kind
+
+
+def _nbytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * size
+
+
+def _blocks(plan: GgufPlan, checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """A tensor's rows in the file's order, in blocks; zeros for what the checkpoint lacks."""
+    if name not in checkpoint.info:
+        yield torch.zeros(plan.tensors[name].shape)
+    elif plan.arch in INTERLEAVED and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+        yield interleave(checkpoint.read(name), plan.topology.head_dim)
+    else:
+        yield from (block for _, block in checkpoint.blocks(name))
+
+
+def interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """From transformers' order of a head's rows to llama.cpp's: dimension i of the first half, then i of the second.
+
+    Args:
+        rows: [heads * head_dim, ...], of q_proj or k_proj, weight or bias.
+    """
+    return rows.view(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _encode(name: str, block: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Rows as the file stores them."""
+    if kind == gguf.GGMLQuantizationType.F16 and not bool((block.abs() <= torch.finfo(torch.float16).max).all()):
+        raise ValueError(f"{name} holds numbers that float16 cannot; export as bf16 or f32")
+    return gguf.quants.quantize(block.float().numpy(), kind)

@@ -1,0 +1,70 @@
+"""The last step of every export: proof, provenance and card into the directory."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tvaprune.checkpoint.cut import MODELING_FILE
+from tvaprune.export.card import PROVENANCE, Provenance, write_card
+from tvaprune.export.gguf import write_gguf
+from tvaprune.proof.certificate import CERTIFICATE, GGUF, REFERENCE, Check, Reference, read_certificate, seal
+from tvaprune.proof.checks import fresh_checks
+from tvaprune.proof.parity import model_logits
+
+# Files that speak of the weights beside them, or hold them once more; whatever else has weights needs its own.
+OWN_FILES = (CERTIFICATE, REFERENCE, PROVENANCE, GGUF, "README.md")
+
+
+def certify(
+    directory: Path, reference: Reference, bound: float, made: Provenance, checks: list[Check] | None = None
+) -> list[Check]:
+    """Check a complete model directory in fresh processes; write tvaprune.json, README.md and the certificate.
+
+    Args:
+        reference: logits at all positions of its prompts.
+        bound: of the absolute logit difference.
+        checks: those already made in this process.
+
+    Returns:
+        All checks. The files are written whether they passed or not; `require` decides.
+    """
+    own_code = (directory / MODELING_FILE.name).is_file()
+    checks = [*(checks or []), *fresh_checks(directory, reference, bound, trust_remote_code=own_code)]
+    made.write(directory)
+    write_card(directory, made, checks)
+    seal(directory, reference, checks, bound, trust_remote_code=own_code)
+    return checks
+
+
+def certify_retrained(
+    directory: Path, model: PreTrainedModel, original: Path, used: dict[str, Any], nll: dict[str, float]
+) -> list[Check]:
+    """Certify a model that differs from a certified one in the weights' values; with a GGUF file where that has one.
+
+    Args:
+        directory: the model, saved.
+        model: what was saved, as it is in memory; consumed.
+        original: the directory that it was trained from.
+        used: parameters of the training, by stage.
+        nll: nats a token that the training measured, nll_start, nll_best and nll_teacher, for the card.
+
+    Raises:
+        ValueError, FileNotFoundError: the original is not as its certificate says.
+    """
+    certificate, made = read_certificate(original), Provenance.read(original)
+    if made.made_with["compact"]["gguf"]:
+        write_gguf(directory, directory / GGUF, made.made_with["compact"]["gguf"])
+    input_ids = certificate.reference.input_ids
+    reference = Reference("the model in memory", input_ids, model_logits(model.float(), input_ids))
+    figures = made.figures | {f"finetuned_{name}": value for name, value in nll.items()}
+    made = replace(made, made_with=made.made_with | used, figures=figures)
+    return certify(directory, reference, certificate.bound, made)
+
+
+def require(directory: Path, checks: list[Check]) -> None:
+    """Raise ValueError where a check failed, naming it."""
+    failed = [str(check) for check in checks if check.passed is False]
+    if failed:
+        raise ValueError(f"{directory} is not the model that it should be, do not use it: {'; '.join(failed)}")

@@ -1,1 +1,0 @@
-"""Published pruning methods, scored on the same axes, budget and calibration text as the gates."""

@@ -1,0 +1,159 @@
+"""Kept widths to the hardware's multiples (TVA-Prune section 3.2)."""
+
+from math import lcm
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.topology import Topology
+from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.projection import keep_best
+from tvaprune.masks.uniform import Widths, keep_uniform, uniform_widths
+
+Rounding = Literal["nearest", "budget"]
+Layout = Literal["uneven", "uniform", "padded"]
+
+
+def nearest_multiple(count: int, multiple: int, width: int) -> int:
+    """n' = floor((n + T/2) / T) · T (TVA-Prune section 3.2, Eq. 3), clamped to [T, width].
+
+    Departure: Eq. 3 gives 0 for n < T/2; here at least one multiple stays. The caller decides about blocks
+    that lost every unit.
+    """
+    return min(max((2 * count + multiple) // (2 * multiple) * multiple, multiple), width)
+
+
+def check_multiples(topology: Topology, hidden_multiple: int, intermediate_multiple: int) -> None:
+    """Refuse multiples that do not fit the model.
+
+    Raises:
+        ValueError: names the parameter, its value and the width.
+    """
+    for name, multiple, width in (
+        ("hidden", hidden_multiple, topology.hidden),
+        ("intermediate", intermediate_multiple, topology.intermediate),
+    ):
+        if width % multiple:
+            raise ValueError(f"adapt_dimensions.multiple.{name} = {multiple}: does not divide the {name} width {width}")
+
+
+def adapt(
+    topology: Topology,
+    masks: Masks,
+    target_sparsity: float,
+    rounding: Rounding,
+    hidden_multiple: int,
+    intermediate_multiple: int,
+    layout: Layout = "uneven",
+) -> Masks:
+    """Resize the masks of hidden and of each layer's intermediate to multiples, and to what the layout can hold.
+
+    Best units first by log_alpha (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays
+    without one. kv_heads are aligned by head_dim already.
+
+    rounding:
+        nearest: each width to its nearest multiple, as in the paper; the sparsity moves with it.
+        budget: hidden to its nearest multiple; then whole multiples of intermediate units, over all layers
+            together, best mean log_alpha first, while the parameters stay within the target.
+
+    layout:
+        uneven: nothing more is asked.
+        padded: the base family's config describes the widest layer, so hidden takes the nearest width that
+            it accepts (LlamaConfig wants a multiple of the query heads).
+        uniform: every layer the same widths, which that config accepts; with `budget` the least lost within the
+            target, with `nearest` the layers' mean widths rounded.
+
+    Raises:
+        ValueError: a multiple that does not divide its width; a budget that one multiple a layer exceeds.
+    """
+    check_multiples(topology, hidden_multiple, intermediate_multiple)
+    keep = {axis: mask.clone() for axis, mask in masks.keep.items()}
+    kept = keep["intermediate"].sum(-1).tolist()
+    if layout == "uniform":
+        if rounding == "budget":
+            widths = uniform_widths(topology, masks, target_sparsity, hidden_multiple, intermediate_multiple)
+        else:
+            kv_heads = max(1, round(float(keep["kv_heads"].sum(-1).double().mean())))
+            intermediate = nearest_multiple(round(sum(kept) / len(kept)), intermediate_multiple, topology.intermediate)
+            widths = Widths(_nearest_hidden(topology, keep, hidden_multiple, kv_heads), intermediate, kv_heads)
+        return keep_uniform(masks, widths)
+    widest = 0 if layout == "uneven" else max(1, int(keep["kv_heads"].sum(-1).max()))
+    keep["hidden"] = keep_best(
+        masks.log_alpha["hidden"], _nearest_hidden(topology, keep, hidden_multiple, kv_heads=widest)
+    )
+    if rounding == "nearest":
+        counts = [nearest_multiple(n, intermediate_multiple, topology.intermediate) if n else 0 for n in kept]
+    else:
+        present = [n > 0 for n in kept]
+        counts = _share_budget(topology, masks, keep, present, target_sparsity, intermediate_multiple)
+    keep["intermediate"] = torch.stack(
+        [keep_best(score, count) for score, count in zip(masks.log_alpha["intermediate"], counts, strict=True)]
+    )
+    return masks.with_keep(keep)
+
+
+def _nearest_hidden(topology: Topology, keep: dict, multiple: int, kv_heads: int) -> int:
+    """The nearest multiple to the kept hidden width that a config with so many heads takes; 0 heads: any multiple."""
+    step = lcm(multiple, topology.hidden_divisor(kv_heads)) if kv_heads else multiple
+    if step > topology.hidden:
+        raise ValueError(
+            f"adapt_dimensions.multiple.hidden = {multiple}: no multiple of it is a hidden width that the model's "
+            f"config takes with {kv_heads * topology.group_size} heads; use a smaller one, or compact.layout uneven"
+        )
+    return nearest_multiple(int(keep["hidden"].sum()), step, topology.hidden // step * step)
+
+
+def _share_budget(
+    topology: Topology,
+    masks: Masks,
+    keep: dict,
+    present: list[bool],
+    target_sparsity: float,
+    multiple: int,
+) -> list[int]:
+    """Intermediate widths per layer, in multiples, that fill the parameter budget with the best groups."""
+    log_alpha: Tensor = masks.log_alpha["intermediate"]
+    ranked = torch.sort(log_alpha, dim=-1, descending=True).values
+    groups = ranked.view(topology.layers, -1, multiple).double().mean(-1)
+    order = sorted(
+        (-float(groups[layer, group]), group, layer)
+        for layer in range(topology.layers)
+        if present[layer]
+        for group in range(1, groups.shape[1])
+    )
+    counts = [multiple if there else 0 for there in present]
+    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+
+    def parameters() -> int:
+        widths = torch.tensor(counts)
+        masked = torch.arange(topology.intermediate)[None] < widths[:, None]
+        return kept_decoder_parameters(topology, {**keep, "intermediate": masked})
+
+    used = parameters()
+    if used > budget:
+        raise ValueError(
+            f"sparsity = {target_sparsity}: one multiple of {multiple} a layer already exceeds the budget; "
+            "use a smaller adapt_dimensions.multiple"
+        )
+    group_parameters = (3 * int(keep["hidden"].sum()) + 2 * topology.mlp_bias) * multiple
+    room = int((budget - used) // group_parameters)
+    # Groups of a layer come in order, since their means descend; ties go to the earlier group.
+    for _, _, layer in order[:room]:
+        counts[layer] += multiple
+    return counts
+
+
+def adapt_metrics(topology: Topology, before: Masks, after: Masks, target_sparsity: float) -> dict[str, Any]:
+    """metrics/adapt.json: sparsities as shares of the decoder layers' parameters, widths in units."""
+    return {
+        "target_sparsity": target_sparsity,
+        "sparsity_before": sparsity(topology, before),
+        "sparsity_decoder": sparsity(topology, after),
+        "hidden_before": float(before.keep["hidden"].sum()),
+        "hidden_after": float(after.keep["hidden"].sum()),
+        "intermediate_mean_before": float(before.keep["intermediate"].sum(-1).double().mean()),
+        "intermediate_mean_after": float(after.keep["intermediate"].sum(-1).double().mean()),
+        "kv_heads_kept": float(after.keep["kv_heads"].sum()),
+    }

@@ -1,0 +1,141 @@
+"""Masks that meet a parameter budget: one threshold over all axes, then the best units that still fit."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tvaprune.architecture.parameter_counts import (
+    decoder_parameters,
+    dense_decoder_parameters,
+    kept_decoder_parameters,
+    unit_costs,
+)
+from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.masks.masks import Masks
+
+
+class UnreachableSparsityError(ValueError):
+    """No mask on the axes in play has so few parameters."""
+
+
+def keep_above(scores: dict[Axis, Tensor], threshold: float, minimum_hidden: int = 1) -> dict[Axis, Tensor]:
+    """Keep units strictly above the threshold; at least `minimum_hidden` residual dimensions stay, the best ones."""
+    keep = {axis: score > threshold for axis, score in scores.items()}
+    if int(keep["hidden"].sum()) < minimum_hidden:
+        keep["hidden"] = keep_best(scores["hidden"], minimum_hidden)
+    return keep
+
+
+def keep_best(scores: Tensor, count: int) -> Tensor:
+    """The `count` best units of one vector, ties to the lower index: float [units] to bool [units]."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep[order[:count]] = True
+    return keep
+
+
+def solve_threshold(
+    topology: Topology, scores: dict[Axis, Tensor], target_sparsity: float, minimum_hidden: int = 1
+) -> float:
+    """The lowest threshold whose kept parameters are within the budget, by bisection.
+
+    This replaces the published code's choice of the best checkpoint inside a window of sparsities, which
+    saves nothing at all if the window is missed.
+
+    Args:
+        scores: float per axis, higher = keep; a unit at +inf is never dropped.
+        target_sparsity: share of the decoder layers' parameters to remove, 0 to 1.
+        minimum_hidden: residual dimensions that stay whatever their score.
+
+    Raises:
+        UnreachableSparsityError: dropping every unit that may be dropped is not enough.
+    """
+    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    ascending = {axis: score.detach().cpu().sort(-1).values for axis, score in scores.items()}
+    finite = torch.cat([score[score.isfinite()].flatten() for score in ascending.values()])
+
+    def parameters(threshold: float) -> float:
+        """Kept when every unit strictly above the threshold is: counts by binary search, as this runs every step."""
+        at = torch.tensor([threshold], dtype=finite.dtype)
+        counts = {}
+        for axis, values in ascending.items():
+            per_vector = at.expand(*values.shape[:-1], 1).contiguous()
+            counts[axis] = values.shape[-1] - torch.searchsorted(values, per_vector, right=True).squeeze(-1)
+        counts["hidden"] = counts["hidden"].clamp_min(minimum_hidden)
+        return float(decoder_parameters(topology, counts["hidden"], counts["intermediate"], counts["kv_heads"]))
+
+    def fits(threshold: float) -> bool:
+        return parameters(threshold) <= budget
+
+    low, high = float(finite.min() - 1), float(finite.max())
+    if not fits(high):
+        reachable = 1 - parameters(high) / dense_decoder_parameters(topology)
+        raise UnreachableSparsityError(
+            f"sparsity = {target_sparsity}: the axes in play reach {reachable:.3f} at most; "
+            "lower sparsity or add axes to learn_masks.axes"
+        )
+    if fits(low):
+        return low
+    # Scores are float32, so a threshold is told apart from another only as one: stop where none lies between.
+    while True:
+        middle = float(torch.tensor((low + high) / 2, dtype=finite.dtype))
+        if not low < middle < high:
+            return high
+        if fits(middle):
+            high = middle
+        else:
+            low = middle
+
+
+def project(
+    topology: Topology, masks: Masks, target_sparsity: float, axes: tuple[Axis, ...] = AXES, minimum_hidden: int = 1
+) -> Masks:
+    """Masks that meet the budget exactly, as near as one cheapest unit allows.
+
+    A single threshold on log_alpha over all axes, then the best of the units just below it that still fit:
+    a residual dimension or a head can be worth many intermediate units, so the threshold alone may
+    overshoot. log_alpha is shifted so that the threshold is 0 again.
+
+    Args:
+        axes: axes in play; the others are kept whole.
+
+    Raises:
+        UnreachableSparsityError: the axes in play cannot remove so much.
+    """
+    scores = {
+        axis: masks.log_alpha[axis] if axis in axes else torch.full_like(masks.log_alpha[axis], torch.inf)
+        for axis in AXES
+    }
+    threshold = solve_threshold(topology, scores, target_sparsity, minimum_hidden)
+    keep = keep_above(scores, threshold, minimum_hidden)
+    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    keep = _fill(topology, scores, keep, budget)
+    shifted = {axis: masks.log_alpha[axis] - threshold for axis in AXES}
+    return replace(masks, keep=keep, log_alpha=shifted)
+
+
+def _fill(
+    topology: Topology, scores: dict[Axis, Tensor], keep: dict[Axis, Tensor], budget: float
+) -> dict[Axis, Tensor]:
+    """Bring back dropped units, best first, until the budget has no room for the cheapest of them."""
+    keep = {axis: mask.clone() for axis, mask in keep.items()}
+    dropped = [
+        (-float(scores[axis].flatten()[index]), AXES.index(axis), int(index))
+        for axis in AXES
+        for index in (~keep[axis]).flatten().nonzero().flatten().tolist()
+    ]
+    counts = (keep["hidden"].sum(), keep["intermediate"].sum(-1), keep["kv_heads"].sum(-1))
+    cheapest = min(float(cost.min()) for cost in unit_costs(topology, *counts))
+    room = budget - kept_decoder_parameters(topology, keep)
+    for _, axis_index, index in sorted(dropped):
+        if room < cheapest:
+            break
+        mask = keep[AXES[axis_index]].view(-1)
+        mask[index] = True
+        room_after = budget - kept_decoder_parameters(topology, keep)
+        if room_after < 0:
+            mask[index] = False
+        else:
+            room = room_after
+    return keep

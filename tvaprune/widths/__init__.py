@@ -1,1 +1,0 @@
-"""How many units stay: masks, their projection onto a budget, their adaptation to hardware."""

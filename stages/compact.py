@@ -10,13 +10,13 @@ from stages._errors import clear_errors
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import read_update
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import measured, sizes
 from tvaprune.export.card import Base, Provenance, widths_of
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.seal import certify, require
 from tvaprune.masks.masks import read_masks
+from tvaprune.masks.update import read_update
 from tvaprune.params.compact import CompactParams
 from tvaprune.proof.certificate import GGUF, Reference, prompt_ids
 from tvaprune.proof.checks import against_reference
@@ -40,7 +40,7 @@ def main(
     with clear_errors():
         params = CompactParams.load(params_file)
         topology = Topology.of(load_config(model))
-        masks, folded = read_masks(adapted, topology), read_update(update)
+        masks, folded = read_masks(adapted, topology), read_update(update, topology)
         size, cost = measured(lambda: compact(model, masks, folded, out, params.layout))
         if params.gguf:
             write_gguf(out, out / GGUF, params.gguf)
@@ -49,8 +49,8 @@ def main(
         bound, report = params.max_abs_logit_diff, sizes(topology, masks, size)
         parity = against_reference("masked = compact", reference, compact_logits(out, input_ids), bound)
         write_json(metrics, {**report, **parity.figures, **cost._asdict()})
-        _, meta = read_artifact(update, "update")
-        made_with = meta["made_with"] | params.used()
+        _, meta = read_artifact(adapted, "masks")
+        made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
         figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}
         made = Provenance(Base.of(model), params.layout, widths_of(masks), made_with, figures)
         checks = certify(out, reference, bound, made, [parity])

@@ -14,6 +14,7 @@ from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.gates.memory import memory_table
 from tvaprune.gates.state import GateTraining
 from tvaprune.masks.masks import write_masks
+from tvaprune.masks.update import write_update
 from tvaprune.methods import GATE_METHODS, check_method, find_masks, masks_metrics, write_curve, write_widths
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
@@ -25,6 +26,9 @@ def main(
         "artifacts/calibration"
     ),
     masks: Annotated[Path, typer.Option(help="Masks artifact to write.")] = Path("artifacts/masks"),
+    means: Annotated[Path, typer.Option(help="Artifact of the learned means and biases to write.")] = Path(
+        "artifacts/means"
+    ),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/masks.json"),
     curve: Annotated[Path, typer.Option(help="CSV of loss, sparsity and target by step to write.")] = Path(
         "metrics/mask_training.csv"
@@ -39,7 +43,7 @@ def main(
 ) -> None:
     """Find the masks.
 
-    Reads data/model and artifacts/calibration; writes artifacts/masks, metrics/masks.json,
+    Reads data/model and artifacts/calibration; writes artifacts/masks, artifacts/means, metrics/masks.json,
     metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on where it was.
     With --estimate it reads data/model/config.json alone and writes nothing.
     """
@@ -73,7 +77,9 @@ def main(
             if not process.world.is_main:
                 return
         report = masks_metrics(found, dense.config, params.sparsity)
-        write_masks(masks, found.masks, made_with=params.used(), validation_ppl=report["validation_ppl"])
+        meta = {"made_with": params.used(), "validation_ppl": report["validation_ppl"]}
+        write_masks(masks, found.masks, **meta)
+        write_update(means, found.update, **meta)
         write_json(metrics, report)
         write_curve(curve, found.curve)
         write_widths(widths, found.masks)

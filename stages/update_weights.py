@@ -8,9 +8,8 @@ import typer
 from stages._errors import clear_errors
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact
-from tvaprune.checkpoint.fold import weight_update, write_update
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.masks.masks import read_masks
+from tvaprune.masks.update import read_update, weight_update, write_update
 from tvaprune.params.update_weights import UpdateWeightsParams
 
 
@@ -18,7 +17,7 @@ def main(
     model: Annotated[Path, typer.Option(help="The dense model's directory; only its config is read.")] = Path(
         "data/model"
     ),
-    adapted: Annotated[Path, typer.Option(help="Adapted masks.")] = Path("artifacts/adapted"),
+    means: Annotated[Path, typer.Option(help="What learn_masks learned beside the masks.")] = Path("artifacts/means"),
     update: Annotated[Path, typer.Option(help="Update artifact to write: a scale per unit.")] = Path(
         "artifacts/update"
     ),
@@ -28,15 +27,16 @@ def main(
 ) -> None:
     """Make the update.
 
-    Reads data/model/config.json and artifacts/adapted; writes artifacts/update.
+    Reads data/model/config.json and artifacts/means; writes artifacts/update.
     """
     with clear_errors():
         params = UpdateWeightsParams.load(params_file)
-        masks = read_masks(adapted, Topology.of(load_config(model)))
-        _, meta = read_artifact(adapted, "masks")
+        topology = Topology.of(load_config(model))
+        learned = read_update(means, topology)
+        _, meta = read_artifact(means, "update")
         write_update(
             update,
-            weight_update(masks, params.method),
+            weight_update(topology, learned, params.method),
             made_with=meta["made_with"] | params.used(),
             validation_ppl=meta["validation_ppl"],
         )

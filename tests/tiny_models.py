@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from tvaprune.architecture.topology import AXES, SITES, Topology
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 
 FAMILIES: dict[str, dict] = {
     "llama": {},
@@ -100,27 +101,33 @@ def tiny_tokenizer(directory: Path, pre_tokenizer: pre_tokenizers.PreTokenizer |
 
 
 def random_masks(topology: Topology, seed: int, keep_share: float = 0.6, empty_layer: int | None = None) -> Masks:
-    """Random masks with random means; `empty_layer` loses both of its blocks."""
+    """Random masks; `empty_layer` loses both of its blocks."""
     generator = torch.Generator().manual_seed(seed)
-    keep, mu, log_alpha = {}, {}, {}
+    keep, score = {}, {}
     for axis in AXES:
         shape = topology.gate_shape(axis)
-        log_alpha[axis] = torch.randn(shape, generator=generator)
-        mu[axis] = 1 + 0.3 * torch.randn(shape, generator=generator)
+        score[axis] = torch.randn(shape, generator=generator)
         keep[axis] = torch.rand(shape, generator=generator) < keep_share
     keep["hidden"][0] = True
     if empty_layer is not None:
         keep["intermediate"][empty_layer] = False
         keep["kv_heads"][empty_layer] = False
-    channel_mu = {site: 1 + 0.2 * torch.randn(topology.site_shape(site), generator=generator) for site in SITES}
-    return Masks(keep=keep, log_alpha=log_alpha, mu=mu, channel_mu=channel_mu)
+    return Masks(keep, score)
 
 
-def write_published(file: Path, masks: Masks) -> Path:
+def random_update(topology: Topology, seed: int) -> WeightUpdate:
+    """Random means of units and of channels, without biases."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = {axis: 1 + 0.3 * torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
+    channels = {site: 1 + 0.2 * torch.randn(topology.site_shape(site), generator=generator) for site in SITES}
+    return WeightUpdate(scale, channel_scale=channels)
+
+
+def write_published(file: Path, masks: Masks, update: WeightUpdate) -> Path:
     """Write masks in the form that the paper's authors published: mu, and the log-variance that gives log_alpha."""
     content: dict[str, Any] = {}
     for axis, name in {"hidden": "hidden_mask", "intermediate": "inter_layer{}", "kv_heads": "attn_layer{}"}.items():
-        mu, score = masks.mu[axis], masks.log_alpha[axis]  # type: ignore[index]
+        mu, score = update.scale[axis], masks.score[axis]  # type: ignore[index]
         rows = zip(mu[None] if axis == "hidden" else mu, score[None] if axis == "hidden" else score, strict=True)
         for layer, (mean, log_alpha) in enumerate(rows):
             content[f"{name.format(layer)}_z_mu"] = mean.clone()

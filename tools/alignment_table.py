@@ -16,6 +16,7 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.fold import weight_update
@@ -24,7 +25,7 @@ from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.device import DTYPES
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
-from tvaprune.masks.masks import Masks, read_masks, sparsity
+from tvaprune.masks.masks import Masks, read_masks
 from tvaprune.masks.measured import adapt_measured
 from tvaprune.measures.latency import compare
 from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts
@@ -113,7 +114,7 @@ def main(
     print("|---" * (len(columns) + 6) + "|")
     for name, each in found.items():
         widths = layer_widths(each)
-        cells = [name, f"{sparsity(topology, each):.4f}", str(widths.hidden)]
+        cells = [name, f"{sparsity(topology, each.widths()):.4f}", str(widths.hidden)]
         cells += [f"{sum(counts) / topology.layers:.1f}" for counts in (widths.intermediate, widths.kv_heads)]
         for phase in PHASES:
             cells.append(f"{table.predict(phase, *widths):.2f}")

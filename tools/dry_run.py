@@ -15,6 +15,7 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors, plan
@@ -23,7 +24,7 @@ from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.memory import training_memory
 from tvaprune.gates.state import GateTraining
 from tvaprune.masks.adapt import adapt
-from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.methods import check_method
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
@@ -75,12 +76,11 @@ def published_config(params_file: Path) -> Path:
 
 
 def random_masks(topology: Topology, target_sparsity: float, axes: tuple[Axis, ...] = AXES) -> Masks:
-    """Random importances and means, projected onto the target."""
+    """Random importances, projected onto the target."""
     generator = torch.Generator().manual_seed(1)
     scores = {axis: torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
-    means = {axis: 1 + 0.1 * torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
     everything = {axis: score > 0 for axis, score in scores.items()}
-    return project(topology, Masks(everything, scores, means), target_sparsity, axes)
+    return project(topology, Masks(everything, scores), target_sparsity, axes)
 
 
 def sizes(params_file: Path, model: Path) -> Sizes:
@@ -101,7 +101,7 @@ def sizes(params_file: Path, model: Path) -> Sizes:
     masks = adapt(topology, dropped, learn.sparsity, adapting.rounding, *multiples, adapting.layout)
     run_gated(config, topology, masks)
     student = pruned_config(config, masks, adapting.layout)
-    return Sizes(config, student, masks, parameters(config), parameters(student), sparsity(topology, masks))
+    return Sizes(config, student, masks, parameters(config), parameters(student), sparsity(topology, masks.widths()))
 
 
 def memory(
@@ -134,7 +134,7 @@ def run_gated(config: PreTrainedConfig, topology: Topology, masks: Masks) -> Non
     """Place the gates in the dense model and run it, on the meta device: what does not fit raises."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        gates = {axis: gate.to("meta") for axis, gate in hard_gates(masks.keep, masks.mu).items()}
+        gates = {axis: gate.to("meta") for axis, gate in hard_gates(masks.keep).items()}
         with GatedModel(model, topology).inserted() as gated:
             gated.set(gates, int(masks.keep["hidden"].sum()))
             model(torch.zeros(1, 8, dtype=torch.int64))

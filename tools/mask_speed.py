@@ -13,13 +13,14 @@ import torch
 import typer
 
 from tools.alignment_table import layer_widths
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES
-from tvaprune.masks.masks import Masks, read_masks, sparsity
+from tvaprune.masks.masks import Masks, read_masks
 from tvaprune.measures.latency import compare
 from tvaprune.measures.machine import machine_name
 from tvaprune.measures.speed_report import speed_metrics
@@ -50,7 +51,7 @@ def main(
     topology = Topology.of(config)
     kept = read_masks(masks, topology)
     if multiple > 1:
-        kept = adapt(topology, kept, target or sparsity(topology, kept), "budget", multiple, multiple)
+        kept = adapt(topology, kept, target or sparsity(topology, kept.widths()), "budget", multiple, multiple)
     chosen, how = pick_dtype(device, dtype), pick_runtime(runtime, device)  # type: ignore[arg-type]
     widths = [layer_widths(Masks.dense(topology)), layer_widths(kept)]
     models = dict(zip(("dense", "compact"), random_models(config, widths, chosen, device), strict=True))
@@ -58,7 +59,7 @@ def main(
     timed = compare(models, batches, prefill_tokens, decode_prompt_tokens, decode_tokens, repeats, 3, how)
     name = str(chosen).removeprefix("torch.")
     print(f"{machine_name(device)}, {name}, runtime {how}, torch {torch.__version__}; ", end="")
-    removed = f"{sparsity(topology, kept):.4f} of the decoder removed"
+    removed = f"{sparsity(topology, kept.widths()):.4f} of the decoder removed"
     print(f"{removed}; prefill of {prefill_tokens} tokens, decode of {decode_tokens} after {decode_prompt_tokens}")
     print("\n| batch | | dense ms | pruned ms | speedup | limit | efficiency |\n|---|---|---|---|---|---|---|")
     for batch, phases in timed.items():

@@ -23,6 +23,7 @@ from tvaprune.gates.training import Learned, learn_gates
 from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
+from tvaprune.masks.update import WeightUpdate
 from tvaprune.resume import Saver
 
 GATE_METHODS = ("tva", "deterministic", "vtrans")
@@ -34,6 +35,7 @@ class Found:
 
     Attributes:
         masks: projected onto the target.
+        update: what to fold into the weights of the kept units.
         curve: one row a step; empty for methods without steps.
         seconds: wall time, of this process alone when a run was resumed.
         step_seconds, bare_step_seconds, teacher_seconds: see `Learned`; 0 for methods without gates.
@@ -42,6 +44,7 @@ class Found:
     """
 
     masks: Masks
+    update: WeightUpdate
     curve: list[dict[str, float | int]]
     seconds: float
     step_seconds: float
@@ -101,7 +104,7 @@ def find_masks(
     use_training_attention(model, next(model.parameters()).device)
     started = time.perf_counter()
     if method not in GATE_METHODS:
-        masks = score_baseline(
+        masks, update = score_baseline(
             method,
             model,
             topology,
@@ -112,7 +115,7 @@ def find_masks(
             options=baseline,
             progress=progress,
         )
-        learned = Learned(masks, [], 0.0, 0.0, 0.0)
+        learned = Learned(masks, update, [], 0.0, 0.0, 0.0)
     else:
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -132,35 +135,41 @@ def find_masks(
             progress=progress and world.is_main,
             world=world,
         )
-        masks = learned.masks
+        masks, update = learned.masks, learned.update
         if method == "vtrans":
-            masks = replace(masks, mu={axis: torch.ones_like(mu) for axis, mu in masks.mu.items()}, channel_mu={})
+            update = WeightUpdate.none(topology)
     seconds = time.perf_counter() - started
     return Found(
         masks=masks,
+        update=update,
         curve=learned.curve,
         seconds=seconds,
         step_seconds=learned.step_seconds,
         bare_step_seconds=learned.bare_step_seconds,
         teacher_seconds=learned.teacher_seconds,
         peak_memory_bytes=peak_memory_bytes(next(model.parameters()).device),
-        validation_nll=validation_nll(model, topology, masks, validation_ids, world),
+        validation_nll=validation_nll(model, topology, masks, update, validation_ids, world),
     )
 
 
 @torch.no_grad()
 def validation_nll(
-    model: PreTrainedModel, topology: Topology, masks: Masks, windows: Tensor, world: World = ALONE
+    model: PreTrainedModel,
+    topology: Topology,
+    masks: Masks,
+    update: WeightUpdate,
+    windows: Tensor,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Mean nats a token over windows, int32 [n, seq_len]: dense, with mu, with 0/1 gates."""
     device = next(model.parameters()).device
     kept = int(masks.keep["hidden"].sum())
-    variants = {"dense": None, "mean": hard_gates(masks.keep, masks.mu), "binary": hard_gates(masks.keep)}
+    variants = {"dense": None, "mean": hard_gates(masks.keep, update.scale), "binary": hard_gates(masks.keep)}
     totals = dict.fromkeys(variants, 0.0)
     with GatedModel(model, topology).inserted() as gated:
         for name, gates in variants.items():
             if gates is not None:
-                means = masks.channel_mu if name == "mean" else {}
+                means = update.channel_scale if name == "mean" else {}
                 gated.set(
                     {axis: gates[axis].to(device) for axis in AXES},
                     kept,

@@ -11,11 +11,12 @@ from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
     kept_decoder_parameters,
+    sparsity,
     unit_costs,
 )
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.masks.adapt import adapt, nearest_multiple
-from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 
 topologies = st.builds(

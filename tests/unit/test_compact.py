@@ -12,10 +12,11 @@ from tests.tiny_models import FAMILIES, random_masks, save_tiny_model
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import WeightUpdate, can_stay_tied, weight_update
+from tvaprune.checkpoint.fold import can_stay_tied, weight_update
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 from tvaprune.proof.parity import compact_logits, compare, masked_dense_logits
 
 PROMPTS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))

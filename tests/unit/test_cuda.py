@@ -12,6 +12,7 @@ from tests.tiny_models import tiny_model
 from tests.unit.test_finetune import LORA, NoState, adapter, assert_identical, run_finetune
 from tests.unit.test_gates import PAPER, SETTINGS, TRACKED, WINDOWS, Memory
 from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, build_uneven
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.sharding import shard_layers
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.baselines.registry import BASELINES, BaselineOptions
@@ -23,7 +24,7 @@ from tvaprune.gates.memory import training_memory
 from tvaprune.gates.state import GateTraining
 from tvaprune.gates.training import learn_gates
 from tvaprune.masks.latency_table import PHASES
-from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.masks import Masks
 from tvaprune.measures import latency, machine
 from tvaprune.measures.block_times import Candidates, Lengths, layers_to_time, time_blocks
 from tvaprune.measures.perplexity import evaluate
@@ -60,7 +61,7 @@ def test_gates_learned_on_a_gpu_are_those_of_the_cpu(constraint: str) -> None:
 def test_sampled_gates_meet_the_budget_and_resume(settings: GateTraining) -> None:
     undisturbed = learned(settings, CUDA)
     topology = Topology.of(tiny_model("llama").config)
-    assert 0.4 <= sparsity(topology, undisturbed) < 0.402
+    assert 0.4 <= sparsity(topology, undisturbed.widths()) < 0.402
     killed = Memory(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
         learned(settings, CUDA, saver=killed)

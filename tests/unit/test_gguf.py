@@ -16,11 +16,12 @@ from tools.llama_cpp_speed import bytes_read, compare
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint import tensor_files
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import WeightUpdate, weight_update
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import interleave, write_gguf
 from tvaprune.export.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.proof.gguf_runtime import greedy_steps, greedy_tokens, tokenize
 

@@ -15,13 +15,14 @@ from tests.tiny_models import FAMILIES, random_masks, save_tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import WeightUpdate, weight_update
+from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint, CheckpointWriter, TensorInfo, plan_shards
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
+from tvaprune.masks.update import WeightUpdate
 from tvaprune.proof.parity import compact_logits, compare, masked_dense_logits
 
 PROMPTS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))

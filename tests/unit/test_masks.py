@@ -14,12 +14,13 @@ from tvaprune.architecture.parameter_counts import (
     dense_decoder_parameters,
     kept_decoder_parameters,
     shared_parameters,
+    sparsity,
     unit_costs,
 )
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.artifacts import ArtifactError
 from tvaprune.masks.adapt import adapt, adapt_metrics, nearest_multiple
-from tvaprune.masks.masks import Masks, read_masks, sparsity, write_masks
+from tvaprune.masks.masks import Masks, read_masks, write_masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, keep_best, project, solve_threshold
 
 TOPOLOGY = Topology(layers=4, hidden=64, intermediate=96, kv_heads=4, group_size=2, head_dim=8)
@@ -89,7 +90,7 @@ def test_equal_scores_are_dropped_no_further_than_the_budget_asks() -> None:
     """All scores equal: a threshold alone would keep everything or nothing."""
     masks = Masks.dense(TOPOLOGY)
     projected = project(TOPOLOGY, masks, 0.2, axes=("intermediate",))
-    assert sparsity(TOPOLOGY, projected) >= 0.2
+    assert sparsity(TOPOLOGY, projected.widths()) >= 0.2
     assert projected.keep["hidden"].all()
 
 
@@ -172,7 +173,7 @@ def test_adapt_metrics_tell_before_from_after() -> None:
     report = adapt_metrics(TOPOLOGY, masks, after, 0.3)
     assert report["hidden_before"] == _count(masks.keep["hidden"])
     assert report["hidden_after"] == _count(after.keep["hidden"])
-    assert report["sparsity_decoder"] == sparsity(TOPOLOGY, after)
+    assert report["sparsity_decoder"] == sparsity(TOPOLOGY, after.widths())
     assert report["intermediate_mean_after"] == _count(after.keep["intermediate"]) / 4
 
 

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from stages import adapt_dimensions, profile_hardware
 from tests.tiny_models import random_masks, save_tiny_model, tiny_model
 from tools import alignment_table, mask_speed
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table, write_table
-from tvaprune.masks.masks import read_masks, sparsity, write_masks
+from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.projection import project
 from tvaprune.measures.block_times import Candidates, Lengths, candidates, layers_to_time, table_of, time_blocks
 from tvaprune.runtime.packed import Runtime, prepare
@@ -167,7 +168,7 @@ def test_the_stages_profile_and_adapt_to_what_was_measured(pipeline: Path) -> No
     assert "predicted of the dense latency on" in output
     assert "warning" not in output
     after = read_masks(pipeline / "adapted", TOPOLOGY)
-    assert sparsity(TOPOLOGY, after) >= 0.4
+    assert sparsity(TOPOLOGY, after.widths()) >= 0.4
     assert all(width % 8 == 0 for width in after.widths()["intermediate"].tolist())
     report = json.loads((pipeline / "adapt.json").read_text())
     assert report["decode"]["predicted_ms"] > 0

@@ -68,6 +68,20 @@ def dense_decoder_parameters(topology: Topology) -> int:
     return kept_decoder_parameters(topology, full)
 
 
+@cache
+def dense_unit_costs(topology: Topology) -> UnitCosts:
+    """The parameters that each unit owns in the model before pruning."""
+    every = [torch.tensor(topology.layers * [topology.width(axis)]) for axis in AXES[1:]]
+    return unit_costs(topology, torch.tensor(topology.hidden), *every)
+
+
+def sparsity(topology: Topology, widths: dict[Axis, Tensor]) -> float:
+    """Share of the decoder layers' parameters that kept widths (`Masks.widths`) remove, 0 to 1."""
+    return 1 - float(decoder_parameters(topology, *(widths[axis] for axis in AXES))) / dense_decoder_parameters(
+        topology
+    )
+
+
 def kept_decoder_parameters(topology: Topology, keep: dict[Axis, Tensor]) -> int:
     """Parameters of the decoder layers under keep-masks (bool; True = keep; shapes of `Topology.gate_shape`)."""
     counts = (keep["hidden"].sum(), keep["intermediate"].sum(-1), keep["kv_heads"].sum(-1))

@@ -89,7 +89,7 @@ def flap(
     allocation: Literal["adaptive", "uniform"] = "adaptive",
     bias: bool = True,
     progress: bool = True,
-) -> Masks:
+) -> tuple[Masks, dict[str, Tensor]]:
     """Var(X_j) · ‖W_:,j‖², z-scored per layer, one threshold over all layers and both axes (An et al., AAAI 2024).
 
     The published AL-AM structure with the WIFV metric: every input's score is standardised over its layer's, heads
@@ -116,8 +116,8 @@ def flap(
     allocate = allocate_global if allocation == "adaptive" else allocate_uniform
     masks = allocate(topology, scores, target_sparsity, axes)
     if not bias:
-        return masks
-    return Masks(masks.keep, masks.log_alpha, masks.mu, _mean_biases(model, topology, statistics, masks))
+        return masks, {}
+    return masks, _mean_biases(model, topology, statistics, masks)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
     balanced   one ranking per axis over all layers; the same share is dropped on every axis
     global     one threshold on the scores as they are, over all layers and axes (`tvaprune.masks.masks.project`)
 
-Each ends with log_alpha such that a unit is kept iff its log_alpha > 0, ranked within a layer as the method
+Each ends with scores such that a unit is kept iff its score > 0, ranked within a layer as the method
 ranks it.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
+    dense_unit_costs,
     kept_decoder_parameters,
     unit_costs,
 )
@@ -46,7 +47,7 @@ def allocate_global(topology: Topology, scores: Scores, target_sparsity: float, 
         scores: float32 for the axes in play, shapes of `Topology.gate_shape`; higher = keep.
     """
     masks = _on_budget(topology, scores, target_sparsity, axes)
-    return agree(masks, axes)
+    return make_scores_match_mask(masks, axes)
 
 
 def allocate_balanced(
@@ -74,8 +75,8 @@ def allocate_balanced(
             protected[axis] = ranked[axis].scatter(-1, ranked[axis].argmax(-1, keepdim=True), torch.inf)
     masks = _on_budget(topology, protected, target_sparsity, axes)
     threshold = _threshold(protected, masks, axes)
-    log_alpha = {axis: ranked[axis] - threshold if axis in axes else masks.log_alpha[axis] for axis in AXES}
-    return agree(Masks(masks.keep, log_alpha, masks.mu), axes)
+    score = {axis: ranked[axis] - threshold if axis in axes else masks.score[axis] for axis in AXES}
+    return make_scores_match_mask(Masks(masks.keep, score), axes)
 
 
 def allocate_uniform(
@@ -119,7 +120,7 @@ def allocate_uniform(
     for axis in axes:
         if axis != "hidden":
             shifted[axis][whole] += 1
-    return agree(Masks(masks.keep, shifted, masks.mu), axes)
+    return make_scores_match_mask(Masks(masks.keep, shifted), axes)
 
 
 class Stages:
@@ -135,7 +136,7 @@ class Stages:
         self.topology, self.axes = topology, axes
         self._whole = _protected(topology, protect_first, protect_last)
         self.keep = {axis: torch.ones(topology.gate_shape(axis), dtype=torch.bool) for axis in AXES}
-        self._log_alpha = {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}
+        self._score = {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}
 
     def prune(self, scores: Scores, target_sparsity: float) -> None:
         """Drop the units with the lowest scores until the sparsity is met.
@@ -150,32 +151,32 @@ class Stages:
         masks = _on_budget(self.topology, left, target_sparsity, self.axes)
         for axis in self.axes:
             # A stage's scores span less than 3, so that stages cannot overlap.
-            sunk = self._log_alpha[axis] - 3
-            self._log_alpha[axis] = torch.where(self.keep[axis], masks.log_alpha[axis].clamp_max(2), sunk)
+            sunk = self._score[axis] - 3
+            self._score[axis] = torch.where(self.keep[axis], masks.score[axis].clamp_max(2), sunk)
         self.keep = masks.keep
 
     def masks(self) -> Masks:
-        return agree(Masks(self.keep, self._log_alpha, _ones(self.topology)), self.axes)
+        return make_scores_match_mask(Masks(self.keep, self._score), self.axes)
 
 
-def agree(masks: Masks, axes: tuple[Axis, ...]) -> Masks:
-    """Make log_alpha > 0 exactly where a unit is kept, without a change to the ranking within a vector.
+def make_scores_match_mask(masks: Masks, axes: tuple[Axis, ...]) -> Masks:
+    """Make the score > 0 exactly where a unit is kept, without a change to the ranking within a vector.
 
     Units that filled the last of the budget, or stay for another reason than their score, end up just above 0 in
     their order. Axes that are not in play are 1.
     """
-    log_alpha = dict(masks.log_alpha)
+    score = dict(masks.score)
     for axis in AXES:
         keep = masks.keep[axis]
         if axis not in axes:
-            log_alpha[axis] = torch.ones_like(keep, dtype=torch.float32)
+            score[axis] = torch.ones_like(keep, dtype=torch.float32)
             continue
-        values = log_alpha[axis].float()
+        values = score[axis].float()
         rank = torch.argsort(torch.argsort(values, dim=-1, stable=True), dim=-1).float()
         values = torch.where(keep & (values <= 0), _NEXT_TO_THRESHOLD * (rank + 1), values)
         below = -_NEXT_TO_THRESHOLD * (values.shape[-1] - rank)
-        log_alpha[axis] = torch.where(~keep & (values > 0), below, values)
-    return Masks(masks.keep, log_alpha, masks.mu, masks.bias)
+        score[axis] = torch.where(~keep & (values > 0), below, values)
+    return Masks(masks.keep, score)
 
 
 def _protected(topology: Topology, first: int, last: int) -> Tensor:
@@ -192,10 +193,6 @@ def _protected(topology: Topology, first: int, last: int) -> Tensor:
     whole[:first] = True
     whole[topology.layers - last :] = True
     return whole
-
-
-def _ones(topology: Topology) -> Scores:
-    return {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}
 
 
 def _on_budget(topology: Topology, scores: Scores, target_sparsity: float, axes: tuple[Axis, ...]) -> Masks:
@@ -216,7 +213,7 @@ def _on_budget(topology: Topology, scores: Scores, target_sparsity: float, axes:
     # A layer that lost all its units would bring back a norm too.
     open_to_more = ~keep & scores[finest].cpu().isfinite() & keep.any(-1, keepdim=True)
     count = min(count, int(open_to_more.sum()))
-    candidates = masks.log_alpha[finest].masked_fill(~open_to_more, -torch.inf)
+    candidates = masks.score[finest].masked_fill(~open_to_more, -torch.inf)
     added = keep_best(candidates.flatten(), count).view_as(keep)
     return masks.with_keep({**masks.keep, finest: keep | added})
 
@@ -224,22 +221,19 @@ def _on_budget(topology: Topology, scores: Scores, target_sparsity: float, axes:
 def _masks(topology: Topology, scores: Scores) -> Masks:
     """Scores as masks to project, on the CPU; ones on the axes without scores."""
     dense = Masks.dense(topology)
-    log_alpha = {axis: scores[axis].float().cpu() if axis in scores else dense.log_alpha[axis] for axis in AXES}
-    return Masks(dense.keep, log_alpha, dense.mu)
+    score = {axis: scores[axis].float().cpu() if axis in scores else dense.score[axis] for axis in AXES}
+    return Masks(dense.keep, score)
 
 
 def _threshold(scores: Scores, masks: Masks, axes: tuple[Axis, ...]) -> float:
     """The threshold by which `project` shifted the scores."""
-    shift = torch.cat([(scores[axis] - masks.log_alpha[axis])[scores[axis].isfinite()] for axis in axes])
+    shift = torch.cat([(scores[axis] - masks.score[axis])[scores[axis].isfinite()] for axis in axes])
     return float(shift[0])
 
 
 def _finest(topology: Topology, axes: tuple[Axis, ...]) -> Axis:
     """The axis in play whose units own the fewest parameters."""
-    full = [torch.tensor(float(topology.hidden))]
-    full += [torch.full((topology.layers,), float(topology.width(axis))) for axis in AXES[1:]]
-    costs = dict(zip(AXES, unit_costs(topology, *full), strict=True))
-    return min(axes, key=lambda axis: float(costs[axis].min()))
+    return min(axes, key=lambda axis: float(getattr(dense_unit_costs(topology), axis).min()))
 
 
 def _rounded_counts(

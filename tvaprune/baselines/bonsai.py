@@ -100,7 +100,7 @@ def _candidates(
     dense = Masks.dense(topology)
     scores = {axis: ranked[axis].where(keep[axis], -torch.inf) for axis in axes}
     try:
-        lower = project(topology, Masks(keep, {**dense.log_alpha, **scores}, dense.mu), sparsity, axes).keep
+        lower = project(topology, Masks(keep, {**dense.score, **scores}), sparsity, axes).keep
     except UnreachableSparsityError:
         return {axis: keep[axis] for axis in axes}
     return {axis: keep[axis] & ~lower[axis] for axis in axes}

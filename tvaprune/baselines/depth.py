@@ -11,7 +11,7 @@ from tqdm import tqdm
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import AXES, Axis, Topology, decoder, final_norm, layer_modules
 from tvaprune.baselines.activation_scores import magnitude_scores
-from tvaprune.baselines.allocation import agree, percentiles
+from tvaprune.baselines.allocation import make_scores_match_mask, percentiles
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
 
@@ -55,9 +55,9 @@ def depth(
     kept = [index for index in torch.sort(influence, stable=True).indices.tolist() if index not in dropped]
     level = torch.empty(topology.layers)
     level[dropped + kept] = torch.arange(topology.layers) - float(len(dropped))
-    log_alpha = {axis: level[:, None] + percentiles(magnitudes[axis]).cpu() for axis in AXES_OF_LAYERS}
+    score = {axis: level[:, None] + percentiles(magnitudes[axis]).cpu() for axis in AXES_OF_LAYERS}
     ones = Masks.dense(topology)
-    return agree(Masks(keep, {**ones.log_alpha, **log_alpha}, ones.mu), AXES_OF_LAYERS)
+    return make_scores_match_mask(Masks(keep, {**ones.score, **score}), AXES_OF_LAYERS)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from tvaprune.baselines.depth import depth
 from tvaprune.baselines.gradients import Objective
 from tvaprune.baselines.loraprune import loraprune
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 
 Baseline = Literal["random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai", "loraprune", "depth"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -90,12 +91,12 @@ def score_baseline(
     seed: int = 0,
     options: BaselineOptions = BaselineOptions(),
     progress: bool = True,
-) -> Masks:
+) -> tuple[Masks, WeightUpdate]:
     """Masks of a published method on the axes, at the parameter budget.
 
     The budget is met exactly, as near as one unit of the cheapest axis in play allows; never exceeded. Units are
-    kept iff log_alpha > 0; log_alpha ranks a layer's units as the method does. mu is 1. The model is as before
-    afterwards.
+    kept iff their score is above 0; scores rank a layer's units as the method does. The update holds the method's
+    biases, if any. The model is as before afterwards.
 
     Args:
         method: one of BASELINES.
@@ -117,19 +118,20 @@ def score_baseline(
     windows = input_ids[spread]
     axes = tuple(axis for axis in AXES if axis in axes)
     given = (model, topology, windows, target_sparsity)
+    bias: dict[str, Tensor] = {}
     match method:
         case "random":
-            return activation_scores.random(topology, target_sparsity, axes, seed)
+            masks = activation_scores.random(topology, target_sparsity, axes, seed)
         case "magnitude":
-            return activation_scores.magnitude(model, topology, target_sparsity, axes)
+            masks = activation_scores.magnitude(model, topology, target_sparsity, axes)
         case "wanda_sp":
-            return activation_scores.wanda_sp(*given, axes, progress=progress)
+            masks = activation_scores.wanda_sp(*given, axes, progress=progress)
         case "flap":
-            return activation_scores.flap(*given, axes, o.flap_allocation, o.flap_bias, progress=progress)
+            masks, bias = activation_scores.flap(*given, axes, o.flap_allocation, o.flap_bias, progress=progress)
         case "llm_pruner":
-            return gradient_scores.llm_pruner(*given, axes, o.protect_first, o.protect_last, progress=progress)
+            masks = gradient_scores.llm_pruner(*given, axes, o.protect_first, o.protect_last, progress=progress)
         case "nirvana":
-            return gradient_scores.nirvana(
+            masks = gradient_scores.nirvana(
                 *given,
                 axes,
                 o.nirvana_objective,
@@ -140,7 +142,7 @@ def score_baseline(
                 progress=progress,
             )
         case "bonsai":
-            return bonsai(
+            masks = bonsai(
                 *given,
                 axes,
                 o.bonsai_rounds,
@@ -152,7 +154,7 @@ def score_baseline(
                 progress=progress,
             )
         case "loraprune":
-            return loraprune(
+            masks = loraprune(
                 *given,
                 axes,
                 o.loraprune_steps,
@@ -167,7 +169,8 @@ def score_baseline(
                 progress=progress,
             )
         case _:
-            return depth(*given, contiguous=o.depth_contiguous, progress=progress)
+            masks = depth(*given, contiguous=o.depth_contiguous, progress=progress)
+    return masks, WeightUpdate.none(topology, bias)
 
 
 def check_baseline(method: str, axes: tuple[Axis, ...], target_sparsity: float) -> None:

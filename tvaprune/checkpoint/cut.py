@@ -10,12 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tvaprune.architecture.topology import Topology, Units, cut
-from tvaprune.checkpoint.fold import WeightUpdate, axis_of_dimension, fold, per_row, scales
+from tvaprune.checkpoint.fold import axis_of_dimension, fold, per_row, scales
 from tvaprune.checkpoint.layouts import HEAD, Plan, plan, write_config
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint, CheckpointWriter
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 
 MODELING_FILE = Path(__file__).with_name("modeling_tvaprune.py")
 # Files of a model directory that are not copied: weights and their index, and what is written anew. Those of an earlier

@@ -1,59 +1,14 @@
-"""Fold what the gates learned into the weights (TVA-Prune section 3.3, Eq. 6)."""
+"""Fold what a method learned into the weights (TVA-Prune section 3.3, Eq. 6).
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+Departure from Eq. 6 read literally: the mean itself is folded, not a rescaled one, and once per site where the gate
+multiplied in training.
+"""
 
-import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology, Units, cut
-from tvaprune.artifacts import read_artifact, write_artifact
+from tvaprune.architecture.topology import Axis, Site, Topology, Units, cut
 from tvaprune.masks.masks import Masks
-
-Method = Literal["mean", "none"]
-
-
-@dataclass(frozen=True)
-class WeightUpdate:
-    """What multiplies the weights of the kept units, and what is added to the projections.
-
-    Attributes:
-        scale: float32 per axis, shapes of `Topology.gate_shape`.
-        bias: float32 [hidden] by projection, for example "model.layers.3.mlp.down_proj" (FLAP).
-        channel_scale: float32 [layers, channels] by site, beside the units' scale.
-    """
-
-    scale: dict[Axis, Tensor]
-    bias: dict[str, Tensor] = field(default_factory=dict)
-    channel_scale: dict[Site, Tensor] = field(default_factory=dict)
-
-
-def weight_update(masks: Masks, method: Method) -> WeightUpdate:
-    """The update by the gates' means, or none.
-
-    Departure from Eq. 6 read literally: mu itself is folded, not a rescaled mu, and once per site where the
-    gate multiplied in training.
-    """
-    scale = {axis: masks.mu[axis] if method == "mean" else torch.ones_like(masks.mu[axis]) for axis in AXES}
-    return WeightUpdate(scale, masks.bias, masks.channel_mu if method == "mean" else {})
-
-
-def write_update(directory: Path, update: WeightUpdate, **meta: Any) -> None:
-    tensors = {f"{axis}.scale": update.scale[axis] for axis in AXES}
-    tensors |= {f"channel.{site}": scale for site, scale in update.channel_scale.items()}
-    tensors |= {f"bias.{name}": bias for name, bias in update.bias.items()}
-    write_artifact(directory, "update", tensors, **meta)
-
-
-def read_update(directory: Path) -> WeightUpdate:
-    """Raises ArtifactError where the directory holds no update."""
-    tensors, _ = read_artifact(directory, "update")
-    return WeightUpdate(
-        {axis: tensors[f"{axis}.scale"] for axis in AXES},
-        {name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},
-        {site: tensors[f"channel.{site}"] for site in SITES if f"channel.{site}" in tensors},
-    )
+from tvaprune.masks.update import WeightUpdate
 
 
 def axis_of_dimension(units: str | None) -> Axis | None:

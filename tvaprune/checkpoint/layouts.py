@@ -16,10 +16,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tvaprune.architecture.topology import Topology, Units, cut
-from tvaprune.checkpoint.fold import WeightUpdate, can_stay_tied
+from tvaprune.checkpoint.fold import can_stay_tied
 from tvaprune.checkpoint.tensor_files import TensorInfo
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Old Llama checkpoints hold the rotary frequencies, which every version since computes.

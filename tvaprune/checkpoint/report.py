@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import CheckpointSize
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.masks import Masks
 
 
 class Cost(NamedTuple):
@@ -27,7 +28,7 @@ def measured(work: Callable[[], CheckpointSize]) -> tuple[CheckpointSize, Cost]:
 def sizes(topology: Topology, masks: Masks, size: CheckpointSize) -> dict[str, float]:
     """Sparsities as shares, parameters and bytes as counted in the files."""
     return {
-        "sparsity_decoder": sparsity(topology, masks),
+        "sparsity_decoder": sparsity(topology, masks.widths()),
         "sparsity_model": 1 - size.parameters_kept / size.parameters_dense,
         "params_dense": size.parameters_dense,
         "params_kept": size.parameters_kept,

@@ -11,6 +11,7 @@ from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology
 from tvaprune.gates.curvature import RunningCurvature
 from tvaprune.gates.vib import stationary_log_var
 from tvaprune.masks.masks import EPSILON, Masks, log_alpha
+from tvaprune.masks.update import WeightUpdate
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,12 @@ class Gates:
         """channel_mu as leaves of a step's own graph."""
         return {site: mean.detach().clone().requires_grad_() for site, mean in self.channel_mu.items()}
 
-    def masks(self) -> Masks:
+    def found(self) -> tuple[Masks, WeightUpdate]:
         """As learned: keep where log_alpha > 0, not yet projected; on the CPU."""
         scores = {axis: log_alpha(self.mu[axis], self.log_var[axis]).cpu() for axis in AXES}
-        return Masks(
-            keep={axis: score > 0 for axis, score in scores.items()},
-            log_alpha=scores,
-            mu={axis: mean.cpu() for axis, mean in self.mu.items()},
-            channel_mu={site: mean.cpu() for site, mean in self.channel_mu.items()},
-        )
+        means = {axis: mean.cpu() for axis, mean in self.mu.items()}
+        channels = {site: mean.cpu() for site, mean in self.channel_mu.items()}
+        return Masks({axis: score > 0 for axis, score in scores.items()}, scores), WeightUpdate(means, {}, channels)
 
     def state_dict(self) -> dict[str, Any]:
         return {

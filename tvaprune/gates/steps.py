@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import AXES, decoder, lm_head
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.constraint import (
@@ -18,7 +19,7 @@ from tvaprune.gates.insertion import GatedModel, GradientDraws, NoisePool
 from tvaprune.gates.state import Gates, GateTraining
 from tvaprune.gates.vib import kl, kl_gradient, soft_keep
 from tvaprune.losses import DistillationLoss, distillation_loss
-from tvaprune.masks.masks import Masks, log_alpha, sparsity
+from tvaprune.masks.masks import log_alpha
 
 Row = dict[str, float | int]
 
@@ -105,7 +106,7 @@ def budget_step(
             # A share's gradients are those of its own mean loss, `size` times what they are of the whole batch's.
             share = (factor / world.size) ** 2
             gates.track({axis: world.sum_(draws.squares[axis]) * share for axis in AXES}, hard.keep)
-        reached = sparsity(topology, Masks(hard.keep, {}, {}))
+        reached = sparsity(topology, {axis: keep.sum(-1) for axis, keep in hard.keep.items()})
     return _row(parts, reached, scheduled, hard.keep["hidden"].sum(), norm)
 
 

@@ -20,6 +20,7 @@ from tvaprune.gates.steps import Batch, Row, budget_step, hidden_states, lagrang
 from tvaprune.losses import next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
+from tvaprune.masks.update import WeightUpdate
 from tvaprune.resume import Saver
 
 
@@ -29,6 +30,7 @@ class Learned:
 
     Attributes:
         masks: projected onto the target, threshold 0.
+        update: the gates' means.
         curve: one row a step: step, loss, ce, distillation, sparsity, target, hidden_kept, gradient_norm (before any
             clipping).
         step_seconds: median over steps of the whole step but the teacher's forward.
@@ -38,6 +40,7 @@ class Learned:
     """
 
     masks: Masks
+    update: WeightUpdate
     curve: list[Row]
     step_seconds: float
     bare_step_seconds: float
@@ -125,9 +128,10 @@ def learn_gates(
             bar.set_postfix(shown, refresh=False)
             if saver is not None and world.is_main and (step + 1) % SAVE_EVERY == 0:
                 saver.save({"gates": gates.state_dict(), "curve": curve, "timings": timings, "step": step + 1})
-    masks = project(topology, gates.masks(), target_sparsity, axes)
+    masks, update = gates.found()
     return Learned(
-        masks,
+        project(topology, masks, target_sparsity, axes),
+        update,
         curve,
         step_seconds=_median(timings["step"]),
         bare_step_seconds=_median(timings["bare"]),

@@ -4,11 +4,10 @@ from math import lcm
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, sparsity
 from tvaprune.architecture.topology import Topology
-from tvaprune.masks.masks import Masks, sparsity
+from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
 from tvaprune.masks.uniform import Widths, keep_uniform, uniform_widths
 
@@ -50,13 +49,13 @@ def adapt(
 ) -> Masks:
     """Resize the masks of hidden and of each layer's intermediate to multiples, and to what the layout can hold.
 
-    Best units first by log_alpha (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays
+    Best units first by score (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays
     without one. kv_heads are aligned by head_dim already.
 
     rounding:
         nearest: each width to its nearest multiple, as in the paper; the sparsity moves with it.
         budget: hidden to its nearest multiple; then whole multiples of intermediate units, over all layers
-            together, best mean log_alpha first, while the parameters stay within the target.
+            together, best mean score first, while the parameters stay within the target.
 
     layout:
         uneven: nothing more is asked.
@@ -80,16 +79,14 @@ def adapt(
             widths = Widths(_nearest_hidden(topology, keep, hidden_multiple, kv_heads), intermediate, kv_heads)
         return keep_uniform(masks, widths)
     widest = 0 if layout == "uneven" else max(1, int(keep["kv_heads"].sum(-1).max()))
-    keep["hidden"] = keep_best(
-        masks.log_alpha["hidden"], _nearest_hidden(topology, keep, hidden_multiple, kv_heads=widest)
-    )
+    keep["hidden"] = keep_best(masks.score["hidden"], _nearest_hidden(topology, keep, hidden_multiple, kv_heads=widest))
     if rounding == "nearest":
         counts = [nearest_multiple(n, intermediate_multiple, topology.intermediate) if n else 0 for n in kept]
     else:
         present = [n > 0 for n in kept]
         counts = _share_budget(topology, masks, keep, present, target_sparsity, intermediate_multiple)
     keep["intermediate"] = torch.stack(
-        [keep_best(score, count) for score, count in zip(masks.log_alpha["intermediate"], counts, strict=True)]
+        [keep_best(score, count) for score, count in zip(masks.score["intermediate"], counts, strict=True)]
     )
     return masks.with_keep(keep)
 
@@ -114,8 +111,7 @@ def _share_budget(
     multiple: int,
 ) -> list[int]:
     """Intermediate widths per layer, in multiples, that fill the parameter budget with the best groups."""
-    log_alpha: Tensor = masks.log_alpha["intermediate"]
-    ranked = torch.sort(log_alpha, dim=-1, descending=True).values
+    ranked = torch.sort(masks.score["intermediate"], dim=-1, descending=True).values
     groups = ranked.view(topology.layers, -1, multiple).double().mean(-1)
     order = sorted(
         (-float(groups[layer, group]), group, layer)
@@ -149,8 +145,8 @@ def adapt_metrics(topology: Topology, before: Masks, after: Masks, target_sparsi
     """metrics/adapt.json: sparsities as shares of the decoder layers' parameters, widths in units."""
     return {
         "target_sparsity": target_sparsity,
-        "sparsity_before": sparsity(topology, before),
-        "sparsity_decoder": sparsity(topology, after),
+        "sparsity_before": sparsity(topology, before.widths()),
+        "sparsity_decoder": sparsity(topology, after.widths()),
         "hidden_before": float(before.keep["hidden"].sum()),
         "hidden_after": float(after.keep["hidden"].sum()),
         "intermediate_mean_before": float(before.keep["intermediate"].sum(-1).double().mean()),

@@ -35,6 +35,6 @@ def lost_by_width(topology: Topology, masks: Masks, axis: Axis, slope: float = 1
         torch.full((topology.layers,), topology.kv_heads),
     )
     price = getattr(unit_costs(topology, *dense), axis).view(-1, 1)
-    log_alpha = masks.log_alpha[axis].double().clamp(max=_HIGHEST_LOG_ALPHA).view(-1, topology.width(axis))
+    log_alpha = masks.score[axis].double().clamp(max=_HIGHEST_LOG_ALPHA).view(-1, topology.width(axis))
     worth = torch.sort(price * (slope * log_alpha).exp(), dim=-1).values
     return torch.cat([torch.zeros_like(worth[:, :1]), worth.cumsum(-1)], dim=-1).flip(-1)

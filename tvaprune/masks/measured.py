@@ -179,11 +179,11 @@ def keep_chosen(masks: Masks, chosen: Chosen) -> Masks:
     """Every vector's best units, as many as were chosen."""
 
     def by_layer(axis: Axis, counts: list[int]) -> torch.Tensor:
-        return torch.stack([keep_best(score, n) for score, n in zip(masks.log_alpha[axis], counts, strict=True)])
+        return torch.stack([keep_best(score, n) for score, n in zip(masks.score[axis], counts, strict=True)])
 
     return masks.with_keep(
         {
-            "hidden": keep_best(masks.log_alpha["hidden"], chosen.hidden),
+            "hidden": keep_best(masks.score["hidden"], chosen.hidden),
             "intermediate": by_layer("intermediate", chosen.intermediate),
             "kv_heads": by_layer("kv_heads", chosen.kv_heads),
         }

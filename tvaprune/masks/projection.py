@@ -93,9 +93,9 @@ def project(
 ) -> Masks:
     """Masks that meet the budget exactly, as near as one cheapest unit allows.
 
-    A single threshold on log_alpha over all axes, then the best of the units just below it that still fit:
+    A single threshold on the score over all axes, then the best of the units just below it that still fit:
     a residual dimension or a head can be worth many intermediate units, so the threshold alone may
-    overshoot. log_alpha is shifted so that the threshold is 0 again.
+    overshoot. The score is shifted so that the threshold is 0 again.
 
     Args:
         axes: axes in play; the others are kept whole.
@@ -104,15 +104,14 @@ def project(
         UnreachableSparsityError: the axes in play cannot remove so much.
     """
     scores = {
-        axis: masks.log_alpha[axis] if axis in axes else torch.full_like(masks.log_alpha[axis], torch.inf)
-        for axis in AXES
+        axis: masks.score[axis] if axis in axes else torch.full_like(masks.score[axis], torch.inf) for axis in AXES
     }
     threshold = solve_threshold(topology, scores, target_sparsity, minimum_hidden)
     keep = keep_above(scores, threshold, minimum_hidden)
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
     keep = _fill(topology, scores, keep, budget)
-    shifted = {axis: masks.log_alpha[axis] - threshold for axis in AXES}
-    return replace(masks, keep=keep, log_alpha=shifted)
+    shifted = {axis: masks.score[axis] - threshold for axis in AXES}
+    return replace(masks, keep=keep, score=shifted)
 
 
 def _fill(

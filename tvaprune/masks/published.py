@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.masks import Masks, log_alpha
+from tvaprune.masks.update import WeightUpdate
 
 _NAMES: dict[Axis, str] = {"hidden": "hidden_mask", "intermediate": "inter_layer{}", "kv_heads": "attn_layer{}"}
 
@@ -25,7 +26,7 @@ class PublishedMasksError(ValueError):
     """The file is not the authors' masks, or not of this model."""
 
 
-def read_published_masks(file: Path, topology: Topology) -> Masks:
+def read_published_masks(file: Path, topology: Topology) -> tuple[Masks, WeightUpdate]:
     """Read the authors' gates for a model.
 
     Keep where log_alpha = log(mu² / sigma²) > 0 (section 3.1), with mu to be folded. Nothing of the pickle is
@@ -42,7 +43,7 @@ def read_published_masks(file: Path, topology: Topology) -> Masks:
     mu = {axis: _gates(file, topology, content, axis, "mu") for axis in AXES}
     log_var = {axis: _gates(file, topology, content, axis, "logD") for axis in AXES}
     scores = {axis: log_alpha(mu[axis], log_var[axis]) for axis in AXES}
-    return Masks({axis: score > 0 for axis, score in scores.items()}, scores, mu)
+    return Masks({axis: score > 0 for axis, score in scores.items()}, scores), WeightUpdate(mu)
 
 
 def _gates(file: Path, topology: Topology, content: dict[str, Tensor], axis: Axis, part: str) -> Tensor:

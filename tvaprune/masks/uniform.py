@@ -65,11 +65,11 @@ def keep_uniform(masks: Masks, widths: Widths) -> Masks:
     """Every layer's best units, as many in each."""
 
     def in_each_layer(axis: Axis, count: int) -> Tensor:
-        return torch.stack([keep_best(score, count) for score in masks.log_alpha[axis]])
+        return torch.stack([keep_best(score, count) for score in masks.score[axis]])
 
     return masks.with_keep(
         {
-            "hidden": keep_best(masks.log_alpha["hidden"], widths.hidden),
+            "hidden": keep_best(masks.score["hidden"], widths.hidden),
             "intermediate": in_each_layer("intermediate", widths.intermediate),
             "kv_heads": in_each_layer("kv_heads", widths.kv_heads),
         }

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from tvaprune.architecture.topology import Topology, lm_head
-from tvaprune.checkpoint.fold import WeightUpdate, can_stay_tied, fold, scales
+from tvaprune.checkpoint.fold import can_stay_tied, fold, scales
 from tvaprune.checkpoint.loading import load
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 
 
 class Parity(NamedTuple):

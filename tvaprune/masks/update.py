@@ -1,0 +1,65 @@
+"""What a method changes in the weights of the units that it keeps, and its artifact."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology
+from tvaprune.artifacts import read_artifact, write_artifact
+from tvaprune.masks.masks import check_shapes
+
+Method = Literal["mean", "none"]
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """Factors to fold into the weights of the kept units, and biases to add (TVA-Prune section 3.3, Eq. 6).
+
+    Attributes:
+        scale: per axis, shapes of `Topology.gate_shape`; the gates' means, 1 where a method learns none.
+        bias: float32 [hidden] by projection, for example "model.layers.3.mlp.down_proj" (FLAP); empty for the others.
+        channel_scale: per gate site, multiplied with the unit's own scale; empty where a method learns none.
+    """
+
+    scale: dict[Axis, Float[Tensor, "*units"]]
+    bias: dict[str, Float[Tensor, " hidden"]] = field(default_factory=dict)
+    channel_scale: dict[Site, Float[Tensor, "layers channels"]] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls, topology: Topology, bias: dict[str, Tensor] | None = None) -> "WeightUpdate":
+        """Nothing is scaled; biases are added where given."""
+        return cls({axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}, bias or {})
+
+
+def weight_update(topology: Topology, learned: WeightUpdate, method: Method) -> WeightUpdate:
+    """What to fold of what a method learned. mean: all of it; none: its biases alone."""
+    return learned if method == "mean" else WeightUpdate.none(topology, learned.bias)
+
+
+def write_update(directory: Path, update: WeightUpdate, **meta: Any) -> None:
+    tensors = {f"{axis}.scale": update.scale[axis].float() for axis in AXES}
+    tensors |= {f"channel.{site}": scale.float() for site, scale in update.channel_scale.items()}
+    tensors |= {f"bias.{name}": bias.float() for name, bias in update.bias.items()}
+    write_artifact(directory, "update", tensors, **meta)
+
+
+def read_update(directory: Path, topology: Topology) -> WeightUpdate:
+    """Read an update and check that it fits the model.
+
+    Raises:
+        ArtifactError: the artifact is damaged or was made for a model of other sizes.
+    """
+    tensors, _ = read_artifact(directory, "update")
+    sites = [site for site in SITES if f"channel.{site}" in tensors]
+    shapes: dict[str, tuple[int, ...]] = {f"{axis}.scale": topology.gate_shape(axis) for axis in AXES}
+    shapes |= {f"channel.{site}": topology.site_shape(site) for site in sites}
+    check_shapes(directory, tensors, shapes)
+    return WeightUpdate(
+        {axis: tensors[f"{axis}.scale"] for axis in AXES},
+        {name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},
+        {site: tensors[f"channel.{site}"] for site in sites},
+    )

@@ -9,7 +9,7 @@ from stages._errors import clear_errors
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.masks.adapt import check_multiples
-from tvaprune.methods import check_method
+from tvaprune.methods import check_request
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.learn_masks import LearnMasksParams
 
@@ -33,7 +33,7 @@ def main(
     with clear_errors():
         learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
         topology = Topology.of(load_config(model))
-        check_method(learn.method, learn.axes, learn.sparsity, topology)
+        check_request(learn.request(), topology)
         if multiples := adapt.multiples():
             check_multiples(topology, *multiples)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,11 @@ from stages._errors import clear_errors
 from stages._launch import join_processes, run
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.gates.memory import memory_table
-from tvaprune.gates.state import GateTraining
 from tvaprune.masks.masks import write_masks
 from tvaprune.masks.update import write_update
-from tvaprune.methods import GATE_METHODS, check_method, find_masks, masks_metrics, write_curve, write_widths
+from tvaprune.methods import check_request, find_masks, masks_metrics, write_curve, write_widths
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
@@ -49,31 +47,22 @@ def main(
     """
     with clear_errors():
         params = LearnMasksParams.load(params_file)
-        gates = GateTraining(**params.gates.model_dump())
+        request = params.request()
+        settings = params.used() | {"gradient_checkpointing": request.gradient_checkpointing}
         if estimate:
-            typer.echo(memory_table(load_config(model), gates, SampleCalibrationParams.load(params_file).seq_len))
+            if not request.trains_gates:
+                raise ValueError(f"learn_masks.method = {request.method}: --estimate is for methods that train gates")
+            seq_len = SampleCalibrationParams.load(params_file).seq_len
+            typer.echo(memory_table(load_config(model), request.options, seq_len))
             return
-        check_method(params.method, params.axes, params.sparsity, Topology.of(load_config(model)))
+        check_request(request, Topology.of(load_config(model)))
         with join_processes() as process:
-            if params.method not in GATE_METHODS and not process.world.is_main:
+            if not (request.trains_gates or process.world.is_main):
                 return  # the baselines' work is not shared
             ids, _ = read_artifact(calibration, "calibration")
-            with process.saved("learn_masks", params.model_dump(mode="json"), [model, calibration]) as saved:
+            with process.saved("learn_masks", settings, [model, calibration]) as saved:
                 dense = process.put(load(model, dtype=process.dtype))
-                found = find_masks(
-                    dense,
-                    ids["input_ids"],
-                    ids["validation_ids"],
-                    params.sparsity,
-                    gates,
-                    BaselineOptions(**params.baseline.model_dump()),
-                    method=params.method,
-                    axes=params.axes,
-                    seed=params.seed,
-                    gradient_checkpointing=params.gradient_checkpointing,
-                    saver=saved,
-                    world=process.world,
-                )
+                found = find_masks(dense, ids["input_ids"], ids["validation_ids"], request, saved, world=process.world)
             if not process.world.is_main:
                 return
         report = masks_metrics(found, dense.config, params.sparsity)

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from tests.tiny_models import tiny_model
-from tests.unit.test_gates import PAPER, SETTINGS, TRACKED, WINDOWS
+from tests.unit.test_gates import DETERMINISTIC, PAPER, TVA, WINDOWS
 from tvaprune.architecture.sharding import shard_layers
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.distributed import join
-from tvaprune.gates.training import learn_gates
+from tvaprune.gates.training import learn_gates, new_gates
 
-CASES = {"tracked": TRACKED, "budget": SETTINGS, "noisy": replace(SETTINGS, noise=0.5), "lagrangian": PAPER}
+CASES = {"tva": TVA, "deterministic": DETERMINISTIC, "paper": PAPER}
 
 
 def main(case: str, family: str, sharded: str, out: str) -> None:
@@ -27,14 +27,13 @@ def main(case: str, family: str, sharded: str, out: str) -> None:
         if sharded == "sharded":
             shard_layers(model, device, world.size)
             assert isinstance(model.get_parameter("model.layers.0.mlp.up_proj.weight"), DTensor)
-        settings = replace(CASES[case], batch_size=4)
-        learned = learn_gates(model, topology, WINDOWS, 0.4, settings, progress=False, world=world)
-        masks = learned.masks
+        gates = new_gates(topology, replace(CASES[case], batch_size=4), 0.4, AXES, device, seed=0)
+        learned = learn_gates(model, WINDOWS, gates, progress=False, world=world)
         if world.is_main:
-            tensors = {f"keep.{axis}": keep for axis, keep in masks.keep.items()}
-            tensors |= {f"log_alpha.{axis}": score for axis, score in masks.log_alpha.items()}
-            tensors |= {f"mu.{axis}": mean for axis, mean in masks.mu.items()}
-            tensors |= {f"channel_mu.{site}": mean for site, mean in masks.channel_mu.items()}
+            tensors = {f"keep.{axis}": keep for axis, keep in learned.masks.keep.items()}
+            tensors |= {f"score.{axis}": score for axis, score in learned.masks.score.items()}
+            tensors |= {f"mean.{axis}": mean for axis, mean in learned.update.scale.items()}
+            tensors |= {f"channel_mean.{site}": mean for site, mean in learned.update.channel_scale.items()}
             tensors["loss"] = torch.tensor([row["loss"] for row in learned.curve])
             save_file(tensors, Path(out))
 

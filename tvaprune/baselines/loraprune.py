@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tvaprune.architecture.topology import Axis, Topology, cut, decoder, lm_head
 from tvaprune.baselines.allocation import Scores, Stages, percentiles
 from tvaprune.baselines.gradients import AXIS_OF_UNITS, frozen, owned_weights, pool
-from tvaprune.gates.constraint import cubic_ramp
+from tvaprune.gates.budget import cubic_ramp
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.masks.masks import Masks

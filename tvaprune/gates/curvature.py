@@ -3,36 +3,36 @@
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tvaprune.architecture.topology import AXES, Axis, decoder, lm_head
+from tvaprune.architecture.topology import AXES, Axis, hidden_states, lm_head
 from tvaprune.distributed import ALONE, World
-from tvaprune.gates.insertion import GatedModel, GradientDraws
+from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.losses import distillation_loss
 
 
 def gate_curvature(
-    gated: GatedModel, windows: Tensor, stretch: int, seed: int, progress: bool = True, world: World = ALONE
-) -> dict[Axis, Tensor]:
-    """The diagonal Fisher information of every gate at 1, per window.
+    gated: GatedModel, windows: Tensor, block_tokens: int, seed: int, progress: bool = True, world: World = ALONE
+) -> dict[Axis, Float[Tensor, "*units"]]:
+    """The diagonal Fisher information of every gate at 1, mean over windows.
 
-    F = E[(d log p(y) / d z)²] with y sampled from the model itself, the gradient summed over a stretch of tokens before
-    it is squared (`GradientDraws`), the squares over a window's stretches.
+    F = E[(d log p(y) / d z)²] with y sampled from the model itself. Gradients are summed over a block of tokens before
+    they are squared (`SquaredGradients`), and the squares over a window's blocks.
     At the dense model it is the Hessian of the distillation loss, so ½·F is what dropping a unit costs to second
-    order (optimal brain damage, LeCun et al. 1989; on masks, Kwon et al., NeurIPS 2022). The labels of the text
-    itself would add how wrong the model is to how much the unit matters.
+    order (optimal brain damage, LeCun et al. 1989; on masks, Kwon et al., NeurIPS 2022). Labels of the text would
+    mix in how wrong the model is.
 
     Args:
         gated: with its gates inserted; left clear.
-        windows: int64 [n, seq_len], the same on every process, which take turns.
-        stretch: tokens; divides seq_len. With seq_len the estimate has no bias and the most variance.
+        windows: int64 [n, seq_len], the same on every process; the processes share them.
+        block_tokens: divides seq_len. With seq_len the estimate has no bias and the most variance.
 
     Returns:
-        float32 per axis, >= 0, mean over windows.
+        >= 0, shapes of `Topology.gate_shape`.
     """
-    topology = gated.topology
-    model = gated.model
+    topology, model = gated.topology, gated.model
     head = lm_head(model).weight.detach()
     # One uniform a token, drawn on the CPU and for all windows, so that a seed gives the same on every device and rank.
     uniform = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed))
@@ -40,46 +40,48 @@ def gate_curvature(
     for index, counts in tqdm(world.turns(len(windows)), desc="curvature", disable=not progress):
         window = windows[index]
         ones = {axis: torch.ones_like(total[axis], requires_grad=True) for axis in AXES}
-        draws = GradientDraws(topology, stretch, windows.device)
-        gated.set(ones, kept_hidden=topology.hidden, draws=draws)
-        hidden = decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
+        squares = SquaredGradients(topology, block_tokens, windows.device)
+        gated.set(ones, topology.hidden, squares=squares)
+        hidden = hidden_states(model, window[None])[0]
         sampled = _sample(hidden.detach(), head, uniform[index].to(window.device))
         loss = distillation_loss(hidden, head, None, None, sampled).loss * len(window)
         loss.backward()
         for axis in AXES:
-            total[axis] += draws.squares[axis] * counts
+            total[axis] += squares.sums[axis] * counts
     gated.clear()
     return {axis: world.sum_(total[axis]) / len(windows) for axis in AXES}
 
 
 class RunningCurvature:
-    """The curvature at the start, averaged with what training's own gradients say of it, at no cost.
+    """The dense model's curvature, averaged with what training's own gradients say, at no cost.
 
-    The square of a gate's gradient over a stretch of tokens is a draw of its Fisher information (the empirical one: the
-    text's labels for sampled ones, and half of the objective distillation); training computes it at every step anyway.
-    It says what the dense model cannot: how the loss curves once other units are gone. Each axis's draws are scaled to
-    the start's total over the units that were drawn, so that neither the objective's weights nor the labels shift the
-    axes against each other. A dropped unit has no draw: its gradient at 0 says what it would do, not how it curves.
+    The square of a gate's gradient over a block of tokens is a draw of its Fisher information (the empirical one, with
+    the text's labels, and half of the objective distillation). Training computes it at every step. It says what the
+    dense model cannot: how the loss curves once other units are gone. Each axis's draws are scaled to the start's total
+    over the units that were drawn, so that neither the objective's weights nor the labels shift the axes against each
+    other. A dropped unit has no draw: its gradient at 0 is not its curvature.
 
     Args:
-        start: mean over windows, float32 per axis, as of `gate_curvature`.
+        start: mean over windows, as of `gate_curvature`.
         windows: how many.
     """
 
-    def __init__(self, start: dict[Axis, Tensor], windows: int) -> None:
+    def __init__(self, start: dict[Axis, Float[Tensor, "*units"]], windows: int) -> None:
         self._start, self._windows = start, float(windows)
         self._drawn = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
         self._draws = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
 
-    def add(self, squares: dict[Axis, Tensor], keep: dict[Axis, Tensor], windows: int) -> None:
-        """A step's `GradientDraws.squares`, of the mean loss over `windows` windows."""
+    def add(
+        self, squares: dict[Axis, Float[Tensor, "*units"]], keep: dict[Axis, Bool[Tensor, "*units"]], windows: int
+    ) -> None:
+        """A step's `SquaredGradients.sums`, of the mean loss over `windows` windows."""
         for axis in AXES:
             kept = keep[axis].float()
             self._drawn[axis] += windows**2 * squares[axis] * kept
             self._draws[axis] += windows * kept
 
-    def mean(self) -> dict[Axis, Tensor]:
-        """float32 per axis: over the start's windows and, for units that were kept, the training's."""
+    def mean(self) -> dict[Axis, Float[Tensor, "*units"]]:
+        """Over the start's windows and, for units that were kept, the training's."""
         means = {}
         for axis, start in self._start.items():
             draws, drawn = self._draws[axis], self._drawn[axis]
@@ -92,9 +94,11 @@ class RunningCurvature:
         return {"start": self._start, "windows": self._windows, "drawn": self._drawn, "draws": self._draws}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "RunningCurvature":
-        one = cls(state["start"], int(state["windows"]))
-        one._drawn, one._draws = state["drawn"], state["draws"]
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> "RunningCurvature":
+        start, drawn, draws = ({axis: value.to(device) for axis, value in state[part].items()}
+                               for part in ("start", "drawn", "draws"))  # fmt: skip
+        one = cls(start, int(state["windows"]))
+        one._drawn, one._draws = drawn, draws
         return one
 
 

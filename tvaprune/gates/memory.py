@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tvaprune.architecture.attention import use_training_attention
-from tvaprune.architecture.topology import AXES, SITES, Topology
-from tvaprune.gates.insertion import GatedModel, GradientDraws
-from tvaprune.gates.state import GateTraining
-from tvaprune.gates.steps import Batch, hidden_states, objective
+from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology, hidden_states
+from tvaprune.gates.insertion import GatedModel, SquaredGradients
+from tvaprune.gates.objective import Batch, objective
+from tvaprune.gates.paper import pool_size
 from tvaprune.losses import next_token_labels
+from tvaprune.options.gates import GateOptions, PaperOptions
 
 # Value, gradient, and AdamW's two moments.
 _COPIES = 4
@@ -24,7 +25,7 @@ _COPIES = 4
 
 def training_memory(
     config: PreTrainedConfig,
-    settings: GateTraining,
+    options: GateOptions,
     seq_len: int,
     dtype: torch.dtype,
     device_type: str,
@@ -54,41 +55,54 @@ def training_memory(
             model.activation_checkpointing_enable()
             model.train()
         weights = sum(weight.nbytes for weight in {id(weight): weight for weight in model.parameters()}.values())
-        input_ids = torch.zeros(settings.batch_size, seq_len, dtype=torch.int64)
+        input_ids = torch.zeros(options.batch_size, seq_len, dtype=torch.int64)
         live.restart()
         with GatedModel(model, topology).inserted() as gated:
+            gates, means, step_options = _open_gates(topology, options, seq_len, dtype)
             teacher = None
-            if settings.distillation_weight > 0:
+            if options.distillation_weight > 0:
                 with torch.no_grad():
-                    teacher = hidden_states(gated, input_ids=input_ids)
-            gates = {axis: torch.ones(topology.gate_shape(axis), requires_grad=True) for axis in AXES}
-            sites = SITES if settings.channel_means else ()
-            means = {site: torch.ones(topology.site_shape(site), requires_grad=True) for site in sites}
-            draws = None
-            if settings.log_var == "tracked":
-                draws = GradientDraws(topology, settings.curvature_tokens or seq_len, input_ids.device)
-            gated.set(gates, topology.hidden, channel_mu=means, draws=draws)
-            objective(gated, settings, Batch(input_ids, next_token_labels(input_ids), teacher)).loss.backward()
+                    teacher = hidden_states(model, input_ids).flatten(0, 1)
+            gated.set(gates, topology.hidden, means, **step_options)
+            batch = Batch(input_ids, next_token_labels(input_ids), teacher)
+            objective(model, batch, options).loss.backward()
         step = live.highest
-    trained = 2 * sum(torch.Size(topology.gate_shape(axis)).numel() for axis in AXES)
-    trained += sum(torch.Size(topology.site_shape(site)).numel() for site in sites)
-    # The noise pool: twice a window's draws at the widest site (`training._pool_size`), in the model's dtype.
-    if settings.noise > 0:
-        widest = max(topology.hidden, topology.intermediate, topology.kv_heads * topology.query_rows)
-        step += 2 * seq_len * widest * dtype.itemsize
+    trained = sum(gate.numel() for gate in gates.values())  # and as many scores or log-variances
+    trained = 2 * trained + sum(mean.numel() for mean in means.values())
+    if isinstance(options, PaperOptions):
+        step += pool_size(topology, seq_len) * dtype.itemsize
     parts = {"weights": weights, "gates": 4 * _COPIES * trained, "step": step}
     return {**parts, "total": sum(parts.values())}
 
 
-def memory_table(config: PreTrainedConfig, settings: GateTraining, seq_len: int) -> str:
+def _open_gates(
+    topology: Topology, options: GateOptions, seq_len: int, dtype: torch.dtype
+) -> tuple[dict[Axis, Tensor], dict[Site, Tensor], dict[str, Any]]:
+    """Gates and channel means at 1, and what else `GatedModel.set` gets in a step."""
+    gates = {axis: torch.ones(topology.gate_shape(axis), requires_grad=True) for axis in AXES}
+    if isinstance(options, PaperOptions):
+
+        def sample(axis: Axis, layer: int, site: Site | None, gate: Tensor, shape: torch.Size) -> Tensor:
+            return torch.addcmul(gate.to(dtype), torch.empty(shape, dtype=dtype), gate.to(dtype))
+
+        return gates, {}, {"sample": sample}
+    sites = SITES if options.channel_means else ()
+    means = {site: torch.ones(topology.site_shape(site), requires_grad=True) for site in sites}
+    if options.ablation == "deterministic":
+        return gates, means, {}
+    squares = SquaredGradients(topology, options.curvature_tokens or seq_len, torch.device("cpu"))
+    return gates, means, {"squares": squares}
+
+
+def memory_table(config: PreTrainedConfig, options: GateOptions, seq_len: int) -> str:
     """What `training_memory` says for a CPU and a CUDA device, in bfloat16, with and without checkpointing."""
     lines = [
-        f"learn_masks, {settings.batch_size} x {seq_len} tokens a step on one process, weights in bfloat16; GB:",
+        f"learn_masks, {options.batch_size} x {seq_len} tokens a step on one process, weights in bfloat16; GB:",
         f"{'device':8}{'gradient_checkpointing':>24}{'weights':>10}{'gates':>8}{'step':>8}{'total':>8}",
     ]
     for device_type in ("cpu", "cuda"):
         for checkpointing in (False, True):
-            parts = training_memory(config, settings, seq_len, torch.bfloat16, device_type, checkpointing)
+            parts = training_memory(config, options, seq_len, torch.bfloat16, device_type, checkpointing)
             shown = "".join(f"{parts[name] / 1e9:8.2f}" for name in ("gates", "step", "total"))
             lines.append(f"{device_type:8}{str(checkpointing).lower():>24}{parts['weights'] / 1e9:10.2f}{shown}")
     lines.append("Beside it: the process (0.5 GB; on CUDA about 0.5 GB of context) and the allocator's fragmentation.")

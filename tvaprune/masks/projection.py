@@ -19,11 +19,11 @@ class UnreachableSparsityError(ValueError):
     """No mask on the axes in play has so few parameters."""
 
 
-def keep_above(scores: dict[Axis, Tensor], threshold: float, minimum_hidden: int = 1) -> dict[Axis, Tensor]:
-    """Keep units strictly above the threshold; at least `minimum_hidden` residual dimensions stay, the best ones."""
+def keep_above(scores: dict[Axis, Tensor], threshold: float) -> dict[Axis, Tensor]:
+    """Keep units strictly above the threshold, and the best residual dimension."""
     keep = {axis: score > threshold for axis, score in scores.items()}
-    if int(keep["hidden"].sum()) < minimum_hidden:
-        keep["hidden"] = keep_best(scores["hidden"], minimum_hidden)
+    if not keep["hidden"].any():
+        keep["hidden"] = keep_best(scores["hidden"], 1)
     return keep
 
 
@@ -36,7 +36,9 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
 
 
 def solve_threshold(
-    topology: Topology, scores: dict[Axis, Tensor], target_sparsity: float, minimum_hidden: int = 1
+    topology: Topology,
+    scores: dict[Axis, Tensor],
+    target_sparsity: float,
 ) -> float:
     """The lowest threshold whose kept parameters are within the budget, by bisection.
 
@@ -46,7 +48,6 @@ def solve_threshold(
     Args:
         scores: float per axis, higher = keep; a unit at +inf is never dropped.
         target_sparsity: share of the decoder layers' parameters to remove, 0 to 1.
-        minimum_hidden: residual dimensions that stay whatever their score.
 
     Raises:
         UnreachableSparsityError: dropping every unit that may be dropped is not enough.
@@ -62,7 +63,7 @@ def solve_threshold(
         for axis, values in ascending.items():
             per_vector = at.expand(*values.shape[:-1], 1).contiguous()
             counts[axis] = values.shape[-1] - torch.searchsorted(values, per_vector, right=True).squeeze(-1)
-        counts["hidden"] = counts["hidden"].clamp_min(minimum_hidden)
+        counts["hidden"] = counts["hidden"].clamp_min(1)
         return float(decoder_parameters(topology, counts["hidden"], counts["intermediate"], counts["kv_heads"]))
 
     def fits(threshold: float) -> bool:
@@ -89,7 +90,10 @@ def solve_threshold(
 
 
 def project(
-    topology: Topology, masks: Masks, target_sparsity: float, axes: tuple[Axis, ...] = AXES, minimum_hidden: int = 1
+    topology: Topology,
+    masks: Masks,
+    target_sparsity: float,
+    axes: tuple[Axis, ...] = AXES,
 ) -> Masks:
     """Masks that meet the budget exactly, as near as one cheapest unit allows.
 
@@ -106,8 +110,8 @@ def project(
     scores = {
         axis: masks.score[axis] if axis in axes else torch.full_like(masks.score[axis], torch.inf) for axis in AXES
     }
-    threshold = solve_threshold(topology, scores, target_sparsity, minimum_hidden)
-    keep = keep_above(scores, threshold, minimum_hidden)
+    threshold = solve_threshold(topology, scores, target_sparsity)
+    keep = keep_above(scores, threshold)
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
     keep = _fill(topology, scores, keep, budget)
     shifted = {axis: masks.score[axis] - threshold for axis in AXES}

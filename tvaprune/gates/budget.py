@@ -1,0 +1,220 @@
+"""Gates under an exact parameter budget: the step that `tva` and its ablation share.
+
+Trained by gradient: the gates' means, and the means per channel. Each step keeps the units with the best scores, as
+many as the scheduled sparsity leaves room for, and multiplies by 0 or the mean. Where scores come from is up to the
+subclass: in closed form (`closed_form`) or by a straight-through gradient (`straight_through`).
+
+Departures from TVA-Prune section 3.1: no noise is sampled, and there is no KL term and no Lagrangian (`paper` has
+them). The kept parameters equal the schedule at every step. Dropped dimensions are zero and outside of the norm while
+training.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tvaprune.architecture.parameter_counts import sparsity
+from tvaprune.architecture.topology import AXES, SITES, Axis, Topology
+from tvaprune.distributed import World
+from tvaprune.gates.insertion import GatedModel, SquaredGradients
+from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
+from tvaprune.masks.masks import Masks
+from tvaprune.masks.projection import keep_above, solve_threshold
+from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.gates import TvaOptions
+
+
+def cubic_ramp(progress: float, target: float, ramp: float) -> float:
+    """The scheduled sparsity at a share of the run, 0 to 1: rises fast, then slowly (Zhu and Gupta 2017).
+
+    Args:
+        progress: share of the steps done, 0 to 1.
+        target: final sparsity.
+        ramp: share of the steps over which it rises; 0 = at once.
+    """
+    rising = min(progress / ramp, 1.0) if ramp > 0 else 1.0
+    return target * (1 - (1 - rising) ** 3)
+
+
+class RunningNorm:
+    """The running mean of gradient norms, and clipping relative to it.
+
+    In some windows the gradient of a pruned model explodes: on SmolLM2 at 0.5, three of 800 had 30 to 90 times the norm
+    of the others, which stay within twice. Squared, one such draw of the curvature outweighs all before it together,
+    and units that it did not touch are dropped for good (docs/lab-log.md). The mean is over some 20 steps, so that it
+    follows the model as it shrinks.
+    """
+
+    DECAY = 0.95
+
+    def __init__(self) -> None:
+        self._mean_square, self._steps = 0.0, 0
+
+    def clip(self, gradients: list[Tensor], ratio: float | None) -> tuple[float, float]:
+        """Scale gradients in place, all alike, so that their norm is at most `ratio` times the running mean.
+
+        Returns:
+            The norm before, and the factor, 1 where nothing was clipped.
+        """
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        factor = 1.0 if ratio is None else self.factor(norm**2, ratio)
+        if factor < 1.0:
+            for each in gradients:
+                each.mul_(factor)
+        return norm, factor
+
+    def factor(self, square: float, ratio: float) -> float:
+        """The factor for a gradient of this squared norm, which joins the mean."""
+        factor = 1.0
+        if self._steps > 0 and square > ratio**2 * self._mean_square:
+            factor = ratio * (self._mean_square / square) ** 0.5
+        past = min(self.DECAY, self._steps / (self._steps + 1))
+        self._mean_square = past * self._mean_square + (1 - past) * square * factor**2
+        self._steps += 1
+        return factor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_square": self._mean_square, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._mean_square, self._steps = state["mean_square"], state["steps"]
+
+
+class Step(NamedTuple):
+    """What a step did, for the scores that follow from it.
+
+    Attributes:
+        keep: the step's masks.
+        threshold: score above which units were kept.
+        mask_gradient: of the loss with respect to the masks, were they numbers.
+        learning_rate_factor: decay of the learning rates at this step.
+        clip_factor: what the gradients were multiplied by.
+        progress: share of the steps done with this one, 0 to 1.
+    """
+
+    keep: dict[Axis, Bool[Tensor, "*units"]]
+    threshold: float
+    mask_gradient: dict[Axis, Float[Tensor, "*units"]]
+    learning_rate_factor: float
+    clip_factor: float
+    progress: float
+
+
+def adamw(parameters: list[Tensor], lr: float, maximize: bool = False) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=maximize)
+
+
+def take_step(optimizer: torch.optim.Optimizer, gradients: list[Tensor], lr: float) -> None:
+    """One step of an optimiser whose only group has as many parameters as there are gradients."""
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    for parameter, each in zip(group["params"], gradients, strict=True):
+        parameter.grad = each
+    optimizer.step()
+
+
+class BudgetGates:
+    """Means of the gates and their training; subclasses give the scores.
+
+    Args:
+        axes: axes in play; the others stay whole.
+        target_sparsity: share of the decoder layers' parameters to remove at the end.
+        seed: of what is random.
+
+    Attributes:
+        mean: per axis, shapes of `Topology.gate_shape`; starts at 1 (VIBNet: N(1, 0.01)), so that the model starts as
+            the dense one.
+        channel_mean: per site, shapes of `Topology.site_shape`; empty without `channel_means`.
+        score: per axis; higher = keep.
+    """
+
+    score: dict[Axis, Tensor]
+
+    def __init__(
+        self,
+        topology: Topology,
+        options: TvaOptions,
+        target_sparsity: float,
+        axes: tuple[Axis, ...],
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.topology, self.options, self.target_sparsity, self.axes = topology, options, target_sparsity, axes
+        self.device, self.seed = device, seed
+        self.mean = {axis: torch.ones(topology.gate_shape(axis), device=device) for axis in AXES}
+        sites = SITES if options.channel_means else ()
+        self.channel_mean = {site: torch.ones(topology.site_shape(site), device=device) for site in sites}
+        self._optimizer = adamw([*self.mean.values(), *self.channel_mean.values()], options.mean_lr)
+        self._norm = RunningNorm()
+
+    def start(self, gated: GatedModel, input_ids: Tensor, world: World, progress: bool) -> None:
+        """Give the first scores; not called where a run is resumed."""
+        raise NotImplementedError
+
+    def squares(self, seq_len: int) -> SquaredGradients | None:
+        """What the step is to collect for the scores, if anything."""
+        raise NotImplementedError
+
+    def rescore(self, step: Step, squares: SquaredGradients | None, world: World) -> None:
+        """Move the scores, after the means."""
+        raise NotImplementedError
+
+    def step(self, gated: GatedModel, batch: Batch, index: int, world: World) -> Row:
+        """One optimiser step under the budget.
+
+        Args:
+            batch: this process's share of the step's windows.
+            index: of the step, from 0.
+            world: whose gradients are averaged, so that all processes take the same step.
+        """
+        options, topology = self.options, self.topology
+        progress = (index + 1) / options.steps
+        scheduled = cubic_ramp(progress, self.target_sparsity, options.ramp)
+        scores = {axis: self.score[axis] if axis in self.axes else self.score[axis] + torch.inf for axis in AXES}
+        threshold = solve_threshold(topology, scores, scheduled)
+        keep = keep_above(scores, threshold)
+        gates = {axis: (keep[axis] * self.mean[axis]).requires_grad_() for axis in AXES}
+        channel_mean = {site: mean.detach().clone().requires_grad_() for site, mean in self.channel_mean.items()}
+        squares = self.squares(batch.input_ids.shape[1])
+        gated.set(gates, int(keep["hidden"].sum()), channel_mean, squares)
+        loss = objective(gated.model, batch, options)
+        loss.loss.backward()
+        gradients = [leaf.grad for leaf in (*gates.values(), *channel_mean.values()) if leaf.grad is not None]
+        loss = average(world, loss, gradients)
+        norm, clip_factor = self._norm.clip(gradients, options.clip_ratio)
+        with torch.no_grad():
+            on_gates = {axis: gradient(gates[axis]) for axis in AXES}
+            decay = 1.0 if progress <= options.ramp else max((1 - progress) / (1 - options.ramp), 0.02)
+            on_means = [on_gates[axis] * keep[axis] for axis in AXES] + [gradient(m) for m in channel_mean.values()]
+            on_masks = {axis: on_gates[axis] * self.mean[axis] for axis in AXES}
+            take_step(self._optimizer, on_means, options.mean_lr * decay)
+            self.rescore(Step(keep, threshold, on_masks, decay, clip_factor, progress), squares, world)
+        widths = {axis: keep[axis].sum(-1) for axis in AXES}
+        return row(loss, norm, sparsity(topology, widths), scheduled, widths["hidden"])
+
+    def learned(self) -> tuple[Masks, WeightUpdate]:
+        """Scores, not yet projected, and means; on the CPU."""
+        scores = {axis: score.cpu() for axis, score in self.score.items()}
+        means = {axis: mean.cpu() for axis, mean in self.mean.items()}
+        channels = {site: mean.cpu() for site, mean in self.channel_mean.items()}
+        return Masks({axis: score > 0 for axis, score in scores.items()}, scores), WeightUpdate(means, {}, channels)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "mean": self.mean,
+            "channel_mean": self.channel_mean,
+            "score": self.score,
+            "optimizer": self._optimizer.state_dict(),
+            "norm": self._norm.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.score = {axis: score.to(self.device) for axis, score in state["score"].items()}
+        for axis in AXES:
+            self.mean[axis].copy_(state["mean"][axis])
+        for site, mean in self.channel_mean.items():
+            mean.copy_(state["channel_mean"][site])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._norm.load_state_dict(state["norm"])

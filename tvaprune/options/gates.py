@@ -1,0 +1,81 @@
+"""Options of the methods that train gates: `tva` with its ablations, and `paper`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+FORBID_EXTRA = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class PerAxis:
+    """One number an axis."""
+
+    __pydantic_config__ = FORBID_EXTRA
+    hidden: float
+    intermediate: float
+    kv_heads: float
+
+
+@dataclass(frozen=True)
+class TvaOptions:
+    """Gates under an exact budget: means by gradient, scores in closed form (`tvaprune.gates.closed_form`)."""
+
+    __pydantic_config__ = FORBID_EXTRA
+    ablation: Annotated[
+        Literal["deterministic", "vtrans"] | None,
+        Field(description="deterministic: scores by gradient instead of closed form; vtrans: without the means."),
+    ] = None
+    steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 150
+    batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
+    ramp: Annotated[float, Field(ge=0, le=1, description="Share of the steps over which the sparsity rises.")] = 0.7
+    curvature_windows: Annotated[
+        int, Field(ge=1, description="Windows that the curvature of the dense model is measured on.")
+    ] = 32
+    curvature_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="Tokens in a block whose gradients are summed before squaring; null: a whole window."),
+    ] = 32
+    head_start: Annotated[PerAxis, Field(description="Added to the scores of an axis.")] = field(
+        default=PerAxis(hidden=3.0, intermediate=0.0, kv_heads=0.0)
+    )
+    mean_lr: Annotated[float, Field(ge=0, description="Learning rate of the means; 0 keeps them at 1.")] = 0.005
+    channel_means: Annotated[
+        bool, Field(description="Learn a mean per channel and layer where one gate multiplies several channels.")
+    ] = True
+    ce_weight: Annotated[float, Field(ge=0, description="Weight of the cross-entropy with the text.")] = 0.5
+    distillation_weight: Annotated[
+        float, Field(ge=0, description="Weight of the KL divergence from the dense model's predictions.")
+    ] = 0.5
+    clip_ratio: Annotated[
+        float | None,
+        Field(gt=1, description="Largest gradient norm as a multiple of its running mean; null: not clipped."),
+    ] = 4.0
+
+    def __post_init__(self) -> None:
+        if self.ce_weight + self.distillation_weight == 0:
+            raise ValueError("ce_weight and distillation_weight are both 0: there is nothing to learn from")
+
+
+@dataclass(frozen=True)
+class PaperOptions:
+    """The paper's own training: sampled noise, KL and a Lagrangian (`tvaprune.gates.paper`)."""
+
+    __pydantic_config__ = FORBID_EXTRA
+    ce_weight: ClassVar[float] = 1.0
+    distillation_weight: ClassVar[float] = 0.0
+    steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 4000
+    batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
+    ramp: Annotated[float, Field(ge=0, le=1, description="Share of the steps over which the sparsity rises.")] = 0.1
+    init_log_var: Annotated[float, Field(ge=-20, le=20, description="Mean of the initial log-variance.")] = -9.0
+    lr: Annotated[float, Field(ge=0, description="Learning rate of mean and log-variance.")] = 0.05
+    lambda_lr: Annotated[float, Field(ge=0, description="Learning rate of the Lagrange multipliers.")] = 0.1
+    kl_weight: Annotated[PerAxis, Field(description="Weight of the KL term.")] = field(
+        default=PerAxis(hidden=9.4e-5, intermediate=1e-6, kv_heads=2.56e-4)
+    )
+    slope: Annotated[float, Field(gt=0, description="Slope s of the keep probability sigmoid(s * log_alpha).")] = 10.0
+    clip: Annotated[float | None, Field(gt=0, description="Largest gradient norm; null: not clipped.")] = 1.0
+
+
+GateOptions = TvaOptions | PaperOptions

@@ -10,14 +10,13 @@ from tests.tiny_models import random_masks
 from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
+    dense_unit_costs,
     kept_decoder_parameters,
-    sparsity,
-    unit_costs,
 )
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.masks.adapt import adapt, nearest_multiple
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import project
+from tvaprune.masks.projection import keep_above, project, solve_threshold
 
 topologies = st.builds(
     Topology,
@@ -38,8 +37,7 @@ seeds = st.integers(0, 2**16)
 
 def dearest_unit(topology: Topology) -> float:
     """The parameters of the most expensive unit, its block's norm included."""
-    counts = [torch.tensor(topology.hidden), *(torch.full((topology.layers,), topology.width(a)) for a in AXES[1:])]
-    return max(float(cost.max()) for cost in unit_costs(topology, *counts)) + topology.hidden + 2 * topology.head_dim
+    return max(float(cost.max()) for cost in dense_unit_costs(topology)) + topology.hidden + 2 * topology.head_dim
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,20 +61,23 @@ def test_projection_prefers_higher_scores_and_puts_the_threshold_at_zero(
     before = random_masks(topology, seed)
     masks = project(topology, before, target)
     for axis in AXES:
-        assert masks.keep[axis][masks.log_alpha[axis] > 0].all()
-        order = before.log_alpha[axis].flatten().argsort()
-        assert torch.equal(order, masks.log_alpha[axis].flatten().argsort())
-        assert torch.equal(before.mu[axis], masks.mu[axis])
+        assert masks.keep[axis][masks.score[axis] > 0].all()
+        order = before.score[axis].flatten().argsort()
+        assert torch.equal(order, masks.score[axis].flatten().argsort())
 
 
 @settings(max_examples=30, deadline=None)
 @given(topology=topologies, seed=seeds, low=targets, high=targets)
-def test_more_sparsity_keeps_fewer_parameters(topology: Topology, seed: int, low: float, high: float) -> None:
+def test_more_sparsity_keeps_a_subset_with_fewer_parameters(
+    topology: Topology, seed: int, low: float, high: float
+) -> None:
+    """One threshold gives nested sets; filling up what room is left moves a projection by one unit at most."""
     low, high = min(low, high), max(low, high)
     masks = random_masks(topology, seed)
-    assert sparsity(topology, project(topology, masks, low)) <= sparsity(topology, project(topology, masks, high)) or (
-        sparsity(topology, project(topology, masks, low)) - high <= dearest_unit(topology)
-    )
+    more, fewer = (keep_above(masks.score, solve_threshold(topology, masks.score, target)) for target in (low, high))
+    assert all(bool((more[axis] | ~fewer[axis]).all()) for axis in AXES)
+    kept = [kept_decoder_parameters(topology, project(topology, masks, target).keep) for target in (low, high)]
+    assert kept[1] < kept[0] + dearest_unit(topology)
 
 
 @settings(max_examples=30, deadline=None)
@@ -84,8 +85,8 @@ def test_more_sparsity_keeps_fewer_parameters(topology: Topology, seed: int, low
 def test_projection_of_shifted_scores_is_the_same(topology: Topology, target: float, seed: int) -> None:
     """Only the order and the differences of scores matter; exact in binary for whole numbers."""
     masks = random_masks(topology, seed)
-    rounded = replace(masks, log_alpha={axis: (score * 64).round() for axis, score in masks.log_alpha.items()})
-    shifted = replace(masks, log_alpha={axis: score + 8 for axis, score in rounded.log_alpha.items()})
+    rounded = replace(masks, score={axis: (score * 64).round() for axis, score in masks.score.items()})
+    shifted = replace(masks, score={axis: score + 8 for axis, score in rounded.score.items()})
     one, other = project(topology, rounded, target), project(topology, shifted, target)
     assert all(torch.equal(one.keep[axis], other.keep[axis]) for axis in AXES)
 
@@ -95,10 +96,10 @@ def test_projection_of_shifted_scores_is_the_same(topology: Topology, target: fl
 def test_nearest_gives_multiples_of_the_best_units(topology: Topology, target: float, seed: int, multiple: int) -> None:
     before = project(topology, random_masks(topology, seed), target)
     after = adapt(topology, before, target, "nearest", multiple, multiple)
-    vectors = [(before.keep["hidden"], after.keep["hidden"], after.log_alpha["hidden"], topology.hidden)]
+    vectors = [(before.keep["hidden"], after.keep["hidden"], after.score["hidden"], topology.hidden)]
     for layer in range(topology.layers):
         parts = (masks.keep["intermediate"][layer] for masks in (before, after))
-        vectors.append((*parts, after.log_alpha["intermediate"][layer], topology.intermediate))
+        vectors.append((*parts, after.score["intermediate"][layer], topology.intermediate))
     for was, now, score, width in vectors:
         count = int(was.sum())
         assert int(now.sum()) == (nearest_multiple(count, multiple, width) if count else 0)

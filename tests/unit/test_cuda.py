@@ -10,25 +10,24 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import tiny_model
 from tests.unit.test_finetune import LORA, NoState, adapter, assert_identical, run_finetune
-from tests.unit.test_gates import PAPER, SETTINGS, TRACKED, WINDOWS, Memory
+from tests.unit.test_gates import DETERMINISTIC, PAPER, TVA, WINDOWS, Memory
 from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, build_uneven
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.sharding import shard_layers
 from tvaprune.architecture.topology import AXES, Topology
-from tvaprune.baselines.registry import BASELINES, BaselineOptions
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.distributed import World
 from tvaprune.gates.memory import training_memory
-from tvaprune.gates.state import GateTraining
-from tvaprune.gates.training import learn_gates
+from tvaprune.gates.training import Learned, learn_gates, new_gates
 from tvaprune.masks.latency_table import PHASES
-from tvaprune.masks.masks import Masks
 from tvaprune.measures import latency, machine
 from tvaprune.measures.block_times import Candidates, Lengths, layers_to_time, time_blocks
 from tvaprune.measures.perplexity import evaluate
 from tvaprune.methods import find_masks
+from tvaprune.options.gates import GateOptions
+from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.memory import finetuning_memory
 from tvaprune.recovery.schedule import Schedule
@@ -41,45 +40,43 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def learned(settings: GateTraining, device: torch.device, **others: Any) -> Masks:
+def learned(options: GateOptions, device: torch.device, saver: Any = None) -> Learned:
     model = tiny_model("llama").to(device)
-    return learn_gates(model, Topology.of(model.config), WINDOWS, 0.4, settings, progress=False, **others).masks
+    gates = new_gates(Topology.of(model.config), options, 0.4, AXES, device, seed=0)
+    return learn_gates(model, WINDOWS, gates, saver, progress=False)
 
 
-@pytest.mark.parametrize("constraint", ["budget", "lagrangian"])
-def test_gates_learned_on_a_gpu_are_those_of_the_cpu(constraint: str) -> None:
+def test_gates_learned_on_a_gpu_are_those_of_the_cpu() -> None:
     """Without what is sampled, where a rounding is enough to draw another token."""
-    settings = replace(SETTINGS if constraint == "budget" else PAPER, init="constant", noise=0.0)
-    here, there = learned(settings, CPU), learned(settings, CUDA)
+    here, there = learned(DETERMINISTIC, CPU), learned(DETERMINISTIC, CUDA)
     for axis in AXES:
-        assert torch.equal(here.keep[axis], there.keep[axis])
-        torch.testing.assert_close(here.log_alpha[axis], there.log_alpha[axis], rtol=0, atol=1e-3)
-        torch.testing.assert_close(here.mu[axis], there.mu[axis], rtol=0, atol=1e-3)
+        assert torch.equal(here.masks.keep[axis], there.masks.keep[axis])
+        torch.testing.assert_close(here.masks.score[axis], there.masks.score[axis], rtol=0, atol=1e-3)
+        torch.testing.assert_close(here.update.scale[axis], there.update.scale[axis], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [TRACKED, replace(SETTINGS, noise=0.5)], ids=["tracked", "noisy"])
-def test_sampled_gates_meet_the_budget_and_resume(settings: GateTraining) -> None:
-    undisturbed = learned(settings, CUDA)
+@pytest.mark.parametrize("options", [TVA, PAPER], ids=["tva", "paper"])
+def test_sampled_gates_meet_the_budget_and_resume(options: GateOptions) -> None:
+    undisturbed = learned(options, CUDA).masks
     topology = Topology.of(tiny_model("llama").config)
     assert 0.4 <= sparsity(topology, undisturbed.widths()) < 0.402
     killed = Memory(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
-        learned(settings, CUDA, saver=killed)
-    resumed = learned(settings, CUDA, saver=killed)
+        learned(options, CUDA, killed)
+    resumed = learned(options, CUDA, killed).masks
     for axis in AXES:
         assert torch.equal(undisturbed.keep[axis], resumed.keep[axis])
-        torch.testing.assert_close(undisturbed.log_alpha[axis], resumed.log_alpha[axis], rtol=0, atol=1e-4)
+        torch.testing.assert_close(undisturbed.score[axis], resumed.score[axis], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["tva", *BASELINES])
+@pytest.mark.parametrize("method", METHOD_OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_method_runs_on_a_gpu(method: str, dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(CUDA, dtype)
-    found = find_masks(
-        model, WINDOWS, WINDOWS[:2], 0.3, replace(TRACKED, steps=8), BaselineOptions(windows=4), method=method,
-        axes=("intermediate", "kv_heads"), seed=0, progress=False,
-    )  # fmt: skip
-    assert sparsity(Topology.of(model.config), found.masks) == pytest.approx(0.3, abs=0.005)
+    options = {"tva": replace(TVA, steps=8), "paper": replace(PAPER, steps=8)}.get(method, METHOD_OPTIONS[method]())
+    request = MaskRequest(method, options, 0.3, ("intermediate", "kv_heads"))
+    found = find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False)
+    assert sparsity(Topology.of(model.config), found.masks.widths()) == pytest.approx(0.3, abs=0.005)
     assert found.peak_memory_bytes > 0
 
 
@@ -96,15 +93,16 @@ def test_fine_tuning_on_a_gpu_is_that_of_the_cpu(tmp_path: Path, teacher: Any) -
 
 
 def test_layers_split_over_a_group_of_one_learn_the_same(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, init="constant", steps=8)
-    whole = learned(settings, CUDA)
+    options = replace(DETERMINISTIC, steps=8)
+    whole = learned(options, CUDA).masks
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     device = torch.device("cuda", 0)
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
     try:
         model = shard_layers(tiny_model("llama"), device, 1)
         topology = Topology.of(model.config)
-        split = learn_gates(model, topology, WINDOWS, 0.4, settings, progress=False, world=World(0, 1)).masks
+        gates = new_gates(topology, options, 0.4, AXES, device, seed=0)
+        split = learn_gates(model, WINDOWS, gates, progress=False, world=World(0, 1)).masks
     finally:
         torch.distributed.destroy_process_group()
     for axis in AXES:
@@ -163,15 +161,13 @@ def test_the_memory_estimates_are_near_what_is_allocated(tmp_path: Path, checkpo
     config = load_config(Path("configs/models/Meta-Llama-3-8B"))
     config.num_hidden_layers, dtype = 4, torch.bfloat16
     ids = torch.randint(config.vocab_size, (4, 512), generator=torch.Generator().manual_seed(0))
-    gates = replace(TRACKED, steps=2, batch_size=2, curvature_windows=2, curvature_tokens=32)
+    gates = replace(TVA, steps=2, batch_size=2, curvature_windows=2, curvature_tokens=32)
     (student,) = random_models(config, [LayerWidths(3712, [12544] * 4, [7] * 4)], dtype, CPU)
     with CUDA:
         dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     torch.cuda.reset_peak_memory_stats()
-    find_masks(
-        dense, ids, ids[:1], 0.2, gates, BaselineOptions(), method="tva", axes=AXES, seed=0,
-        gradient_checkpointing=checkpointing, progress=False,
-    )  # fmt: skip
+    request = MaskRequest("tva", gates, 0.2, gradient_checkpointing=checkpointing)
+    find_masks(dense, ids, ids[:1], request, progress=False)
     expected = training_memory(config, gates, 512, dtype, "cuda", checkpointing)["total"]
     assert 0.9 < torch.cuda.max_memory_allocated() / expected < 1.1
 

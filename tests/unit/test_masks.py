@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_models import FAMILIES, random_masks, tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_update, tiny_model
 from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
@@ -22,6 +22,7 @@ from tvaprune.artifacts import ArtifactError
 from tvaprune.masks.adapt import adapt, adapt_metrics, nearest_multiple
 from tvaprune.masks.masks import Masks, read_masks, write_masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, keep_best, project, solve_threshold
+from tvaprune.masks.update import read_update, weight_update, write_update
 
 TOPOLOGY = Topology(layers=4, hidden=64, intermediate=96, kv_heads=4, group_size=2, head_dim=8)
 
@@ -77,7 +78,7 @@ def test_ties_go_to_the_lower_index() -> None:
 def test_at_least_one_hidden_dimension_stays_and_it_is_the_best() -> None:
     scores = {axis: torch.zeros(TOPOLOGY.gate_shape(axis)) for axis in AXES}
     scores["hidden"][5] = 0.5
-    assert keep_above(scores, 9.0, minimum_hidden=1)["hidden"].nonzero().flatten().tolist() == [5]
+    assert keep_above(scores, 9.0)["hidden"].nonzero().flatten().tolist() == [5]
 
 
 def test_an_unreachable_sparsity_names_it_and_what_is_reachable() -> None:
@@ -97,33 +98,50 @@ def test_equal_scores_are_dropped_no_further_than_the_budget_asks() -> None:
 def test_the_threshold_is_the_lowest_that_fits() -> None:
     masks = random_masks(TOPOLOGY, seed=3)
     budget = 0.7 * dense_decoder_parameters(TOPOLOGY)
-    threshold = solve_threshold(TOPOLOGY, masks.log_alpha, 0.3)
-    assert kept_decoder_parameters(TOPOLOGY, keep_above(masks.log_alpha, threshold, 1)) <= budget
-    every = torch.cat([masks.log_alpha[axis].flatten() for axis in AXES])
-    below = every[every.double() < threshold].max()
-    nearest = kept_decoder_parameters(TOPOLOGY, keep_above(masks.log_alpha, float(below) - 1e-9, 1))
-    assert nearest > budget or float(below) + 1e-6 > threshold
+    threshold = solve_threshold(TOPOLOGY, masks.score, 0.3)
+    assert kept_decoder_parameters(TOPOLOGY, keep_above(masks.score, threshold)) <= budget
+    below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(-torch.inf)))
+    assert kept_decoder_parameters(TOPOLOGY, keep_above(masks.score, below)) > budget
 
 
 def test_masks_read_back_as_written(tmp_path: Path) -> None:
-    masks = replace(random_masks(TOPOLOGY, seed=1), bias={"model.layers.0.mlp.down_proj": torch.randn(64)})
+    masks = random_masks(TOPOLOGY, seed=1)
     write_masks(tmp_path / "masks", masks, method="tva", target_sparsity=0.2)
     again = read_masks(tmp_path / "masks", TOPOLOGY)
-    for part in ("keep", "log_alpha", "mu"):
-        for axis in AXES:
-            assert torch.equal(getattr(masks, part)[axis], getattr(again, part)[axis])
-    assert {site: mean.tolist() for site, mean in again.channel_mu.items()} == {
-        site: mean.tolist() for site, mean in masks.channel_mu.items()
-    }
-    assert torch.equal(again.bias["model.layers.0.mlp.down_proj"], masks.bias["model.layers.0.mlp.down_proj"])
+    for axis in AXES:
+        assert torch.equal(masks.keep[axis], again.keep[axis])
+        assert torch.equal(masks.score[axis], again.score[axis])
     meta = json.loads((tmp_path / "masks" / "meta.json").read_text())
     assert meta["widths"]["kv_heads"] == masks.keep["kv_heads"].sum(-1).tolist()
     assert meta["polarity"] == "True = keep"
 
 
+def test_an_update_reads_back_as_written_and_none_keeps_its_biases(tmp_path: Path) -> None:
+    update = replace(random_update(TOPOLOGY, seed=1), bias={"model.layers.0.mlp.down_proj": torch.randn(64)})
+    write_update(tmp_path, update, made_with={})
+    again = read_update(tmp_path, TOPOLOGY)
+    for part in ("scale", "bias", "channel_scale"):
+        assert getattr(update, part).keys() == getattr(again, part).keys()
+        assert all(torch.equal(value, getattr(again, part)[name]) for name, value in getattr(update, part).items())
+    assert weight_update(TOPOLOGY, update, "mean") is update
+    none = weight_update(TOPOLOGY, update, "none")
+    assert none.bias == update.bias
+    assert not none.channel_scale
+    assert all((scale == 1).all() for scale in none.scale.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"), [({"intermediate": 128}, "intermediate.scale"), ({"layers": 3}, "inter")]
+)
+def test_an_update_of_another_model_is_refused(tmp_path: Path, changed: dict, named: str) -> None:
+    write_update(tmp_path, random_update(TOPOLOGY, seed=1))
+    with pytest.raises(ArtifactError, match=named):
+        read_update(tmp_path, replace(TOPOLOGY, **changed))
+
+
 def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
     write_masks(tmp_path, random_masks(TOPOLOGY, seed=1))
-    with pytest.raises(ArtifactError, match=r"intermediate\.mask is \(4, 96\), but the model needs \(4, 128\)"):
+    with pytest.raises(ArtifactError, match=r"intermediate\.keep is \(4, 96\), but the model needs \(4, 128\)"):
         read_masks(tmp_path, replace(TOPOLOGY, intermediate=128))
 
 

@@ -35,7 +35,11 @@ def _refuse_another_checkout() -> None:
 _refuse_another_checkout()
 
 
+# Where the front door is; imported when it is used, so that `import tvaprune` stays quick and free of torch.
+_OFFERED = {"load": "tvaprune.checkpoint.loading", "prune": "tvaprune.pruning"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        return importlib.import_module("tvaprune.checkpoint.loading").load
+    if name in _OFFERED:
+        return getattr(importlib.import_module(_OFFERED[name]), name)
     raise AttributeError(f"module 'tvaprune' has no attribute {name!r}")

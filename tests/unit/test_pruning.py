@@ -1,0 +1,59 @@
+"""The front door for a notebook: the same core as the stages, without DVC."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import tvaprune
+from tests.tiny_models import tiny_model, tiny_tokenizer
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters
+from tvaprune.architecture.topology import Topology
+from tvaprune.options.gates import TvaOptions
+
+TEXTS = [
+    f"The bank's engineer number {number} thinks that they will pay {number * 7} of it. " * 12 for number in range(30)
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer(tmp_path / "dense")
+    return AutoTokenizer.from_pretrained(tmp_path / "dense")
+
+
+def decoder_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
+
+
+@pytest.mark.parametrize(("method", "options"), [("tva", TvaOptions(steps=4, curvature_windows=2)), ("flap", None)])
+def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Path, method: str, options) -> None:
+    model = tiny_model("llama")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = tokenizer(TEXTS[0][:100], return_tensors="pt").input_ids
+    logits = model(ids).logits
+    pruned = tvaprune.prune(
+        model, tokenizer, TEXTS, sparsity=0.3, method=method, options=options, windows=8, out=tmp_path / "pruned"
+    )
+    dense = dense_decoder_parameters(Topology.of(model.config))
+    assert 0.6 * dense < decoder_parameters(pruned) <= 0.7 * dense + 2 * 64 * 3  # FLAP adds biases
+    assert pruned.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+    assert torch.equal(tvaprune.load(tmp_path / "pruned")(ids).logits, pruned(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "pruned").vocab_size == tokenizer.vocab_size
+    assert torch.equal(model(ids).logits, logits), "the dense model was changed"
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"sparsity": 1.5}, "sparsity = 1.5"),
+        ({"method": "wanda"}, "learn_masks.method = 'wanda': use one of tva, paper"),
+        ({"windows": 10**6}, "texts"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(tokenizer, arguments: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
+        tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, **{"windows": 8, **arguments})

@@ -1,0 +1,75 @@
+"""Prune a model from Python, in one call: what the stages do, without DVC."""
+
+import math
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.baselines.registry import SUPPORTED_AXES
+from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.loading import load
+from tvaprune.inputs.calibration import WindowSet, sample_windows, tokenise
+from tvaprune.inputs.documents import Document
+from tvaprune.masks.adapt import adapt
+from tvaprune.methods import find_masks
+from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
+
+SEQ_LEN, VALIDATION_WINDOWS, MULTIPLE = 512, 4, 32
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    sparsity: float = 0.2,
+    method: str = "tva",
+    options: Any = None,
+    windows: int = 512,
+    out: Path | str | None = None,
+) -> PreTrainedModel:
+    """Prune a causal LM on the given texts, and return the smaller model, ready for inference.
+
+    Seed 0, windows of 512 tokens or the model's context if that is shorter, widths in multiples of 32 where the model's
+    widths are. The pipeline (`dvc repro`) has a parameter for each of these, proves the result and measures it.
+
+    Args:
+        model: dense, on the device to compute on. It is left as it was.
+        tokenizer: the model's.
+        texts: what masks are learned on. A few hundred pages; more kinds of text generalise better.
+        sparsity: share of the decoder layers' parameters to remove, above 0 and below 1.
+        method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. A baseline prunes all axes that it has a score for.
+        options: an instance of the method's class there; None: its defaults.
+        windows: windows of text to learn on.
+        out: directory to write the pruned model and the tokenizer to; None: they are not kept.
+
+    Raises:
+        ValueError: an argument that is out of range, by its name in params.yaml; texts that are too short.
+        UnreachableSparsityError: the axes in play cannot remove so much.
+    """
+    topology = Topology.of(model.config)
+    axes = SUPPORTED_AXES.get(method, AXES)  # type: ignore[call-overload]
+    request = MaskRequest(method, options or METHOD_OPTIONS.get(method, dict)(), sparsity, axes)
+    seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
+    documents = tokenise((Document(str(i), text) for i, text in enumerate(texts)), tokenizer, "texts")
+    sets = [WindowSet("texts", windows, seq_len), WindowSet("validation", VALIDATION_WINDOWS, seq_len)]
+    ids = sample_windows({"texts": documents}, sets, packing="auto", eos_token_id=tokenizer.eos_token_id, seed=0)
+    attention, asked = model.config._attn_implementation, [p for p in model.parameters() if p.requires_grad]
+    try:
+        found = find_masks(model, ids["texts"], ids["validation"], request)
+    finally:
+        model.set_attn_implementation(attention)
+        for parameter in asked:
+            parameter.requires_grad_(True)
+    multiple = (math.gcd(MULTIPLE, topology.hidden), math.gcd(MULTIPLE, topology.intermediate))
+    masks = adapt(topology, found.masks, sparsity, "budget", *multiple)
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(Path(scratch, "dense"))
+        directory = Path(out) if out is not None else Path(scratch, "compact")
+        compact(Path(scratch, "dense"), masks, found.update, directory)
+        if out is not None:
+            tokenizer.save_pretrained(directory)
+        return load(directory, device=model.device)

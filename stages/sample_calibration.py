@@ -6,7 +6,7 @@ import typer
 
 from stages._errors import clear_errors
 from tvaprune.artifacts import write_artifact
-from tvaprune.inputs.calibration import load_tokenizer, sample_calibration
+from tvaprune.inputs.calibration import WindowSet, load_tokenizer, sample_calibration
 from tvaprune.inputs.documents import load_documents
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
@@ -24,8 +24,18 @@ def main(
     """
     with clear_errors():
         settings = SampleCalibrationParams.load(params)
-        documents = load_documents(texts)
-        windows, meta = sample_calibration(documents, load_tokenizer(model), **settings.model_dump())
+        mix, finetune_mix = settings.mix, settings.mix if settings.finetune_mix is None else settings.finetune_mix
+        sets = [
+            WindowSet("input_ids", settings.samples, settings.seq_len, mix),
+            WindowSet("validation_ids", settings.validation_samples, settings.seq_len, mix),
+            WindowSet("finetune_ids", settings.finetune_samples, settings.finetune_seq_len, finetune_mix),
+            WindowSet(
+                "finetune_validation_ids", settings.finetune_validation_samples, settings.finetune_seq_len, finetune_mix
+            ),
+        ]
+        windows, meta = sample_calibration(
+            load_documents(texts), load_tokenizer(model), sets, packing=settings.packing, seed=settings.seed
+        )
     write_artifact(out, "calibration", windows, **meta)
     for name, tensor in windows.items():
         typer.echo(f"{out}: {name} {tensor.shape[0]:,} windows of {tensor.shape[1]:,} tokens")

@@ -10,8 +10,8 @@ import grimp
 from ruamel.yaml import YAML
 
 PACKAGES = ("stages", "tvaprune")
-# Every import of the package runs it. The other __init__ files hold a docstring alone.
-ALWAYS = "tvaprune/__init__.py"
+# Every stage imports these. The other __init__ files hold a docstring alone.
+ALWAYS = {"stages/__init__.py", "tvaprune/__init__.py"}
 
 
 def code_dependencies(stage: str, graph: grimp.ImportGraph) -> list[str]:
@@ -19,7 +19,7 @@ def code_dependencies(stage: str, graph: grimp.ImportGraph) -> list[str]:
     module = f"stages.{stage}"
     closure = {module} | graph.find_upstream_modules(module)
     files = {path for name in closure if (path := _source(name)) is not None}
-    return sorted(files | {ALWAYS})
+    return sorted(files | ALWAYS)
 
 
 def import_graph() -> grimp.ImportGraph:

@@ -4,7 +4,9 @@ Nothing that varies between two equal runs goes in (no times, hosts or absolute 
 directory's hash decides what reruns.
 """
 
+import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SCHEMA_VERSION = 1
+SOURCE_FILE = "tvaprune_source.json"  # in a model's directory: where the dense model comes from
 
 
 class ArtifactError(ValueError):
@@ -72,3 +75,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON that any reader accepts: NaN and infinity are refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """The values of a .jsonl or .jsonl.gz file, one a line.
+
+    Raises:
+        ArtifactError: a line is not JSON; names the file and the line.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ArtifactError(f"{path}, line {number}: not valid JSON: {error}") from error

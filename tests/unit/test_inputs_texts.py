@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tvaprune.artifacts import ArtifactError
 from tvaprune.inputs.documents import Document, drop_known, load_documents, write_documents
-from tvaprune.inputs.sources import InputError, LocalSource
+from tvaprune.inputs.sources import InputError, TextLocal
 from tvaprune.inputs.texts import clean, clean_transcript, read_documents
 from tvaprune.inputs.wikipedia import plain_text, read_dump
 from tvaprune.resume import ResumableRun
@@ -20,7 +21,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def read(path: Path, text_field: str = "text") -> list[Document]:
     with ResumableRun("fetch_inputs", {}, []) as state:
-        return list(read_documents(LocalSource(path, "none", text_field), path.parent / "unused", state))
+        return list(
+            read_documents(TextLocal(label="x", path=path, text_field=text_field), path.parent / "unused", state)
+        )
 
 
 def test_clean_keeps_paragraphs_and_nothing_else_of_the_layout() -> None:
@@ -56,16 +59,18 @@ def test_local_files_of_all_formats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "error", "message"),
     [
-        ("a.jsonl", '{"body": "x"}\n', "a.jsonl row 0: no text in field 'text'; it has body"),
-        ("a.jsonl", "{", "a.jsonl line 1: not valid JSON"),
-        ("a.csv", "x", "no .txt, .jsonl or .parquet file"),
+        ("a.jsonl", '{"body": "x"}\n', InputError, "a.jsonl row 0: no text in field 'text'; it has body"),
+        ("a.jsonl", "{", ArtifactError, "a.jsonl, line 1: not valid JSON"),
+        ("a.csv", "x", InputError, "no .txt, .jsonl or .parquet file"),
     ],
 )
-def test_unreadable_text_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_unreadable_text_is_named(
+    tmp_path: Path, name: str, content: str, error: type[Exception], message: str
+) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(error, match=message):
         read(tmp_path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tvaprune.inputs.sources import HubSource, InputError, LocalSource
+from tvaprune.inputs.sources import InputError, LocalSource, TaskHub
 from tvaprune.inputs.zeroshot import TASKS, fetch_tasks, read_requests
 
 ARC = {"id": "q1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
@@ -25,7 +25,7 @@ def write_tasks(folder: Path, rows: dict[str, dict[str, Any]]) -> LocalSource:
     folder.mkdir(exist_ok=True)
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    return LocalSource(folder, "none")
+    return LocalSource(path=folder)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def test_rows_come_in_lm_evals_columns_and_again_the_same(tmp_path: Path) -> Non
     (row,) = read(tmp_path / "out" / "hellaswag.jsonl")
     assert sorted(row) == ["activity_label", "ctx_a", "ctx_b", "endings", "label"]
     # what was written is itself a local source
-    fetch_tasks(LocalSource(tmp_path / "out", "none"), tmp_path / "again", tmp_path)
+    fetch_tasks(LocalSource(path=tmp_path / "out"), tmp_path / "again", tmp_path)
     for name in TASKS:
         assert (tmp_path / "again" / f"{name}.jsonl").read_bytes() == (tmp_path / "out" / f"{name}.jsonl").read_bytes()
 
@@ -55,7 +55,7 @@ def test_the_hub_is_asked_for_lm_evals_repositories(tmp_path: Path, monkeypatch:
         return [ROWS[name]]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    fetch_tasks(HubSource("lm-eval defaults", "main", "none"), tmp_path, tmp_path)
+    fetch_tasks(TaskHub(), tmp_path, tmp_path)
     assert asked["arc_easy"] == ("test", "main")
     assert asked["boolq"] == ("validation", "main")
 

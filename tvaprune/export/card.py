@@ -10,13 +10,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig
 
 import tvaprune
-from tvaprune.artifacts import write_json
+from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks
 from tvaprune.proof.certificate import GGUF, Check, hashes
 
-PROVENANCE, SOURCE = "tvaprune.json", "tvaprune_source.json"
+PROVENANCE = "tvaprune.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Base:
     @classmethod
     def of(cls, dense: Path) -> "Base":
         """Read a dense model's directory; its weights are read once more, to be hashed."""
-        path = dense / SOURCE
+        path = dense / SOURCE_FILE
         source = json.loads(path.read_text()) if path.is_file() else {}
         license = source.get("license") or _card_license(dense)
         weights = {name: digest for name, digest in hashes(dense).items() if name.endswith(".safetensors")}

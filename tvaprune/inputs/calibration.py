@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -20,20 +20,21 @@ from tvaprune.inputs.sources import InputError
 
 Packing = Literal["auto", "documents", "packed"]
 
-# With fewer documents than this, each is cut into parts that stand for documents: one book must do too. A part has
-# room for a few windows, or cutting would waste text.
+# Fewer documents than this, such as one book, are cut into parts that stand for documents. A part has room for a few
+# windows, or cutting would waste text.
 _FEW_DOCUMENTS = 16
 _PARTS = 64
 _WINDOWS_A_PART = 4
-# Documents tokenised in one call; bounds memory, and the progress bar moves.
+# Documents tokenised in one call; bounds memory.
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class WindowSet:
-    """How many windows of how many tokens a set is to have.
+    """How many windows of how many tokens a set has.
 
     Attributes:
+        name: of its tensor, [samples, seq_len].
         mix: source -> weight, in shares of windows; a source without one has weight 1.
     """
 
@@ -43,18 +44,17 @@ class WindowSet:
     mix: Mapping[str, float] = field(default_factory=dict)
 
     def shares(self, sources: Iterable[str]) -> dict[str, int]:
-        """Source -> how many of the windows are to come from it.
+        """Source -> how many of the windows come from it.
 
         Raises:
-            InputError: mix names an unknown source, or leaves none.
+            InputError: mix names an unknown source, or gives every source the weight 0.
         """
-        sources = list(sources)
-        unknown = sorted(set(self.mix) - set(sources))
+        weights = {name: float(self.mix.get(name, 1.0)) for name in sources}
+        unknown = sorted(set(self.mix) - set(weights))
         if unknown:
             raise InputError(
-                f"{self.name}: mix names {', '.join(unknown)}; the calibration sources are {', '.join(sources)}"
+                f"{self.name}: mix names {', '.join(unknown)}; the calibration sources are {', '.join(weights)}"
             )
-        weights = {name: float(self.mix.get(name, 1.0)) for name in sources}
         if sum(weights.values()) <= 0:
             raise InputError(f"{self.name}: mix gives every source the weight 0")
         return share_out(self.samples, weights)
@@ -72,7 +72,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model directory.
 
     Raises:
-        InputError: there is none; transformers would ask a hub for a repository of that name.
+        InputError: there is none, and transformers would look for a repository of that name on the hub.
     """
     if not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{directory}: no tokenizer_config.json; run the fetch_inputs stage")
@@ -85,12 +85,11 @@ def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, 
     result: list[TokenDocument] = []
     for start in tqdm(range(0, len(documents), _BATCH), desc=f"tokenise {name}", unit=" batches"):
         batch = documents[start : start + _BATCH]
-        # verbose: warns of documents longer than the model's context, which windows are cut from anyway
         ids = tokenizer(
             [document.text for document in batch],
             add_special_tokens=False,
             split_special_tokens=True,  # text that spells a special token stays text
-            verbose=False,
+            verbose=False,  # no warning of documents longer than the model's context: windows are shorter
         )["input_ids"]
         pairs = zip(batch, ids, strict=True)
         result += [TokenDocument(document.id, np.asarray(tokens, np.int32)) for document, tokens in pairs if tokens]
@@ -126,68 +125,53 @@ def sample_windows(
         InputError: the text is too short (says how many windows there are), or a mix does not fit the sources.
     """
     shares = {one.name: one.shares(sources) for one in sets}
-    windows: dict[str, list[np.ndarray]] = {window_set.name: [] for window_set in sets}
+    windows: dict[str, list[np.ndarray]] = {one.name: [] for one in sets}
     for source, documents in sources.items():
         rng = _generator(seed, source)
         ordered = _ordered(documents, seed, source, longest=max(one.seq_len for one in sets))
-        demands = [WindowSet(one.name, shares[one.name][source], one.seq_len) for one in sets]
+        demands = [replace(one, samples=shares[one.name][source]) for one in sets]
         for demand, part in zip(demands, _deal(ordered, demands, packing), strict=True):
             candidates = _candidates(part, demand.seq_len, packing, eos_token_id, rng)
             if len(candidates) < demand.samples:
-                raise InputError(_too_short(source, demand, len(candidates), documents, packing))
+                tokens = sum(len(document.tokens) for document in documents)
+                raise InputError(
+                    f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
+                    f"which has text for {len(candidates)} ({len(documents)} documents and {tokens} tokens for all "
+                    f"sets together, packing {packing}); ask for fewer samples, give the source less weight in the "
+                    "mix, or add text"
+                )
             chosen = rng.permutation(len(candidates))[: demand.samples]
             windows[demand.name] += [candidates[index] for index in chosen]
     rng = _generator(seed, "order")
     result: dict[str, Tensor] = {}
-    for window_set in sets:
-        order = rng.permutation(window_set.samples)
-        rows = np.zeros((window_set.samples, window_set.seq_len), np.int32)
-        for row, index in enumerate(order):
-            rows[row] = windows[window_set.name][index]
-        result[window_set.name] = torch.from_numpy(rows)
+    for one in sets:
+        rows = np.array(windows[one.name], np.int32).reshape(one.samples, one.seq_len)
+        result[one.name] = torch.from_numpy(rows[rng.permutation(one.samples)])
     return result
 
 
 def sample_calibration(
     documents: Mapping[str, list[Document]],
     tokenizer: PreTrainedTokenizerBase,
+    sets: list[WindowSet],
     *,
-    samples: int,
-    seq_len: int,
-    validation_samples: int,
-    finetune_samples: int,
-    finetune_seq_len: int,
-    finetune_validation_samples: int,
     packing: Packing,
-    mix: Mapping[str, float],
-    finetune_mix: Mapping[str, float] | None,
     seed: int,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tokenise the documents and draw the four sets of windows.
+) -> tuple[dict[str, Int32[Tensor, "samples seq_len"]], dict[str, Any]]:
+    """Tokenise the documents and draw the sets of windows.
 
     Args:
         documents: source -> its documents.
-        mix, finetune_mix: source -> weight, of the windows to learn masks on and to fine-tune on; None: the same.
 
     Returns:
-        int32 tensors input_ids [samples, seq_len], validation_ids [validation_samples, seq_len], finetune_ids
-        [finetune_samples, finetune_seq_len] and finetune_validation_ids [finetune_validation_samples,
-        finetune_seq_len]; and what meta.json says of them.
+        Set name -> int32 [samples, seq_len]; and what meta.json says of them.
 
     Raises:
-        InputError: the text is too short, or mix names an unknown source.
+        InputError: the text is too short, or a mix does not fit the sources.
     """
-    finetune_mix = mix if finetune_mix is None else finetune_mix
-    sets = [
-        WindowSet("input_ids", samples, seq_len, mix),
-        WindowSet("validation_ids", validation_samples, seq_len, mix),
-        WindowSet("finetune_ids", finetune_samples, finetune_seq_len, finetune_mix),
-        WindowSet("finetune_validation_ids", finetune_validation_samples, finetune_seq_len, finetune_mix),
-    ]
-    counts = {one.name: one.shares(documents) for one in sets}  # before the long work
+    counts = {one.name: one.shares(documents) for one in sets}  # raises before the long work
     sources = {name: tokenise(texts, tokenizer, name) for name, texts in documents.items()}
-    eos = tokenizer.eos_token_id
-    windows = sample_windows(sources, sets, packing=packing, eos_token_id=eos, seed=seed)
+    windows = sample_windows(sources, sets, packing=packing, eos_token_id=tokenizer.eos_token_id, seed=seed)
     meta = {
         "seed": seed,
         "packing": packing,
@@ -202,7 +186,7 @@ def sample_calibration(
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What tells two tokenizers apart: a hash of the vocabulary with its ids, its size, the end-of-text token."""
+    """A hash of the vocabulary with its ids, its size, and the end-of-text token."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return {
         "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
@@ -213,7 +197,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def share_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Divide `total` in proportion to the weights; what rounding leaves goes to the largest remainders."""
+    """Divide `total` in proportion to the weights, by the largest remainder method."""
     whole = sum(Fraction(weight) for weight in weights.values())
     exact = {name: total * Fraction(weight) / whole for name, weight in weights.items()}
     shares = {name: int(share) for name, share in exact.items()}
@@ -244,26 +228,20 @@ def _parts(document: TokenDocument, longest: int) -> list[TokenDocument]:
     return [TokenDocument(f"{document.id}#{number}", part) for number, part in enumerate(parts)]
 
 
-def _size(document: TokenDocument, seq_len: int, packing: Packing) -> float:
-    """How many windows a document is good for: whole ones when cut, fractions when packed."""
-    if _is_packed(document, seq_len, packing):
-        return (len(document.tokens) + 1) / seq_len
-    return len(document.tokens) // seq_len
-
-
 def _is_packed(document: TokenDocument, seq_len: int, packing: Packing) -> bool:
     return packing == "packed" or (packing == "auto" and len(document.tokens) < seq_len)
 
 
 def _deal(documents: list[TokenDocument], demands: list[WindowSet], packing: Packing) -> list[list[TokenDocument]]:
-    """Give each document to the set that has the least of what it needs, relative to its need."""
+    """Give each document to the set that has the smallest share of the windows it needs."""
     parts: list[list[TokenDocument]] = [[] for _ in demands]
-    sizes = [0.0 for _ in demands]
+    sizes = [0.0 for _ in demands]  # in windows: whole ones of a document that is cut, fractions of a packed one
     needing = [index for index, demand in enumerate(demands) if demand.samples]
     for document in documents if needing else []:
         index = min(needing, key=lambda one: sizes[one] / demands[one].samples)
         parts[index].append(document)
-        sizes[index] += _size(document, demands[index].seq_len, packing)
+        seq_len, tokens = demands[index].seq_len, len(document.tokens)
+        sizes[index] += (tokens + 1) / seq_len if _is_packed(document, seq_len, packing) else tokens // seq_len
     return parts
 
 
@@ -272,23 +250,17 @@ def _candidates(
 ) -> list[np.ndarray]:
     """Windows that do not overlap, int32 [seq_len] each."""
     windows: list[np.ndarray] = []
-    short: list[np.ndarray] = []
+    short = [np.zeros(0, np.int32)]
     for document in documents:
         if _is_packed(document, seq_len, packing):
             short += [document.tokens, np.asarray([eos_token_id], np.int32)]
-            continue
-        count, spare = divmod(len(document.tokens), seq_len)
-        offset = int(rng.integers(spare + 1))
-        windows += np.split(document.tokens[offset : offset + count * seq_len], count) if count else []
-    packed = np.concatenate(short) if short else np.zeros(0, np.int32)
-    count = len(packed) // seq_len
-    return windows + (np.split(packed[: count * seq_len], count) if count else [])
+        else:
+            offset = int(rng.integers(len(document.tokens) % seq_len + 1))
+            windows += _cut(document.tokens[offset:], seq_len)
+    return windows + _cut(np.concatenate(short), seq_len)
 
 
-def _too_short(source: str, demand: WindowSet, available: int, documents: list[TokenDocument], packing: Packing) -> str:
-    tokens = sum(len(document.tokens) for document in documents)
-    return (
-        f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are asked of {source!r}, which has "
-        f"{available} for it ({len(documents)} documents, {tokens} tokens in all sets together, packing {packing}); "
-        "ask for fewer samples, give the source less weight in the mix, or add text"
-    )
+def _cut(tokens: Int32[np.ndarray, " tokens"], seq_len: int) -> list[np.ndarray]:
+    """Consecutive windows from the first token; the rest that fills none is dropped."""
+    count = len(tokens) // seq_len
+    return list(tokens[: count * seq_len].reshape(count, seq_len))

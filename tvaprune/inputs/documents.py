@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.sources import InputError
 
 
@@ -15,7 +16,7 @@ class Document:
 
     Attributes:
         id: unique in its source.
-        title: of an article, where the source has one; tells whether two sources share an article.
+        title: of an article, where the source has one; by it two sources share an article.
     """
 
     id: str
@@ -24,14 +25,9 @@ class Document:
 
 
 def read_rows(file: Path) -> Iterator[Any]:
-    """The rows of a .jsonl or .parquet file."""
-    if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{file.name} line {number}: not valid JSON: {error}") from error
+    """The rows of a .jsonl, .jsonl.gz or .parquet file."""
+    if file.suffix != ".parquet":
+        yield from read_json_lines(file)
         return
     import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
@@ -48,7 +44,7 @@ def field_of(row: Any, text_field: str, where: str) -> str:
 
 
 def normalise_title(title: str) -> str:
-    """Titles that name the same article compare equal: case and underscores do not tell articles apart."""
+    """Lower case, single spaces, no underscores: titles of the same article become equal."""
     return " ".join(title.replace("_", " ").split()).casefold()
 
 
@@ -91,8 +87,10 @@ def load_documents(directory: Path) -> dict[str, list[Document]]:
     files = sorted(directory.glob("*.jsonl"))
     if not files:
         raise InputError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
-    return {file.stem: [_document(row, file.name) for row in read_rows(file)] for file in files}
-
-
-def _document(row: Any, where: str) -> Document:
-    return Document(id=field_of(row, "id", where), text=field_of(row, "text", where))
+    return {
+        file.stem: [
+            Document(id=field_of(row, "id", file.name), text=field_of(row, "text", file.name))
+            for row in read_json_lines(file)
+        ]
+        for file in files
+    }

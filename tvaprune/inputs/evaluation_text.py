@@ -1,11 +1,12 @@
-"""The text that results are measured on, in the pieces that a model reads."""
+"""The text of the evaluation sets, in the pieces that a model reads."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvaprune.inputs.documents import load_documents, read_rows
+from tvaprune.artifacts import read_json_lines
+from tvaprune.inputs.documents import load_documents
 from tvaprune.inputs.sources import InputError
 
 Row = dict[str, Any]
@@ -16,7 +17,7 @@ class EvaluationDocument:
     """One document or row, in the pieces that a model is scored on.
 
     Attributes:
-        name: tells it apart from the others of its set.
+        name: unique in its set.
     """
 
     name: str
@@ -24,9 +25,9 @@ class EvaluationDocument:
 
 
 def evaluation_documents(heldout: Path, zeroshot: Path) -> dict[str, Iterable[EvaluationDocument]]:
-    """What results are measured on: `heldout_LABEL` for each text, and the zero-shot tasks by their names.
+    """Every evaluation set: `heldout_LABEL` for each text, and the zero-shot tasks by their names.
 
-    All of it, not only the windows and rows that are measured: those change with the parameters of the evaluation.
+    All of it, because the parameters of the evaluation decide which windows and rows are measured.
 
     Raises:
         InputError: a file is absent or damaged; names it.
@@ -42,20 +43,19 @@ def evaluation_documents(heldout: Path, zeroshot: Path) -> dict[str, Iterable[Ev
 
 
 def _task_rows(path: Path) -> Iterator[EvaluationDocument]:
-    for number, row in enumerate(read_rows(path), start=1):
+    for number, row in enumerate(read_json_lines(path), start=1):
         try:
             yield EvaluationDocument(f"line {number}", _PIECES[path.stem](row))
         except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {number}: missing or wrong column {error}; run the fetch_inputs stage"
-            ) from error
+            message = f"{path}, line {number}: missing or wrong column {error}; run the fetch_inputs stage"
+            raise InputError(message) from error
 
 
 def _arc(row: Row) -> list[str]:
     return [f"{row['question']} {choice}" for choice in row["choices"]["text"]]
 
 
-# What a model reads of a row, with each answer that it is scored on; without the words of the prompts themselves.
+# What a model reads of a row, once with each answer that is scored; without the prompt's own words.
 _PIECES = {
     "boolq": lambda row: [row["passage"], row["question"]],
     "piqa": lambda row: [f"{row['goal']} {row[solution]}" for solution in ("sol1", "sol2")],

@@ -1,40 +1,48 @@
-"""Fetch every input and put each directory into place complete, or not at all."""
+"""Fetch every input. A directory is replaced when its new content is complete, or not at all."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tvaprune.artifacts import write_json
-from tvaprune.inputs.documents import Document, drop_known, normalise_title, write_documents
-from tvaprune.inputs.model import SOURCE_FILE, fetch_model
-from tvaprune.inputs.sources import InputError, Source, describe
+from tvaprune.inputs.documents import drop_known, normalise_title, write_documents
+from tvaprune.inputs.model import fetch_model
+from tvaprune.inputs.sources import InputError, ModelSource, TaskSource, TextSource, describe
 from tvaprune.inputs.texts import read_documents
 from tvaprune.inputs.zeroshot import fetch_tasks
 from tvaprune.resume import SavedState
 
 
+@dataclass(frozen=True)
+class InputDirectories:
+    """Where each input is written."""
+
+    model: Path
+    calibration: Path
+    heldout: Path
+    zeroshot: Path
+
+
 def fetch_inputs(
+    model: ModelSource,
+    calibration: list[TextSource],
+    heldout: list[TextSource],
+    zeroshot: TaskSource,
+    directories: InputDirectories,
     *,
-    model: Source,
-    calibration: Mapping[str, Source],
-    heldout: Mapping[str, Source],
-    zeroshot: Source,
     exclude_heldout: bool,
     state: SavedState,
-    model_directory: Path,
-    calibration_directory: Path,
-    heldout_directory: Path,
-    zeroshot_directory: Path,
 ) -> dict[str, Any]:
     """Write the model, the calibration text, the held-out text and the zero-shot tasks.
 
     Args:
-        calibration, heldout: name of the source (of its file) -> the source.
+        calibration, heldout: sources of text; each becomes the file LABEL.jsonl.
         exclude_heldout: leave out of the calibration text every article whose title, and every document whose
             text, is in the held-out text.
-        state: of samples, to go on from after a kill.
+        state: the progress of samples, which a killed run continues from.
 
     Returns:
         For each of the four directories what was written, as in its meta.json.
@@ -43,60 +51,49 @@ def fetch_inputs(
         InputError: an input cannot be fetched, or is not the expected one.
     """
     written: dict[str, Any] = {}
-    with _workspace(model_directory) as (partial, temporary):
+    with _workspace(directories.model) as (partial, temporary):
         written["model"] = fetch_model(model, partial, temporary)
-        write_json(partial / SOURCE_FILE, written["model"])
-    titles: set[str] = set()
-    texts: set[str] = set()
-    with _workspace(heldout_directory) as (partial, temporary):
-        written["heldout"] = _fetch_texts(heldout, partial, temporary, state, titles, texts, collect=True)
+    with _workspace(directories.heldout) as folders:
+        texts: set[str] = set()
+        written["heldout"], titles = _fetch_texts(heldout, *folders, state, set(), texts)
     if not exclude_heldout:
         titles, texts = set(), set()
-    with _workspace(calibration_directory) as (partial, temporary):
-        written["calibration"] = _fetch_texts(calibration, partial, temporary, state, titles, texts, collect=False)
-    with _workspace(zeroshot_directory) as (partial, temporary):
-        rows = fetch_tasks(zeroshot, partial, temporary)
-        written["zeroshot"] = {**describe(zeroshot), "rows": rows}
+    with _workspace(directories.calibration) as folders:
+        written["calibration"], _ = _fetch_texts(calibration, *folders, state, titles, texts)
+    with _workspace(directories.zeroshot) as (partial, temporary):
+        written["zeroshot"] = {**describe(zeroshot), "rows": fetch_tasks(zeroshot, partial, temporary)}
         write_json(partial / "meta.json", written["zeroshot"])
     return written
 
 
 def _fetch_texts(
-    sources: Mapping[str, Source],
-    partial: Path,
-    temporary: Path,
-    state: SavedState,
-    titles: set[str],
-    texts: set[str],
-    *,
-    collect: bool,
-) -> dict[str, Any]:
-    """Write one .jsonl for each source. `collect`: add the titles instead of leaving them out."""
+    sources: list[TextSource], partial: Path, temporary: Path, state: SavedState, titles: set[str], texts: set[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """Write one .jsonl for each source, without known titles and texts; adds the new texts to the known ones.
+
+    Returns:
+        What was written, by label; and the normalised titles in it.
+    """
     meta: dict[str, Any] = {}
-    for name, source in sources.items():
-        kept, same_title, repeated = drop_known(
-            read_documents(source, temporary / name, state), set() if collect else titles, texts
-        )
+    written_titles: set[str] = set()
+    for source in sources:
+        name = source.label
+        kept, same_title, repeated = drop_known(read_documents(source, temporary / name, state), titles, texts)
         if not kept:
             raise InputError(f"{name}: the source gave no document with text")
         write_documents(partial / f"{name}.jsonl", kept)
-        if collect:
-            titles.update(_titles(kept))
+        written_titles |= {normalise_title(document.title) for document in kept if document.title is not None}
         counts = {"documents": len(kept), "characters": sum(len(document.text) for document in kept)}
         left_out = {"left_out_as_heldout_title": same_title, "left_out_as_empty_or_repeated": repeated}
         meta[name] = {**describe(source), **counts, **left_out}
         print(f"{name}: {len(kept)} documents, {counts['characters']} characters", flush=True)
     write_json(partial / "meta.json", {"sources": meta})
-    return meta
-
-
-def _titles(documents: list[Document]) -> set[str]:
-    return {normalise_title(document.title) for document in documents if document.title is not None}
+    return meta, written_titles
 
 
 @contextmanager
 def _workspace(directory: Path) -> Iterator[tuple[Path, Path]]:
-    """Two folders beside `directory`: one that becomes it when the block ends without error, one that is dropped."""
+    """Two folders beside `directory`: one replaces it when the block ends without error, one is deleted."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.partial"
     temporary = directory.parent / f".{directory.name}.download"

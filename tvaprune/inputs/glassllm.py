@@ -17,6 +17,12 @@ _SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 _SPACE = "\u2581"
 
 
+# Llama's tensor of a layer -> GlassLM's.
+_LAYER = {"input_layernorm": "norm1.gamma", "post_attention_layernorm": "norm2.gamma"}
+_LAYER |= {f"self_attn.{letter}_proj": f"attn.W_{letter.upper()}" for letter in "qkvo"}
+_LAYER |= {"mlp.gate_proj": "ffn.W1", "mlp.up_proj": "ffn.W3", "mlp.down_proj": "ffn.W2"}
+
+
 def half_rotation_order(weight: Float[Tensor, "rows hidden"], heads: int) -> Float[Tensor, "rows hidden"]:
     """Reorder the rows of a query or key projection from interleaved to half RoPE.
 
@@ -24,7 +30,7 @@ def half_rotation_order(weight: Float[Tensor, "rows hidden"], heads: int) -> Flo
     same angle: row 2i of each head goes to i, row 2i+1 to i + head_dim/2.
     """
     rows, hidden = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
+    return weight.reshape(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
 
 
 def read_glassllm(weights: Path, vocabulary: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -35,9 +41,7 @@ def read_glassllm(weights: Path, vocabulary: Path) -> tuple[LlamaForCausalLM, Pr
             tensors = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in arrays if name[0] != "_"}
         config = _config(settings, tensors)
         model = LlamaForCausalLM(config)
-        # strict: every tensor of the model must be given; the head is the embedding.
-        state = _state(tensors, config)
-        model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, strict=True)
+        model.load_state_dict(_state(tensors, config), strict=True)  # strict: every tensor must be given
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{weights.name}: not GlassLM weights: {error}") from error
     return model, _tokenizer(json.loads(vocabulary.read_text(encoding="utf-8")), config.max_position_embeddings)
@@ -63,20 +67,18 @@ def _config(settings: dict[str, Any], tensors: dict[str, Tensor]) -> LlamaConfig
 
 
 def _state(tensors: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """GlassLM multiplies x @ W, so its matrices are [in, out]; Llama's are [out, in]."""
-    state = {"model.embed_tokens.weight": tensors["E"], "model.norm.weight": tensors["norm_f.gamma"]}
+    """GlassLM multiplies x @ W, so its matrices are [in, out]; Llama's are [out, in]. The head is the embedding."""
+    embedding = tensors["E"]
+    state = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+    state["model.norm.weight"] = tensors["norm_f.gamma"]
+    rotated_heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     for layer in range(config.num_hidden_layers):
-        old, new = f"blocks.{layer}.", f"model.layers.{layer}."
-        state[new + "input_layernorm.weight"] = tensors[old + "norm1.gamma"]
-        state[new + "post_attention_layernorm.weight"] = tensors[old + "norm2.gamma"]
-        query, key = tensors[old + "attn.W_Q"].T, tensors[old + "attn.W_K"].T
-        state[new + "self_attn.q_proj.weight"] = half_rotation_order(query.contiguous(), config.num_attention_heads)
-        state[new + "self_attn.k_proj.weight"] = half_rotation_order(key.contiguous(), config.num_key_value_heads)
-        state[new + "self_attn.v_proj.weight"] = tensors[old + "attn.W_V"].T
-        state[new + "self_attn.o_proj.weight"] = tensors[old + "attn.W_O"].T
-        state[new + "mlp.gate_proj.weight"] = tensors[old + "ffn.W1"].T
-        state[new + "mlp.up_proj.weight"] = tensors[old + "ffn.W3"].T
-        state[new + "mlp.down_proj.weight"] = tensors[old + "ffn.W2"].T
+        for name, own in _LAYER.items():
+            tensor = tensors[f"blocks.{layer}.{own}"]
+            tensor = tensor.T if tensor.dim() == 2 else tensor
+            if name in rotated_heads:
+                tensor = half_rotation_order(tensor, rotated_heads[name])
+            state[f"model.layers.{layer}.{name}.weight"] = tensor
     return state
 
 
@@ -93,10 +95,7 @@ def _tokenizer(content: dict[str, Any], max_length: int) -> PreTrainedTokenizerF
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        eos_token="<eos>",
+        **{f"{token[1:-1]}_token": token for token in _SPECIALS},
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )

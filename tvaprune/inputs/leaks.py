@@ -1,4 +1,4 @@
-"""Whether the text that results are measured on is in the windows that were learned from."""
+"""Compare the evaluation text with the windows that are learned from."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,11 +32,11 @@ class LeakError(ValueError):
 
 @dataclass
 class Overlap:
-    """What a set of documents shares with something that was learned from.
+    """What a set of evaluation documents shares with the windows of one kind.
 
     Attributes:
-        ngrams: shared, each once a document.
-        documents: with at least one of them.
+        ngrams: shared n-grams, each counted once a document.
+        documents: number of documents with at least one of them.
         examples: names of the first of those.
     """
 
@@ -47,13 +47,13 @@ class Overlap:
 
 @dataclass
 class Compared:
-    """A set of evaluation documents beside what was learned from.
+    """A set of evaluation documents, compared with the windows.
 
     Attributes:
-        ngrams: of all documents, each once a document.
-        documents: all of them.
-        judged: those long enough to have a gram.
-        overlaps: by what was learned from.
+        ngrams: of all documents, each counted once a document.
+        documents: number of documents.
+        judged: number of documents long enough to have an n-gram.
+        overlaps: by key of `LEARNED_FROM`.
     """
 
     ngrams: int = 0
@@ -62,7 +62,7 @@ class Compared:
     overlaps: dict[str, Overlap] = field(default_factory=dict)
 
     def share(self, learned: str) -> float:
-        """Of the set's grams, those that are in what was learned from; 0 to 1."""
+        """Share of the set's n-grams that are in these windows; 0 to 1."""
         return self.overlaps[learned].ngrams / max(1, self.ngrams)
 
 
@@ -72,8 +72,8 @@ class Leaks:
 
     Attributes:
         sets: every evaluation set, by name.
-        finetuning_in_calibration: of the fine-tuning windows' grams, the share in the calibration windows. No leak:
-            texts of one source quote the same.
+        finetuning_in_calibration: share of the fine-tuning windows' n-grams that are in the calibration windows.
+            Not a leak: texts of one source quote the same.
     """
 
     sets: dict[str, Compared]
@@ -81,40 +81,42 @@ class Leaks:
 
     @property
     def largest(self) -> float:
-        """The largest share of a set's grams in one of what was learned from."""
+        """The largest share of a set's n-grams in the windows of one kind."""
         return max(one.share(learned) for one in self.sets.values() for learned in one.overlaps)
 
 
 def check_leaks(
-    windows: Mapping[str, Tensor],
+    windows: Mapping[str, Int32[Tensor, "_ _"]],
     tokenizer: PreTrainedTokenizerBase,
     evaluation: Mapping[str, Iterable[EvaluationDocument]],
     n: int,
 ) -> Leaks:
     """Compare every evaluation set with the calibration and the fine-tuning windows by n-grams of words.
 
-    Words and not tokens: a window's first token depends on where it was cut, and the literature's figures are of words.
+    Words and not tokens: a window's first token depends on where it was cut, and published figures are of words.
 
     Args:
-        windows: int32 [windows, tokens] by name, those of `LEARNED_FROM`.
+        windows: by the names in `LEARNED_FROM`; their lengths differ.
         evaluation: set -> its documents.
-        n: words in a gram.
+        n: words in an n-gram.
     """
     hasher = NgramHasher(n)
     known = {
         name: known_grams((text for part in parts for text in window_texts(windows[part], tokenizer)), hasher)
         for name, parts in LEARNED_FROM.items()
     }
-    own = among(known["finetuning"], known["calibration"])
-    with tqdm(desc="check leaks", unit=" documents") as progress:
-        sets = {name: compare(documents, known, hasher, progress) for name, documents in evaluation.items()}
-    return Leaks(sets, float(own.mean()) if len(own) else 0.0)
+    shared = among(known["finetuning"], known["calibration"])
+    sets = {
+        name: compare(tqdm(documents, desc=f"check {name}", unit=" documents"), known, hasher)
+        for name, documents in evaluation.items()
+    }
+    return Leaks(sets, float(shared.mean()) if len(shared) else 0.0)
 
 
 def window_texts(windows: Int32[Tensor, "windows tokens"], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Text of windows, cut at the end-of-text token, where one document ends and the next begins.
 
-    Tokens that stand for no text (a vocabulary's unknown word) are left out, so a gram around one is not found.
+    Special tokens (such as the unknown word) are left out, so an n-gram around one is not found.
     """
     end = tokenizer.eos_token_id
     for start in range(0, len(windows), _BATCH):
@@ -125,7 +127,7 @@ def window_texts(windows: Int32[Tensor, "windows tokens"], tokenizer: PreTrained
 
 
 def known_grams(texts: Iterable[str], hasher: NgramHasher) -> UInt64[np.ndarray, " grams"]:
-    """Hashes of all grams of the texts, each once, ascending."""
+    """Hashes of all n-grams of the texts, each once, ascending."""
     parts = [np.zeros(0, np.uint64)]
     remaining = iter(texts)
     while batch := [[text] for text in islice(remaining, _BATCH)]:
@@ -134,12 +136,9 @@ def known_grams(texts: Iterable[str], hasher: NgramHasher) -> UInt64[np.ndarray,
 
 
 def compare(
-    documents: Iterable[EvaluationDocument],
-    known: Mapping[str, UInt64[np.ndarray, " grams"]],
-    hasher: NgramHasher,
-    progress: tqdm | None = None,
+    documents: Iterable[EvaluationDocument], known: Mapping[str, UInt64[np.ndarray, " grams"]], hasher: NgramHasher
 ) -> Compared:
-    """Count what the documents share with each of the known sets of grams."""
+    """Count what the documents share with each of the known sets of n-grams."""
     result = Compared(overlaps={name: Overlap() for name in known})
     remaining = iter(documents)
     while batch := list(islice(remaining, _BATCH)):
@@ -147,20 +146,17 @@ def compare(
         result.ngrams += len(grams)
         result.documents += len(batch)
         result.judged += len(np.unique(owner))
-        for name, ascending in known.items():
-            shared = among(grams, ascending)
+        for name, overlap in result.overlaps.items():
+            shared = among(grams, known[name])
             leaked = np.unique(owner[shared])
-            overlap = result.overlaps[name]
             overlap.ngrams += int(shared.sum())
             overlap.documents += len(leaked)
             overlap.examples += [batch[index].name for index in leaked[: _EXAMPLES - len(overlap.examples)]]
-        if progress is not None:
-            progress.update(len(batch))
     return result
 
 
 def check_limit(leaks: Leaks, n: int, max_overlap: float) -> None:
-    """Refuse a set of which more than `max_overlap` of the grams is in what was learned from.
+    """Refuse a set with more than `max_overlap` of its n-grams in the windows of one kind.
 
     Raises:
         LeakError: names every such set, what it shares and with what, the limit and the remedy.
@@ -176,34 +172,21 @@ def check_limit(leaks: Leaks, n: int, max_overlap: float) -> None:
                 )
     if lines:
         raise LeakError(
-            "text that results are measured on is in the text that is learned from; "
+            "evaluation text is in the text that is learned from; "
             f"check_leaks.max_overlap = {max_overlap} is exceeded:\n" + "\n".join(lines) + "\n"
-            "take that text out of fetch_inputs.calibration (its exclude_heldout does for whole articles), measure "
-            "on other text, or raise check_leaks.max_overlap and say so beside the figures"
+            "take that text out of fetch_inputs.calibration (exclude_heldout does so for whole articles), evaluate "
+            "on other text, or raise check_leaks.max_overlap and report the overlap with the results"
         )
 
 
 def report(leaks: Leaks, n: int, declared: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics, numbers alone.
-
-    Args:
-        declared: see `declare_sources`.
-    """
-    sets = {
-        name: {
-            "ngrams": one.ngrams,
-            "documents": one.documents,
-            "documents_judged": one.judged,
-            **{
-                f"in_{learned}": {
-                    "ngram_share": one.share(learned),
-                    "document_share": overlap.documents / max(1, one.documents),
-                }
-                for learned, overlap in one.overlaps.items()
-            },
-        }
-        for name, one in leaks.sets.items()
-    }
+    """The metrics, numbers alone; `declared` is from `declare_sources`."""
+    sets: dict[str, Any] = {}
+    for name, one in leaks.sets.items():
+        sets[name] = {"ngrams": one.ngrams, "documents": one.documents, "documents_judged": one.judged}
+        for learned, overlap in one.overlaps.items():
+            document_share = overlap.documents / max(1, one.documents)
+            sets[name][f"in_{learned}"] = {"ngram_share": one.share(learned), "document_share": document_share}
     own = {"finetuning_in_calibration": leaks.finetuning_in_calibration}
     return {"ngram": n, "largest_overlap": leaks.largest, **declared, **own, "sets": sets}
 
@@ -212,23 +195,23 @@ def declare_sources(windows: Mapping[str, Mapping[str, int]], calibration: Path,
     """Which text was learned from, in numbers.
 
     Args:
-        windows: of the calibration artifact's description: tensor -> source -> windows.
+        windows: from the calibration artifact's meta.json: tensor -> source -> windows.
         calibration, heldout: directories of texts, with meta.json.
 
     Returns:
-        By what was learned from: `windows` by source, and `in_domain`: 1 where one of these is of the package or hub
-        repository that a held-out text is of, as WikiText's train split is beside its test split; else 0.
+        By key of `LEARNED_FROM`: `windows` by source, and `in_domain`: 1 if one of these sources is the package or
+        hub repository of a held-out text (as WikiText's train split is of its test split), else 0.
     """
-    learned, measured = _origins(calibration), _origins(heldout)
+    learned, heldout_origins = _origins(calibration), set(_origins(heldout).values())
     declared: dict[str, Any] = {}
     for name, parts in LEARNED_FROM.items():
         counts = {source: sum(windows[part][source] for part in parts) for source in windows[parts[0]]}
         used = {learned[source] for source, count in counts.items() if count and source in learned}
-        declared[name] = {"in_domain": int(not used.isdisjoint(measured.values())), "windows": counts}
+        declared[name] = {"in_domain": int(bool(used & heldout_origins)), "windows": counts}
     return declared
 
 
 def _origins(directory: Path) -> dict[str, str]:
-    """Source -> package or repository; not of local files, whose names say nothing about where they are from."""
+    """Source -> package or repository; without local files, whose names do not say where they come from."""
     sources = json.loads((directory / "meta.json").read_text())["sources"]
     return {label: one.get("repo") or one["name"] for label, one in sources.items() if one["source"] != "local"}

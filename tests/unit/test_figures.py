@@ -41,7 +41,7 @@ def test_points_are_the_experiments_own_figures_once() -> None:
         ("tva", 0.2, 25.0),
         ("flap", 0.5, 90.0),
     ]
-    assert found[1].latency_ms["decode"] == pytest.approx(40.0)
+    assert found[1].latency_ms("decode") == pytest.approx(40.0)
     without_speed = experiment("tva", 0.2, 30.0, 1.2)
     del without_speed["data"]["metrics"]["metrics/speed.json"]
     assert figures.points([without_speed]) == []

@@ -1,4 +1,4 @@
-"""Prefill and decode speed of the dense, the compact and the fine-tuned model, side by side."""
+"""Prefill and decode speed of the dense, the compact and the fine-tuned model."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from tvaprune.checkpoint.loading import load
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.measures.comparison import present_models
-from tvaprune.measures.latency import checkpoint_bytes, compare, load_timed
+from tvaprune.measures.latency import Benchmark, checkpoint_bytes, compare, load_timed
 from tvaprune.measures.machine import machine_name, machine_numbers, pin_threads
 from tvaprune.measures.speed_report import speed_metrics, write_rounds
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
@@ -28,7 +28,7 @@ def main(
     rounds: Annotated[Path, typer.Option(help="CSV to write, a row for each measurement.")] = Path("metrics/speed.csv"),
     params: Annotated[Path, typer.Option(help="YAML file with the section benchmark_speed.")] = Path("params.yaml"),
 ) -> None:
-    """Time prefill and decode; run it on a machine that does nothing else.
+    """Time prefill and decode, on an otherwise idle machine.
 
     Reads the three model directories; writes metrics/speed.json and metrics/speed.csv.
     """
@@ -40,17 +40,17 @@ def main(
         pin_threads(settings.threads)
         runtime = pick_runtime(settings.runtime, device)
         models, load_s = load_timed({name: partial(load, path, dtype, device) for name, path in directories.items()})
-        lengths = settings.model_dump(include={"prefill_tokens", "decode_prompt_tokens", "decode_tokens", "repeats"})
-        phases = compare(models, settings.batch_sizes, max_warmup=settings.max_warmup, runtime=runtime, **lengths)
+        phases = compare(models, settings.batch_sizes, Benchmark.of(settings), runtime)
         speeds = speed_metrics(phases)
         sizes = {name: {"load_s": load_s[name], "bytes": checkpoint_bytes(path)} for name, path in directories.items()}
         conditions = {
+            **settings.model_dump(include={"prefill_tokens", "decode_prompt_tokens", "decode_tokens", "repeats"}),
             "dtype_bits": dtype.itemsize * 8,
             "device_is_cuda": int(device.type == "cuda"),
             "peak_memory_bytes": peak_memory_bytes(device),
             **machine_numbers(device),
         }
-        write_json(metrics, {**speeds, "models": sizes, **lengths, **conditions})
+        write_json(metrics, {**speeds, "models": sizes, **conditions})
         labels = {"runtime": runtime, "dtype": str(dtype).removeprefix("torch."), "machine": machine_name(device)}
         write_rounds(rounds, phases, labels)
     for phase in ("prefill", "decode"):

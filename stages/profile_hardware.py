@@ -1,4 +1,4 @@
-"""Time every block of a decoder layer at every width, on the device that will serve the model."""
+"""Time each block of a decoder layer at every width, on the device that will serve the model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +9,11 @@ from stages._errors import clear_errors
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.random_model import LayerWidths, random_models
+from tvaprune.checkpoint.random_model import random_models
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.latency_table import profile_metrics, write_staircase, write_table
-from tvaprune.measures.block_times import Lengths, candidates, made_on, profile
+from tvaprune.measures.block_times import candidates, made_on, profile
+from tvaprune.measures.latency import Benchmark
 from tvaprune.measures.machine import pin_threads
 from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.runtime.packed import pick_runtime
@@ -31,7 +32,7 @@ def main(
         Path, typer.Option(help="YAML file; section profile_hardware and adapt_dimensions.multiple.")
     ] = Path("params.yaml"),
 ) -> None:
-    """Make the table that adapt_dimensions.multiple: measured needs; where that is not asked for, say so and end.
+    """Make the latency table for adapt_dimensions.multiple: measured; with any other multiple, time nothing.
 
     Reads data/model/config.json; writes artifacts/profile, metrics/profile.json and metrics/profile.csv.
     """
@@ -43,14 +44,11 @@ def main(
             device = pick_device()
             dtype = pick_dtype(device, settings.dtype)
             pin_threads(settings.threads)
-            steps = settings.hidden_step, settings.intermediate_step
-            widths = candidates(topology, *steps, settings.narrowest_hidden)
-            lengths = Lengths(
-                settings.batch_size, settings.prefill_tokens, settings.decode_prompt_tokens, settings.decode_tokens
-            )
-            models = random_models(config, [LayerWidths(*each) for each in widths.by_model()], dtype, device)
-            where = made_on(device, dtype, pick_runtime(settings.runtime, device), topology, lengths)
-            table = profile(models, widths, lengths, settings.repeats, settings.max_warmup, where)
+            widths = candidates(topology, settings.hidden_step, settings.intermediate_step, settings.narrowest_hidden)
+            benchmark, runtime = Benchmark.of(settings), pick_runtime(settings.runtime, device)
+            models = random_models(config, widths.by_model(), dtype, device)
+            conditions = made_on(device, dtype, runtime, topology, settings.batch_size, benchmark)
+            table = profile(models, widths, benchmark, conditions)
         write_table(out, table)
         write_json(metrics, profile_metrics(table, topology))
         write_staircase(staircase, table)

@@ -1,16 +1,15 @@
-"""What compacting a large model costs: memory and speed, on a synthetic checkpoint of the right shapes.
+"""Memory and speed of compacting a large model, on a synthetic checkpoint of its shapes.
 
     python -m tools.compaction_cost --directory /large/disk
 
-writes an 8B checkpoint of noise shard by shard (16 GB, removed at the end), cuts it with random masks in
-a process of its own, and copies as many bytes as that read and wrote, in the same run.
+writes an 8B checkpoint of noise (16 GB, removed at the end), compacts it with random masks in a process of its own, and
+then copies as many bytes as that process read and wrote.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +22,12 @@ from transformers import PreTrainedConfig
 from tools.dry_run import random_masks
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import CheckpointWriter
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.masks.adapt import adapt
+from tvaprune.masks.update import WeightUpdate
 
 _COPY_BLOCK = 64_000_000
 
@@ -38,25 +37,20 @@ def write_noise(config: PreTrainedConfig, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = dense_tensors(config)
     noise = torch.randn(_COPY_BLOCK // 2, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(config.dtype)
-    size = sum(info.nbytes for info in tensors.values())
-    with (
-        CheckpointWriter(directory, tensors) as writer,
-        tqdm(desc="dense checkpoint", total=size, unit="B", unit_scale=True) as progress,
-    ):
-        for name, info in tensors.items():
+    with CheckpointWriter(directory, tensors) as writer:
+        for name, info in tqdm(tensors.items(), desc="dense checkpoint", unit="tensor"):
             writer.begin(name)
             width = info.numel // info.shape[0]
             rows = max(1, len(noise) // width)
             for start in range(0, info.shape[0], rows):
                 count = min(rows, info.shape[0] - start)
                 writer.write(noise[: count * width].view(count, *info.shape[1:]))
-                progress.update(count * width * noise.itemsize)
     config.save_pretrained(directory)
 
 
-def copy_bytes(source: Path, out: Path, written_bytes: int) -> float:
-    """Seconds to read every byte of the checkpoint and to write so many of them."""
-    out.mkdir(parents=True)
+def copy_seconds(source: Path, out: Path, written_bytes: int) -> float:
+    """Seconds to read every byte of the checkpoint and to write the given number."""
+    out.mkdir()
     started = time.perf_counter()
     shards = sorted(source.glob("*.safetensors"))
     share = written_bytes / sum(shard.stat().st_size for shard in shards)
@@ -67,31 +61,32 @@ def copy_bytes(source: Path, out: Path, written_bytes: int) -> float:
     return time.perf_counter() - started
 
 
-def forget(directory: Path) -> None:
-    """Write a directory's files out and drop them from the page cache, so that both sides read from disk."""
+def drop_from_page_cache(directory: Path) -> None:
+    """Write a directory's files to disk and drop them from the page cache, so that the next read is from disk."""
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def child(dense: Path, out: Path, sparsity: float) -> None:
-    """The compaction, in a process whose peak memory is its own."""
+def compaction(dense: Path, out: Path, sparsity: float) -> dict[str, float]:
+    """Seconds, memory and bytes of one compaction; run it in a process of its own, for its peak memory."""
     topology = Topology.of(load_config(dense))
     masks = adapt(topology, random_masks(topology, sparsity), sparsity, "budget", 128, 128)
-    update = weight_update(masks, "mean")
+    generator = torch.Generator().manual_seed(2)
+    update = WeightUpdate(
+        {axis: 1 + 0.1 * torch.randn(keep.shape, generator=generator) for axis, keep in masks.keep.items()}
+    )
     before = peak_memory_bytes(torch.device("cpu"))
     started = time.perf_counter()
     size = compact(dense, masks, update, out)
-    seconds = time.perf_counter() - started
-    figures = {
-        "seconds": seconds,
+    return {
+        "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
         "memory_before_bytes": before,
         "bytes_read": size.bytes_dense,
         "bytes_written": size.bytes_kept,
     }
-    print(json.dumps(figures))
 
 
 def main(
@@ -103,23 +98,19 @@ def main(
 ) -> None:
     """Measure, and print one JSON object."""
     work = directory / "compaction_cost"
-    dense, out, copied = work / "dense", work / "compact", work / "copied"
-    described = load_config(config)
+    dense, out = work / "dense", work / "compact"
     try:
-        write_noise(described, dense)
-        forget(dense)
-        command = [sys.executable, "-c", f"from tools.compaction_cost import child, Path; child(Path({str(dense)!r}), "]
-        command[-1] += f"Path({str(out)!r}), {sparsity})"
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        figures = json.loads(done.stdout.splitlines()[-1])
-        forget(dense)
-        forget(out)
+        write_noise(load_config(config), dense)
+        drop_from_page_cache(dense)
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            figures = process.apply(compaction, (dense, out, sparsity))
+        drop_from_page_cache(dense)
+        drop_from_page_cache(out)
         shutil.rmtree(out)
-        figures["copy_seconds"] = copy_bytes(dense, copied, figures["bytes_written"])
+        figures["copy_seconds"] = copy_seconds(dense, work / "copied", figures["bytes_written"])
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    figures["speed_against_copy"] = figures["copy_seconds"] / figures["seconds"]
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(figures | {"speed_against_copy": figures["copy_seconds"] / figures["seconds"]}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a file of parameters comes to, before anything is downloaded: widths, parameters and memory.
+"""The widths, parameters and memory that a file of parameters leads to, before anything is downloaded.
 
     python -m tools.dry_run configs/llama-3-8b-24gb.yaml
 
-builds the model on the meta device from its published config, drops units by random scores as far as the target asks,
-adapts their number, and counts. Sizes follow from the target; which units go, only a run can say.
+builds the model on the meta device from its published config, prunes it to the target by random scores, adapts the
+widths, and counts. The sizes are those of a real run; which units are kept is not.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import AXES, Axis, Topology
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.memory import training_memory
-from tvaprune.gates.state import GateTraining
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
-from tvaprune.methods import check_method
+from tvaprune.masks.update import WeightUpdate
+from tvaprune.methods import check_request
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.everything import check_everything
 from tvaprune.params.fetch_inputs import FetchInputsParams
@@ -44,13 +42,14 @@ PUBLISHED = Path("configs/models")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the parameters make of the model.
+    """Sizes of the dense and the pruned model.
 
     Attributes:
-        config, student: of the dense model, and of the pruned one as `compact` would write it.
+        config: of the dense model.
+        student: config of the pruned model, as `compact` would write it.
         masks: projected and adapted.
         parameters_dense, parameters_kept: of the whole models; a tied head counts once.
-        sparsity: share of the decoder layers' parameters that went.
+        sparsity: share of the decoder layers' parameters that is removed.
     """
 
     config: PreTrainedConfig
@@ -62,10 +61,10 @@ class Sizes:
 
 
 def published_config(params_file: Path) -> Path:
-    """Where the config of the model that the parameters name is: configs/models, by the repository's or package's name.
+    """The directory in configs/models of the model that the parameters name.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is none.
     """
     source = FetchInputsParams.load(params_file).model
     name = getattr(source, "repo", None) or getattr(source, "name", None) or source.path.name  # type: ignore[union-attr]
@@ -84,23 +83,24 @@ def random_masks(topology: Topology, target_sparsity: float, axes: tuple[Axis, .
 
 
 def sizes(params_file: Path, model: Path) -> Sizes:
-    """Check the parameters, build the dense model with gates and the pruned one on the meta device, and count.
+    """Check the parameters, prune the model at random, and count.
 
     Raises:
-        ValueError: parameters that are wrong, or do not fit the model.
+        ValueError: the parameters are wrong or do not fit the model.
     """
     check_everything(params_file)
     learn, adapting = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
     config = load_config(model)
     topology = Topology.of(config)
-    check_method(learn.method, learn.axes, learn.sparsity, topology)
-    dropped = random_masks(topology, learn.sparsity, learn.axes)
+    check_request(learn.request(), topology)
+    masks = random_masks(topology, learn.sparsity, learn.axes)
     timed = ProfileHardwareParams.load(params_file)
-    # Which widths `measured` takes, the hardware says; they are multiples of what it times.
+    # With `measured` the hardware decides; its widths are multiples of these steps.
     multiples = adapting.multiples() or (timed.hidden_step, timed.intermediate_step)
-    masks = adapt(topology, dropped, learn.sparsity, adapting.rounding, *multiples, adapting.layout)
-    run_gated(config, topology, masks)
-    student = pruned_config(config, masks, adapting.layout)
+    masks = adapt(topology, masks, learn.sparsity, adapting.rounding, *multiples, adapting.layout)
+    planned = plan(config, dense_tensors(config), masks, WeightUpdate.none(topology), adapting.layout)
+    content = dict(planned.config)
+    student = AutoConfig.for_model(content.pop("model_type"), **content)
     return Sizes(config, student, masks, parameters(config), parameters(student), sparsity(topology, masks.widths()))
 
 
@@ -110,41 +110,18 @@ def memory(
     """Bytes by stage and part, on one device; fine-tuning only where it is enabled."""
     windows = SampleCalibrationParams.load(params_file)
     learn, recover = LearnMasksParams.load(params_file), FinetuneLoraParams.load(params_file)
-    gates = GateTraining(**learn.gates.model_dump())
-    bytes_of = {
-        "learn_masks": training_memory(
-            found.config, gates, windows.seq_len, dtype, device_type, learn.gradient_checkpointing
+    request = learn.request()
+    found_bytes = {}
+    if request.trains_gates:
+        found_bytes["learn_masks"] = training_memory(
+            found.config, request.options, windows.seq_len, dtype, device_type, request.gradient_checkpointing
         )
-    }
     if recover.enabled:
-        bytes_of["finetune_lora"] = finetuning_memory(
-            found.student,
-            found.config,
-            recover.take(LoraSettings),
-            recover.take(Objective),
-            recover.take(Schedule),
-            windows.finetune_seq_len,
-            dtype,
-            device_type,
+        settings = recover.take(LoraSettings), recover.take(Objective), recover.take(Schedule)
+        found_bytes["finetune_lora"] = finetuning_memory(
+            found.student, found.config, *settings, windows.finetune_seq_len, dtype, device_type
         )
-    return bytes_of
-
-
-def run_gated(config: PreTrainedConfig, topology: Topology, masks: Masks) -> None:
-    """Place the gates in the dense model and run it, on the meta device: what does not fit raises."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        gates = {axis: gate.to("meta") for axis, gate in hard_gates(masks.keep).items()}
-        with GatedModel(model, topology).inserted() as gated:
-            gated.set(gates, int(masks.keep["hidden"].sum()))
-            model(torch.zeros(1, 8, dtype=torch.int64))
-
-
-def pruned_config(config: PreTrainedConfig, masks: Masks, layout: str) -> PreTrainedConfig:
-    """The config that `compact` would write."""
-    planned = plan(config, dense_tensors(config), masks, weight_update(masks, "mean"), layout)  # type: ignore[arg-type]
-    content = dict(planned.config)
-    return AutoConfig.for_model(content.pop("model_type"), **content)
+    return found_bytes
 
 
 def parameters(config: PreTrainedConfig) -> int:
@@ -154,22 +131,21 @@ def parameters(config: PreTrainedConfig) -> int:
 
 
 def size_lines(found: Sizes) -> Iterator[str]:
-    """What to print of the sizes."""
+    """The lines to print."""
     yield f"dense   {found.parameters_dense:,} parameters"
     yield f"pruned  {found.parameters_kept:,} parameters; {found.sparsity:.4f} of the decoder layers' removed"
     for axis, widths in found.masks.widths().items():
-        counts = widths.flatten().tolist()
-        spread = str(counts[0]) if axis == "hidden" else f"{min(counts)} to {max(counts)} a layer"
-        yield f"        {axis}: {spread}, of {found.masks.keep[axis].shape[-1]}"
+        shown = f"{int(widths)}" if axis == "hidden" else f"{int(widths.min())} to {int(widths.max())} a layer"
+        yield f"        {axis}: {shown}, of {found.masks.keep[axis].shape[-1]}"
 
 
 def main(
     params_file: Annotated[Path, typer.Argument(help="Parameters: params.yaml or a file of configs/.")],
     model: Annotated[
-        Path | None, typer.Option(help="Directory with the model's config.json; without it, that of configs/models.")
+        Path | None, typer.Option(help="Directory with the model's config.json; the default is that of configs/models.")
     ] = None,
 ) -> None:
-    """Print the widths, the parameters and the memory that the parameters come to."""
+    """Print widths, parameters and memory."""
     directory = model or published_config(params_file)
     found = sizes(params_file, directory)
     typer.echo(f"{params_file} on {directory.name}")

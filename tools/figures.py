@@ -1,8 +1,8 @@
-"""Pictures of what the pipeline wrote, as PNG and SVG.
+"""Figures of the pipeline's metrics, as PNG and SVG.
 
 `python -m tools.figures` draws latency against width from metrics/profile.csv, the benchmark's rounds from
 metrics/speed.csv, and, with `--experiments`, speedup against sparsity and quality against latency over the experiments
-of the current commit (`dvc exp show`). What is not there yet is left out, and said.
+of the current commit (`dvc exp show`). It names the figures that it has no data for.
 """
 
 import csv
@@ -15,56 +15,50 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.results import measured_experiments, shown_experiments
+from tools.results import NAMES, PHASES, measured_experiments, shown_experiments
 
-PHASES = ("prefill", "decode")
+UNITS = {"prefill": "ms", "decode": "ms a token"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned model of one experiment, and what it is compared with.
+    """One pruned model of one experiment, and the dense model in the same run.
 
     Attributes:
-        sparsity: target fraction of the decoder removed.
-        latency_ms, speedup: by phase.
-        perplexity: of the recovered model where there is one, else of the pruned.
-        dense_ms, dense_perplexity: of the model before pruning, in the same run.
+        sparsity: target, a fraction of the decoder's parameters.
+        speed: by phase, as in metrics/speed.json.
+        perplexity: of the fine-tuned model if there is one, else of the pruned model.
     """
 
     name: str
     method: str
     sparsity: float
-    latency_ms: dict[str, float]
-    speedup: dict[str, float]
+    speed: dict[str, Any]
     perplexity: float
-    dense_ms: dict[str, float]
     dense_perplexity: float
+
+    def latency_ms(self, phase: str, model: str = "compact") -> float:
+        return self.speed[phase][model]["latency_ms"]
 
 
 def points(shown: list[dict[str, Any]]) -> list[Point]:
     """The experiments in `dvc exp show --json` that have speed and perplexity, each once."""
     found = []
     for name, params, metrics in measured_experiments(shown):
-        if not metrics.get("speed"):
-            continue
-        speed, perplexity = metrics["speed"], metrics["perplexity"]
-        point = Point(
-            name=name,
-            method=params["learn_masks"]["method"],
-            sparsity=params["sparsity"],
-            latency_ms={phase: speed[phase]["compact"]["latency_ms"] for phase in PHASES},
-            speedup={phase: speed[phase]["speedup"] for phase in PHASES},
-            perplexity=perplexity.get("finetuned", perplexity["compact"])["ppl"],
-            dense_ms={phase: speed[phase]["dense"]["latency_ms"] for phase in PHASES},
-            dense_perplexity=perplexity["dense"]["ppl"],
-        )
-        if point not in found:
-            found.append(point)
+        if speed := metrics.get("speed"):
+            perplexity = {
+                model: metrics["perplexity"][model]["ppl"] for model in NAMES if model in metrics["perplexity"]
+            }
+            best = perplexity.get("finetuned", perplexity["compact"])
+            method = params["learn_masks"]["method"]
+            point = Point(name, method, params["sparsity"], speed, best, perplexity["dense"])
+            if point not in found:
+                found.append(point)
     return found
 
 
 def pareto(latency_and_loss: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other beats in both, fastest first."""
+    """The points that no other point beats in both, fastest first."""
     front: list[tuple[float, float]] = []
     for latency, loss in sorted(latency_and_loss):
         if not front or loss < front[-1][1]:
@@ -85,59 +79,60 @@ def rounds(axes: Axes, rows: list[dict[str, str]], phase: str) -> None:
     """Every measured round of the first batch size, by model."""
     rows = [row for row in rows if row["phase"] == phase and row["batch"] == rows[0]["batch"]]
     for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        axes.plot([int(row["repeat"]) for row in own], [float(row["latency_ms"]) for row in own], ".-", label=model)
-    axes.set(title=phase, xlabel="round", ylabel="ms" if phase == "prefill" else "ms a token", ylim=(0, None))
+        own = [(int(row["repeat"]), float(row["latency_ms"])) for row in rows if row["model"] == model]
+        axes.plot(*zip(*own, strict=True), ".-", label=model)
+    axes.set(title=phase, xlabel="round", ylabel=UNITS[phase], ylim=(0, None))
     axes.legend()
 
 
 def speedups(axes: Axes, measured: list[Point], phase: str) -> None:
-    for method in sorted({point.method for point in measured}):
-        own = sorted((point.sparsity, point.speedup[phase]) for point in measured if point.method == method)
-        axes.plot(*zip(*own, strict=True), "o", label=method)
+    """Speedup against sparsity, by method."""
+    plot_methods(axes, measured, lambda point: (point.sparsity, point.speed[phase]["speedup"]))
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(title=phase, xlabel="target sparsity of the decoder", ylabel="speedup")
     axes.legend()
 
 
 def qualities(axes: Axes, measured: list[Point], phase: str) -> None:
-    for method in sorted({point.method for point in measured}):
-        own = [(point.latency_ms[phase], point.perplexity) for point in measured if point.method == method]
-        axes.plot(*zip(*own, strict=True), "o", label=method)
-    dense = {(point.dense_ms[phase], point.dense_perplexity) for point in measured}
+    """Perplexity against latency, by method, and the points that no other beats."""
+    plot_methods(axes, measured, lambda point: (point.latency_ms(phase), point.perplexity))
+    dense = {(point.latency_ms(phase, "dense"), point.dense_perplexity) for point in measured}
     axes.plot(*zip(*dense, strict=True), "k*", label="dense")
-    front = pareto([*dense, *((point.latency_ms[phase], point.perplexity) for point in measured)])
+    front = pareto([*dense, *((point.latency_ms(phase), point.perplexity) for point in measured)])
     axes.plot(*zip(*front, strict=True), color="grey", linewidth=0.8, label="best so far", drawstyle="steps-post")
-    unit = "ms" if phase == "prefill" else "ms a token"
-    axes.set(title=phase, xlabel=unit, ylabel="held-out perplexity", yscale="log")
+    axes.set(title=phase, xlabel=UNITS[phase], ylabel="held-out perplexity", yscale="log")
     axes.legend()
 
 
-def draw(folder: Path, name: str, panel: Callable[[Axes, Any, str], None], content: Any) -> None:
-    """One picture of two panels, prefill and decode, as NAME.png and NAME.svg."""
+def plot_methods(axes: Axes, measured: list[Point], position: Callable[[Point], tuple[float, float]]) -> None:
+    for method in sorted({point.method for point in measured}):
+        own = sorted(position(point) for point in measured if point.method == method)
+        axes.plot(*zip(*own, strict=True), "o", label=method)
+
+
+def draw(folder: Path, name: str, panel: Callable[[Axes, Any, str], None], content: Any) -> Figure:
+    """Write a figure of two panels, prefill and decode, as NAME.png and NAME.svg."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, phase in zip(figure.subplots(1, 2), PHASES, strict=True):
         panel(axes, content, phase)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         figure.savefig(folder / f"{name}.{kind}", dpi=150)
+    return figure
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """A CSV's rows; none where there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file; none if there is no such file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
 
 def main(
-    experiments: Annotated[bool, typer.Option(help="Draw the experiments of this commit too.")] = False,
+    experiments: Annotated[bool, typer.Option(help="Also draw the experiments of this commit.")] = False,
     metrics: Annotated[Path, typer.Option(help="Folder with profile.csv and speed.csv.")] = Path("metrics"),
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("artifacts/figures"),
 ) -> None:
-    """Draw the figures. Reads metrics/ and, when asked, `dvc exp show --json`; writes PNG and SVG."""
-    wanted = [
+    """Draw the figures. Reads metrics/ and, with --experiments, `dvc exp show --json`; writes PNG and SVG."""
+    wanted: list[tuple[str, Callable[[Axes, Any, str], None], Any, str]] = [
         ("latency_by_width", staircase, read_rows(metrics / "profile.csv"), "run dvc repro profile_hardware"),
         ("rounds", rounds, read_rows(metrics / "speed.csv"), "run dvc repro benchmark_speed"),
     ]

@@ -1,8 +1,8 @@
-"""Prefill and decode of the dense and the pruned model in llama.cpp, which many serve with on a CPU.
+"""Prefill and decode speed of the dense and the pruned models in llama.cpp.
 
-`python -m tools.llama_cpp_speed` writes both as GGUF files of each type into a temporary directory, times them
-alternately in one process and prints a row for each type and phase. Needs `pip install 'tvaprune[gguf]'` and a machine
-that does nothing else.
+`python -m tools.llama_cpp_speed` writes each model as a GGUF file of each type into a temporary directory, times them
+in turn in one process and prints a row for each type and phase. It needs `pip install 'tvaprune[gguf]'` and an
+otherwise idle machine.
 """
 
 import tempfile
@@ -14,6 +14,9 @@ import torch
 import typer
 from gguf import GGUFReader
 
+from stages._options import Compact, Dense, Finetuned
+from tools import markdown
+from tools.markdown import SPEEDUP, speedup_cells
 from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import GgufDtype, write_gguf
 from tvaprune.measures.comparison import present_models
@@ -25,7 +28,7 @@ from tvaprune.proof.gguf_runtime import timed
 
 
 def bytes_read(file: Path) -> int:
-    """Bytes of the weights that a decoded token reads; an embedding beside an output matrix is read by single rows."""
+    """Bytes of the weights that a decode step reads: all, except the embedding where the output matrix is its own."""
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
     return sum(size for name, size in sizes.items() if name != "token_embd.weight" or "output.weight" not in sizes)
 
@@ -36,39 +39,34 @@ def compare(
     """Prefill and decode of model directories as GGUF files of one type.
 
     Args:
-        directories: by name; "dense" and whatever else.
-        folder: where the files go.
+        directories: by name; "dense" and any others.
+        folder: for the files.
     """
     files = {name: folder / f"{name}-{dtype}.gguf" for name in directories}
-    flops, prefills, decodes = {}, {}, {}
+    flops: dict[str, float] = {}
+    prefills: dict[str, Callable[[], float]] = {}
+    decodes: dict[str, Callable[[], float]] = {}
     for name, directory in directories.items():
         write_gguf(directory, files[name], dtype)
         model = load(directory, torch.bfloat16)
         flops[name] = float(prefill_flops(model, 1, settings.prefill_tokens))
-        long = random_prompt(model, 1, settings.prefill_tokens)[0].tolist()
-        prefills[name] = timed(files[name], long, 1)
-        decodes[name] = timed(files[name], long[: settings.decode_prompt_tokens], settings.decode_tokens)
+        prompt = random_prompt(model, 1, settings.prefill_tokens)[0].tolist()
+        read = timed(files[name], prompt, 1)
+        generate = timed(files[name], prompt[: settings.decode_prompt_tokens], settings.decode_tokens)
+        prefills[name] = lambda read=read: read().prefill_ms  # type: ignore[misc]
+        decodes[name] = lambda generate=generate: generate().decode_ms  # type: ignore[misc]
     rounds = settings.repeats, settings.max_warmup
-
-    def prefill(name: str) -> Callable[[], float]:
-        return lambda: prefills[name]().prefill_ms
-
-    def decode(name: str) -> Callable[[], float]:
-        return lambda: decodes[name]().decode_ms
-
     with without_garbage_collection():
-        first = interleave({name: prefill(name) for name in files}, *rounds, f"{dtype}: prefill")
-        then = interleave({name: decode(name) for name in files}, *rounds, f"{dtype}: decode")
+        first = interleave(prefills, *rounds, f"{dtype}: prefill")
+        then = interleave(decodes, *rounds, f"{dtype}: decode")
     sizes = {name: float(bytes_read(file)) for name, file in files.items()}
     return Phase(first, settings.prefill_tokens, flops), Phase(then, 1, sizes)
 
 
 def main(
-    dense: Annotated[Path, typer.Option(help="Model directory before pruning.")] = Path("data/model"),
-    compact: Annotated[Path, typer.Option(help="Model directory after pruning.")] = Path("artifacts/compact"),
-    finetuned: Annotated[Path, typer.Option(help="Model directory after fine-tuning; skipped if empty.")] = Path(
-        "artifacts/finetuned"
-    ),
+    dense: Dense = Path("data/model"),
+    compact: Compact = Path("artifacts/compact"),
+    finetuned: Finetuned = Path("artifacts/finetuned"),
     dtypes: Annotated[str, typer.Option(help="Types of the GGUF files, of f32, f16, bf16, q8_0.")] = "bf16,q8_0",
     params: Annotated[
         Path, typer.Option(help="YAML file; lengths, repeats and threads of its section benchmark_speed.")
@@ -84,18 +82,11 @@ def main(
             phases = compare(directories, dtype, settings, Path(folder))  # type: ignore[arg-type]
         for name, work, phase in zip(("prefill", "decode"), ("flops", "bytes_read"), phases, strict=True):
             found = summarise(phase, work)
-            rates = [f"{found[model]['tokens_per_s']:.0f} ± {spread(found[model]):.0%}" for model in directories]
-            cells = [f"{found['speedup']:.2f}×", f"{found['limit']:.2f}×", f"{found['efficiency']:.2f}"]
-            rows.append("| " + " | ".join([dtype, name, *rates, *cells]) + " |")
+            of_models = [found[model] for model in directories]
+            rates = [f"{of['tokens_per_s']:.0f} ± {of['iqr_ms'] / of['latency_ms'] / 2:.0%}" for of in of_models]
+            rows.append([dtype, name, *rates, *speedup_cells(found)])
     typer.echo(f"Tokens a second ± half the interquartile range, batch 1, {machine_name(torch.device('cpu'))}.\n")
-    typer.echo("| | | " + " | ".join(directories) + " | speedup | limit | efficiency |")
-    typer.echo("|---|---|" + "---|" * (len(directories) + 3))
-    typer.echo("\n".join(rows))
-
-
-def spread(found: dict[str, float]) -> float:
-    """Half the interquartile range as a share of the median."""
-    return found["iqr_ms"] / found["latency_ms"] / 2
+    typer.echo(markdown.table(["", "", *directories, *SPEEDUP], rows))
 
 
 if __name__ == "__main__":

@@ -1,54 +1,51 @@
-"""Whether a file of parameters fits this machine, and how long it takes, before anything is downloaded.
+"""Try a file of parameters on this machine, before anything is downloaded: time and memory of real steps.
 
     python -m tools.try_steps configs/llama-3-8b-80gb.yaml
 
-takes some real steps of mask learning and of fine-tuning at the model's sizes, with random weights and random text,
-on the device that the stages would take, and prints seconds and memory beside the estimates of tools.dry_run.
+takes some steps of mask learning and of fine-tuning at the model's sizes, with random weights and random text, on the
+device that the stages would use. It prints seconds a step, the ratio to a step without gates, and the memory beside the
+estimates of tools.dry_run.
 """
 
+import statistics
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from tools.alignment_table import layer_widths
-from tools.dry_run import memory, published_config, sizes
-from tvaprune.baselines.registry import BaselineOptions
-from tvaprune.checkpoint.random_model import random_models
+from tools.dry_run import Sizes, memory, published_config, sizes
+from tvaprune.architecture.attention import use_training_attention
+from tvaprune.architecture.topology import Topology, hidden_states
+from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.device import pick_device, pick_dtype
-from tvaprune.gates.state import GateTraining
+from tvaprune.device import pick_device, pick_dtype, synchronise
+from tvaprune.distributed import ALONE
+from tvaprune.gates.insertion import GatedModel
+from tvaprune.gates.objective import Batch, objective
+from tvaprune.gates.training import new_gates
+from tvaprune.losses import next_token_labels
 from tvaprune.measures.machine import machine_name
-from tvaprune.methods import find_masks
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.training import Objective, finetune
-
-
-class _Forgetful:
-    """A run's state that is not kept."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def load(self) -> None:
-        return None
-
-    def save(self, state: dict[str, Any]) -> None:
-        pass
+from tvaprune.resume import NoState
 
 
 def main(
     params_file: Annotated[Path, typer.Argument(help="Parameters: params.yaml or a file of configs/.")],
     model: Annotated[
-        Path | None, typer.Option(help="Directory with the model's config.json; without it, that of configs/models.")
+        Path | None, typer.Option(help="Directory with the model's config.json; the default is that of configs/models.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of each; the first are slower.", min=2)] = 10,
 ) -> None:
@@ -58,46 +55,92 @@ def main(
     dtype = pick_dtype(device)
     estimates = memory(params_file, found, dtype, device.type)
     typer.echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
-    windows = SampleCalibrationParams.load(params_file)
-    learn, recover = LearnMasksParams.load(params_file), FinetuneLoraParams.load(params_file)
-    generator = torch.Generator().manual_seed(0)
-
-    def text(count: int, tokens: int) -> torch.Tensor:
-        return torch.randint(found.config.vocab_size, (count, tokens), generator=generator)
-
     with device:
         dense = AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
-    gates = replace(GateTraining(**learn.gates.model_dump()), steps=steps, curvature_windows=2)
-    learned = find_masks(
-        dense, text(gates.batch_size * steps, windows.seq_len), text(2, windows.seq_len), learn.sparsity, gates,
-        BaselineOptions(), method="tva", axes=learn.axes, seed=0, gradient_checkpointing=learn.gradient_checkpointing,
-    )  # fmt: skip
-    seconds = learned.step_seconds + learned.teacher_seconds
-    _say("learn_masks", seconds, learn.gates.steps, learned.peak_memory_bytes, estimates)
-    if not recover.enabled:
-        return
-    # As the stage loads them: in host memory, and on the device only while they are used there.
-    dense.eval().to("cpu")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    (student,) = random_models(found.config, [layer_widths(found.masks)], dtype, torch.device("cpu"))
-    settings, objective = recover.take(LoraSettings), recover.take(Objective)
-    schedule = replace(recover.take(Schedule), steps=steps, epochs=None, validate_every=steps)
-    ids = text(schedule.windows_a_step * steps, windows.finetune_seq_len)
+    try_learning(params_file, dense, steps, estimates["learn_masks"]["total"])
+    if "finetune_lora" in estimates:
+        # As the stage loads it: in host memory, and on the device only while it is used there.
+        dense.eval().to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try_finetuning(params_file, found, dense, steps, device, estimates["finetune_lora"]["total"])
+
+
+def try_learning(params_file: Path, dense: PreTrainedModel, steps: int, estimate: int) -> None:
+    """Steps of learn_masks, each beside the same forward, objective and backward without gates."""
+    request, seq_len = LearnMasksParams.load(params_file).request(), SampleCalibrationParams.load(params_file).seq_len
+    if not request.trains_gates:
+        raise ValueError(f"{params_file}: learn_masks.method = {request.method} takes no steps")
+    size = request.options.batch_size
+    ids = random_windows(dense.config, size * steps, seq_len).to(dense.device)
+    topology, options = Topology.of(dense.config), replace(request.options, steps=steps)
+    gates = new_gates(topology, options, request.sparsity, request.axes, dense.device, seed=0)
+    dense.requires_grad_(False)
+    use_training_attention(dense, dense.device)
+    if request.gradient_checkpointing:
+        dense.activation_checkpointing_enable()
+        dense.train()
+    seconds: dict[str, list[float]] = {"teacher": [], "bare": [], "gates": []}
+    with GatedModel(dense, topology).inserted() as gated:
+        gates.start(gated, ids[:2], ALONE, progress=True)
+        for step, windows in enumerate(tqdm(ids.split(size), desc="steps")):
+            gated.clear()
+            teacher = None
+            if options.distillation_weight > 0:
+                with torch.no_grad(), timed(dense.device, seconds["teacher"]):
+                    teacher = hidden_states(dense, windows).flatten(0, 1)
+            batch = Batch(windows, next_token_labels(windows), teacher)
+            dense.enable_input_require_grads()
+            with timed(dense.device, seconds["bare"]):
+                objective(dense, batch, options).loss.backward()
+            dense.disable_input_require_grads()
+            with timed(dense.device, seconds["gates"]):
+                gates.step(gated, batch, step, ALONE)
+    median = {name: statistics.median(values) if values else 0.0 for name, values in seconds.items()}
+    total, peak = median["gates"] + median["teacher"], peak_memory_bytes(dense.device)
+    _say("learn_masks", total, request.options.steps, peak, estimate)
+    ratio = median["gates"] / median["bare"]
+    typer.echo(f"learn_masks: without the teacher, a step takes {ratio:.2f} times one without gates")
+
+
+@contextmanager
+def timed(device: torch.device, seconds: list[float]) -> Iterator[None]:
+    """Append how long the block took, with the device's work done."""
+    synchronise(device)
+    started = time.perf_counter()
+    yield
+    synchronise(device)
+    seconds.append(time.perf_counter() - started)
+
+
+def try_finetuning(
+    params_file: Path, found: Sizes, dense: PreTrainedModel, steps: int, device: torch.device, estimate: int
+) -> None:
+    """Steps of finetune_lora, on the widths that the parameters come to."""
+    windows, recover = SampleCalibrationParams.load(params_file), FinetuneLoraParams.load(params_file)
+    (student,) = random_models(found.config, [LayerWidths.of(found.masks.widths())], dense.dtype, torch.device("cpu"))
+    schedule = recover.take(Schedule)
+    total = schedule.total_steps(windows.finetune_samples)
+    schedule = replace(schedule, steps=steps, epochs=None, validate_every=steps)
+    ids = random_windows(found.config, schedule.windows_a_step * steps, windows.finetune_seq_len)
     with tempfile.TemporaryDirectory() as work:
         done = finetune(
-            student, dense, ids, ids[:2], lora=settings, objective=objective, schedule=schedule, seed=0, device=device,
-            state=_Forgetful(Path(work)),  # type: ignore[arg-type]
+            student, dense, ids, ids[:2], lora=recover.take(LoraSettings), objective=recover.take(Objective),
+            schedule=schedule, seed=0, device=device, state=NoState(Path(work)),
         )  # fmt: skip
-    total = recover.take(Schedule).total_steps(windows.finetune_samples)
-    _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimates)
+    _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimate)
 
 
-def _say(stage: str, seconds: float, steps: int, peak: int, estimates: dict[str, dict[str, int]]) -> None:
+def random_windows(config: PreTrainedConfig, count: int, tokens: int) -> torch.Tensor:
+    """Random token ids, int64 [count, tokens]."""
+    return torch.randint(config.vocab_size, (count, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _say(stage: str, seconds: float, steps: int, peak: int, estimate: int) -> None:
     typer.echo(
         f"{stage}: {seconds:.3f} s a step, {seconds * steps / 60:.1f} minutes for {steps}; "
-        f"{peak / 1e9:.2f} GB (on a CPU of the whole process), estimated {estimates[stage]['total'] / 1e9:.2f}"
+        f"{peak / 1e9:.2f} GB (on a CPU of the whole process), estimated {estimate / 1e9:.2f}"
     )
 
 

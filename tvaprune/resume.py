@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -39,6 +40,19 @@ class SavedState(Saver, Protocol):
     @property
     def directory(self) -> Path:
         """For files of the same lifetime as the state."""
+
+
+@dataclass(frozen=True)
+class NoState:
+    """A `SavedState` that keeps nothing: each run starts from the beginning."""
+
+    directory: Path
+
+    def load(self) -> None:
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def hash_files(paths: Iterable[Path]) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import tiny_model
-from tests.unit.test_finetune import LORA, NoState, adapter, assert_identical, run_finetune
+from tests.unit.test_finetune import LORA, adapter, assert_identical, run_finetune
 from tests.unit.test_gates import DETERMINISTIC, PAPER, TVA, WINDOWS, Memory
 from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, build_uneven
 from tvaprune.architecture.parameter_counts import sparsity
@@ -23,7 +23,7 @@ from tvaprune.gates.memory import training_memory
 from tvaprune.gates.training import Learned, learn_gates, new_gates
 from tvaprune.masks.latency_table import PHASES
 from tvaprune.measures import latency, machine
-from tvaprune.measures.block_times import Candidates, Lengths, layers_to_time, time_blocks
+from tvaprune.measures.block_times import Candidates, layers_to_time, time_blocks
 from tvaprune.measures.perplexity import evaluate
 from tvaprune.methods import find_masks
 from tvaprune.options.gates import GateOptions
@@ -32,6 +32,7 @@ from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.memory import finetuning_memory
 from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.training import Objective, finetune
+from tvaprune.resume import NoState
 from tvaprune.runtime import passes
 from tvaprune.runtime.packed import Runtime, prepare
 
@@ -129,7 +130,7 @@ def test_a_recorded_graph_decodes_the_same_tokens_each_time(make: Any, dtype: to
 @pytest.mark.parametrize("runtime", ["eager", "graphs"])
 def test_a_comparison_is_positive_numbers(runtime: Runtime) -> None:
     models = {"dense": build().to(CUDA), "compact": build_pruned().to(CUDA)}
-    phases = latency.compare(models, [1, 2], 12, 5, 3, 3, 2, runtime)
+    phases = latency.compare(models, [1, 2], latency.Benchmark(12, 5, 3, 3, 2), runtime)
     for phase in (phase for both in phases.values() for phase in both):
         assert all(value > 0 for values in phase.latency_ms.values() for value in values)
     assert machine.machine_name(CUDA)
@@ -142,7 +143,7 @@ def test_every_block_is_timed(runtime: Runtime) -> None:
     config = tiny_model("llama").config
     models = random_models(config, [LayerWidths(*each) for each in widths.by_model()], torch.bfloat16, CUDA)
     by_width = dict(zip(widths.hidden, [prepare(model, runtime) for model in models], strict=True))
-    times = time_blocks(by_width, Lengths(2, 8, 4, 3), 3, 2, runtime)
+    times = time_blocks(by_width, 2, latency.Benchmark(8, 4, 3, 3, 2), runtime)
     layers = len(layers_to_time(widths)[0])
     for phase in PHASES:
         for rounds in times[phase].values():

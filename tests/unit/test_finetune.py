@@ -40,7 +40,7 @@ from tvaprune.recovery.lora import (
 from tvaprune.recovery.schedule import Schedule, learning_rate_at, windows_of
 from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden
 from tvaprune.recovery.training import CurveRow, DivergedError, Finetuned, Objective, finetune, write_curve
-from tvaprune.resume import ResumableRun
+from tvaprune.resume import NoState, ResumableRun
 from tvaprune.verify import verify
 
 VOCAB, SEQ = 128, 16
@@ -49,19 +49,6 @@ SCHEDULE = Schedule(
     steps=8, epochs=None, batch_size=2, accumulation=2, learning_rate=5e-3, warmup=0.25, validate_every=3, save_every=3
 )
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.2)
-
-
-class NoState:
-    """Keeps nothing between runs."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def load(self) -> None:
-        return None
-
-    def save(self, state: dict) -> None:
-        pass
 
 
 def tiny(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:

@@ -188,9 +188,7 @@ def leaves(content: Any) -> list[Any]:
 
 def test_comparison_is_finite_numbers_under_the_documented_keys() -> None:
     models = {"dense": build(), "compact": build_uneven(), "finetuned": build_uneven()}
-    phases = latency.compare(
-        models, [2, 1], prefill_tokens=12, decode_prompt_tokens=5, decode_tokens=3, repeats=3, max_warmup=2
-    )
+    phases = latency.compare(models, [2, 1], latency.Benchmark(12, 5, 3, repeats=3, max_warmup=2))
     metrics = speed_report.speed_metrics(phases)
     assert gc.isenabled()
     json.dumps(metrics, allow_nan=False)
@@ -237,16 +235,7 @@ def test_the_limit_is_the_plain_models_under_every_runtime() -> None:
     limits = []
     for runtime in ("eager", "packed"):
         models = {"dense": build(), "compact": build_uneven()}
-        phases = latency.compare(
-            models,
-            [1],
-            prefill_tokens=6,
-            decode_prompt_tokens=5,
-            decode_tokens=2,
-            repeats=3,
-            max_warmup=2,
-            runtime=runtime,
-        )
+        phases = latency.compare(models, [1], latency.Benchmark(6, 5, 2, repeats=3, max_warmup=2), runtime)
         limits.append([phase.work for phase in phases[1]])
     assert limits[0] == limits[1]
     assert limits[0][1]["dense"] > sum(weight.nbytes for weight in build().parameters()) / 2

@@ -19,7 +19,8 @@ from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table, write_table
 from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.projection import project
-from tvaprune.measures.block_times import Candidates, Lengths, candidates, layers_to_time, table_of, time_blocks
+from tvaprune.measures.block_times import Candidates, candidates, layers_to_time, table_of, time_blocks
+from tvaprune.measures.latency import Benchmark
 from tvaprune.runtime.packed import Runtime, prepare
 
 CPU = torch.device("cpu")
@@ -67,11 +68,11 @@ def test_random_models_have_the_widths_and_share_memory(family: str, dtype: torc
 
 @pytest.mark.parametrize("runtime", ["eager", "packed"])
 def test_every_block_is_timed_and_the_table_adds_up_to_the_passes(runtime: Runtime) -> None:
-    lengths = Lengths(batch=2, prefill_tokens=8, decode_prompt_tokens=4, decode_tokens=3)
+    benchmark = Benchmark(prefill_tokens=8, decode_prompt_tokens=4, decode_tokens=3, repeats=3, max_warmup=2)
     config = tiny_model("llama").config
-    models = random_models(config, [LayerWidths(*each) for each in WIDTHS.by_model()], torch.float32, CPU)
+    models = random_models(config, WIDTHS.by_model(), torch.float32, CPU)
     prepared = [prepare(model, runtime) for model in models]
-    times = time_blocks(dict(zip(WIDTHS.hidden, prepared, strict=True)), lengths, 3, 2, runtime)
+    times = time_blocks(dict(zip(WIDTHS.hidden, prepared, strict=True)), 2, benchmark, runtime)
     layers = len(layers_to_time(WIDTHS)[0])
     for phase in PHASES:
         for rounds in times[phase].values():

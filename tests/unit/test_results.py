@@ -32,6 +32,9 @@ def test_the_workspace_table_has_a_row_for_each_model_that_was_measured() -> Non
     assert lines[3].startswith("| pruned | 113.2 M | 30.0 | 125 (1.25×)")
     assert lines[3].endswith("0.670 | 0.410 | 0.520 | 0.400 |")
     assert "LoRA" not in workspace_table(METRICS)
+    assert "zero-shot on 40 rows" in workspace_table(METRICS)
+    everything = METRICS | {"zeroshot": METRICS["zeroshot"] | {"limit": 0}}  # type: ignore[operator]
+    assert "zero-shot on all rows" in workspace_table(everything)
 
 
 def experiment(

@@ -1,11 +1,14 @@
 """Models of given widths with random weights: their speed is that of trained ones."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from tvaprune.architecture.topology import Axis
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 
 # So long a pattern is as good as noise to a processor, and copying it is quicker than drawing.
@@ -21,6 +24,11 @@ class LayerWidths(NamedTuple):
     hidden: int
     intermediate: list[int]
     kv_heads: list[int]
+
+    @classmethod
+    def of(cls, widths: Mapping[Axis, Tensor]) -> "LayerWidths":
+        """From `Masks.widths()`."""
+        return cls(int(widths["hidden"]), widths["intermediate"].tolist(), widths["kv_heads"].tolist())
 
 
 def random_models(

@@ -1,37 +1,30 @@
-"""Widths by a measured table: the most importance within a budget, and of what keeps as much, the fastest.
+"""Widths from a measured table: the most importance within a budget, or the fastest widths that keep nearly as much.
 
-Every layer chooses one width of each block out of those that were timed, which makes a multiple-choice knapsack: some
-thousand binary variables and one or two sums, solved to the optimum by HiGHS. Hidden is one choice for all layers, so
-the program is solved for each of its widths.
+Each layer takes one of the timed widths for each block, which is a multiple-choice knapsack of some thousand choices.
+All layers share the hidden width, so one knapsack is solved for each of its values.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
 from tvaprune.architecture.topology import Axis, Topology
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.importance import SLOPE, lost_by_width
+from tvaprune.masks.knapsack import Knapsack, Limits
 from tvaprune.masks.latency_table import LATENCIES, Latency, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
 
-# A prediction is right to a few percent, and a latency asked for is a ceiling: aim so far below it.
+# Predictions are right to a few percent, and a latency target is a ceiling: aim at this share of it.
 AIM = 0.95
-# What is traded for speed keeps the parameters to this share, so that the result compares with other ways to round.
+# Faster widths keep at least this share of the parameters, so that the result is comparable with other roundings.
 SAME_PARAMETERS = 0.995
-# HiGHS meets a sum to about 1e-6; where it oversteps, it is asked again with a limit so much lower.
-_MARGIN = 2e-6
-# Near-ties are countless, and proving the last digit of them takes for ever: how far the found may be from the proven,
-# and how long to try. Importance is learned and latency measured to fewer digits.
+# Relative gaps of the solver: importance is learned and latency is measured to fewer digits.
 _GAP = {"lost": 1e-4, "latency_ms": 1e-3}
-_SECONDS = 5.0
 _ROUNDING = 1e-9  # of sums, relative
 
 
@@ -45,7 +38,7 @@ def adapt_measured(
     latency_target: float | None,
     slack: float,
 ) -> Masks:
-    """Resize the masks to widths of the table: within the parameters, or, where given, within a share of latency."""
+    """Resize the masks to widths of the table, within a share of latency if given, else within the parameters."""
     if latency_target is None:
         chosen = widths_within_parameters(topology, masks, table, of, layout, target_sparsity, slack)
     else:
@@ -54,7 +47,7 @@ def adapt_measured(
 
 
 def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, layout: Layout) -> dict[str, Any]:
-    """What the table predicts for the masks' widths: milliseconds, and the share of the dense model's, by phase."""
+    """Predicted latency of the masks' widths in ms and as a share of the dense model's, by phase."""
     widths = masks.widths()
     intermediate, kv_heads = widths["intermediate"].tolist(), widths["kv_heads"].tolist()
     if layout == "padded":
@@ -71,10 +64,10 @@ def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, layou
 
 
 class Chosen(NamedTuple):
-    """Widths of a model, one a layer but for hidden, and what they cost.
+    """Widths of a model, one a layer except for hidden, and their costs.
 
     Attributes:
-        lost: importance of the units that they leave out.
+        lost: importance of the dropped units.
         parameters: of the decoder layers.
         latency_ms: predicted.
     """
@@ -96,17 +89,15 @@ def widths_within_parameters(
     target_sparsity: float,
     slack: float,
 ) -> Chosen:
-    """The fastest of the widths that lose hardly more than the least possible within the parameters.
+    """The fastest widths among those that lose little more importance than necessary for the budget.
 
-    First the least that any widths of the table lose within the budget; then, of those that lose no more than
-    (1 + slack) times that with as good as the same parameters and the same heads, the ones of the lowest predicted
-    latency. Whatever rounding of the masks to multiples of the table's steps meets the budget is among the
-    candidates, so none loses less, and none that is within the slack, with those heads, is faster.
+    The first step finds the least loss within the parameters. The second step finds the lowest predicted latency among
+    widths that lose at most (1 + slack) times as much, with the same heads and at least SAME_PARAMETERS of the
+    parameters. Every rounding of the masks to the table's widths that meets the budget is a candidate in both.
 
-    Heads stay, because they are slow and the importance of units that gates have just decided on is nearly the same: by
-    importance alone they would go for MLP units, and perplexity says otherwise (lab log).
-
-    A padded model computes its widest layer in every layer, so there the first step alone counts.
+    The heads stay because they are slow and have little importance next to MLP units: the second step would drop heads
+    first, which costs perplexity (docs/lab-log.md). A padded model computes its widest layer in every layer, so it
+    takes the first step only.
 
     Args:
         slack: share of the least loss that may be added for speed.
@@ -117,19 +108,21 @@ def widths_within_parameters(
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
     for programs in _programs(topology, masks, table, of, layout):
         least = [(program, program.least("lost", {"parameters": (0, budget)})) for program in programs]
-        found = [(program, chosen) for program, chosen in least if chosen and _fits(topology, chosen, layout)]
+        # A config without layers of its own takes a hidden width that fits the most heads of any layer.
+        found = [
+            (program, chosen)
+            for program, chosen in least
+            if chosen and (layout == "uneven" or chosen.hidden % topology.hidden_divisor(max(1, *chosen.kv_heads)) == 0)
+        ]
         if not found:
             continue
         best = min((chosen for _, chosen in found), key=lambda chosen: chosen.lost)
         if layout == "padded":
             return best
         limit = (1 + slack) * (1 + _ROUNDING) * best.lost
-        limits = {
-            "lost": (0.0, limit),
-            "parameters": (SAME_PARAMETERS * best.parameters, budget),
-        }
+        limits = {"lost": (0.0, limit), "parameters": (SAME_PARAMETERS * best.parameters, budget)}
         fast = [
-            program.only(program.with_heads(best.kv_heads)).least("latency_ms", limits)
+            program.with_heads(best.kv_heads).least("latency_ms", limits)
             for program, chosen in found
             if chosen.lost <= limit
         ]
@@ -143,36 +136,30 @@ def widths_within_parameters(
 def widths_within_latency(
     topology: Topology, masks: Masks, table: LatencyTable, of: Latency, layout: Layout, latency_target: float
 ) -> Chosen:
-    """The widths that lose least of those predicted to take no more than a share of the dense model's latency.
+    """The widths of least loss whose predicted latency is at most AIM times a share of the dense model's.
 
-    Aims at AIM times the share, so that the measured latency stays below it. The parameters follow; layers that need
-    not be alike keep the masks' heads, if any widths of the MLPs are fast enough then. A padded model is as slow as
-    its widest layer in every layer, so all are equally wide there.
+    Uneven layers keep the masks' heads if some widths of the MLPs are fast enough with them. A padded model is as slow
+    as its widest layer in every layer, so all its layers get the same widths.
 
     Raises:
-        ValueError: the table has no widths so fast.
+        ValueError: no widths of the table are fast enough.
     """
     dense = table.dense(of, topology)
-    ceiling = AIM * latency_target * dense
+    limits = {"latency_ms": (0.0, AIM * latency_target * dense)}
     fastest = dense
     heads = masks.keep["kv_heads"].sum(-1).tolist()
     for programs in _programs(topology, masks, table, of, "uniform" if layout == "padded" else layout):
-        as_learned = [program.only(program.with_heads(heads)) for program in programs] if layout == "uneven" else []
-        for choices in (as_learned, programs):
-            found = [program.least("lost", {"latency_ms": (0, ceiling)}) for program in choices]
+        same_heads = [program.with_heads(heads) for program in programs] if layout == "uneven" else []
+        for choices in (same_heads, programs):
+            found = [program.least("lost", limits) for program in choices]
             if chosen := [each for each in found if each is not None]:
                 return min(chosen, key=lambda each: each.lost)
-        fastest = min([fastest, *(program.fastest() for program in programs)])
+        fastest = min([fastest, *(program.choices.lowest("latency_ms") for program in programs)])
     raise ValueError(
         f"adapt_dimensions.latency_target = {latency_target}: the narrowest widths that profile_hardware timed take "
         f"{fastest / dense / AIM:.2f} of the dense model's {of} latency; raise it, or lower "
         "profile_hardware.narrowest_hidden"
     )
-
-
-def _fits(topology: Topology, chosen: Chosen, layout: Layout) -> bool:
-    """Whether a config for all layers alike can say so: the hidden width goes with the most heads that a layer has."""
-    return layout == "uneven" or chosen.hidden % topology.hidden_divisor(max(1, *chosen.kv_heads)) == 0
 
 
 def keep_chosen(masks: Masks, chosen: Chosen) -> Masks:
@@ -190,117 +177,47 @@ def keep_chosen(masks: Masks, chosen: Chosen) -> Masks:
     )
 
 
-@dataclass(frozen=True)
-class _Program:
-    """Choices at one hidden width. A group takes exactly one choice, and all layers of a group take it alike.
+class _Program(NamedTuple):
+    """The choices at one hidden width.
 
     Attributes:
-        group, width, lost, parameters, latency_ms: [choices]; first the attention groups, then as many MLP groups.
-        fixed: lost, parameters and latency_ms of the hidden width itself.
-        layers: of each group.
-        groups: however many choices are left of each.
+        layers: that each group stands for; they take the same width.
+        choices: labelled by width; first the groups of the attention blocks, then those of the MLPs. Their costs are
+            lost, parameters and latency_ms.
     """
 
     hidden: int
-    group: np.ndarray
-    width: np.ndarray
-    lost: np.ndarray
-    parameters: np.ndarray
-    latency_ms: np.ndarray
-    fixed: dict[str, float]
     layers: int
-    groups: int
+    choices: Knapsack
 
-    def least(self, objective: str, limits: dict[str, tuple[float, float]]) -> Chosen | None:
-        """The choices of the lowest sum that keep other sums between limits; None if there are none."""
-        within = {name: (low - self.fixed[name], high - self.fixed[name]) for name, (low, high) in limits.items()}
-        smaller = self._without_hopeless(objective, within)
-        if smaller is None:
+    def is_attention(self) -> np.ndarray:
+        """bool [choices]."""
+        return self.choices.group < self.choices.groups // 2
+
+    def only(self, allowed: np.ndarray) -> "_Program":
+        return self._replace(choices=self.choices.only(allowed))
+
+    def with_heads(self, counts: list[int]) -> "_Program":
+        """With these numbers of heads by layer; all choices of the MLPs stay."""
+        heads = np.tile(np.array(counts)[:: self.layers], 2)[self.choices.group]
+        return self.only(~self.is_attention() | (self.choices.label == heads))
+
+    def least(self, objective: str, limits: Limits) -> Chosen | None:
+        """The widths of the lowest sum of one cost within limits on others."""
+        solution = self.choices.least(objective, limits, _GAP[objective])
+        if solution is None:
             return None
-        found = None
-        for margin in (0.0, _MARGIN):
-            found = smaller._solve(objective, {n: (low, high * (1 - margin)) for n, (low, high) in within.items()})
-            if found is None or all(getattr(smaller, n)[found].sum() <= high for n, (_, high) in within.items()):
-                break
-        return None if found is None else smaller._chosen(found)
-
-    def fastest(self) -> float:
-        """The lowest latency that any choices have; infinite without any."""
-        if not self._has_choices():
-            return float("inf")
-        return self.fixed["latency_ms"] + sum(self.latency_ms[self.group == g].min() for g in np.unique(self.group))
-
-    def with_heads(self, counts: list[int]) -> np.ndarray:
-        """Choices of the MLPs, and of each layer's attention the one with so many heads: bool [choices]."""
-        attention = self.group < self.groups // 2
-        by_group = np.array(counts)[:: self.layers]
-        return ~attention | (self.width == np.concatenate([by_group, by_group])[self.group])
-
-    def only(self, which: np.ndarray) -> "_Program":
-        names = ("group", "width", "lost", "parameters", "latency_ms")
-        return replace(self, **{name: getattr(self, name)[which] for name in names})
-
-    def _without_hopeless(self, objective: str, limits: dict[str, tuple[float, float]]) -> "_Program | None":
-        """Without the choices that alone break a limit, or lose more than some solution in sum.
-
-        So what is left has one scale: importance as such spans e^50, which no solver resolves.
-        """
-        possible = np.ones(len(self.group), dtype=bool)
-        for name, (_, high) in limits.items():
-            possible &= getattr(self, name) <= high
-        if objective == "lost":
-            [(name, (_, high))] = limits.items()
-            possible &= self.lost <= self._lost_by_some_solution(getattr(self, name), high)
-        smaller = self.only(possible)
-        return smaller if smaller._has_choices() else None
-
-    def _has_choices(self) -> bool:
-        """Whether every group has one left."""
-        return len(np.unique(self.group)) == self.groups
-
-    def _lost_by_some_solution(self, cost: np.ndarray, high: float) -> float:
-        """By the cheapest choices that lose no more than x each, for the least x at which they fit; -inf: none do."""
-        cheapest: dict[int, int] = {}
-        for index in np.argsort(self.lost, kind="stable").tolist():
-            group = int(self.group[index])
-            if group not in cheapest or cost[index] < cost[cheapest[group]]:
-                cheapest[group] = index
-                taken = list(cheapest.values())
-                if len(taken) == self.groups and cost[taken].sum() <= high:
-                    return float(self.lost[taken].sum())
-        return -np.inf
-
-    def _solve(self, objective: str, limits: dict[str, tuple[float, float]]) -> np.ndarray | None:
-        choices = np.arange(len(self.group))
-        constraints = [LinearConstraint(csr_array((np.ones(len(choices)), (self.group, choices))), 1, 1)]
-        tiny = np.finfo(float).tiny
-        for name, (low, high) in limits.items():
-            scale = max(high, tiny)
-            constraints.append(LinearConstraint(getattr(self, name)[None] / scale, low / scale, high / scale))
-        values = getattr(self, objective)
-        result = milp(
-            values / max(values.max(), tiny),
-            constraints=constraints,
-            integrality=np.ones(len(choices)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": _GAP[objective], "time_limit": _SECONDS},
-        )
-        return None if result.x is None else result.x > 0.5
-
-    def _chosen(self, which: np.ndarray) -> Chosen:
-        widths = np.repeat(self.width[which][np.argsort(self.group[which])], self.layers).tolist()
-        layers = len(widths) // 2
-        sums = {name: float(getattr(self, name)[which].sum()) + own for name, own in self.fixed.items()}
-        return Chosen(self.hidden, widths[layers:], widths[:layers], **sums)
+        kv_heads, intermediate = np.repeat(solution.labels, self.layers).reshape(2, -1).tolist()
+        return Chosen(self.hidden, intermediate, kv_heads, **solution.sums)
 
 
 def _programs(
     topology: Topology, masks: Masks, table: LatencyTable, of: Latency, layout: Layout
 ) -> Iterator[list[_Program]]:
-    """First with what the masks left whole kept whole, and no block dropped that they keep; then with every choice.
+    """First without choices that prune axes, or drop blocks, that the masks keep whole; then with every choice.
 
-    One program for each hidden width and, where a config for all layers alike ties that to the number of heads, for
-    each of these too.
+    One program for each hidden width. Where the layout ties the hidden width to the number of heads, one for each
+    number of heads too.
     """
     whole = bool(masks.keep["hidden"].all())
     for every in (False, True):
@@ -314,17 +231,17 @@ def _programs(
             if layout == "uneven":
                 programs.append(program)
                 continue
-            attention = program.group < program.groups // 2
+            attention, widths = program.is_attention(), program.choices.label
             for heads in range(1, topology.kv_heads + 1):
                 if hidden % topology.hidden_divisor(heads) == 0:
-                    allowed = program.width == heads if layout == "uniform" else program.width <= heads
-                    mlp = ~attention & ((program.width > 0) | (layout == "padded"))
+                    allowed = widths == heads if layout == "uniform" else widths <= heads
+                    mlp = ~attention & ((widths > 0) | (layout == "padded"))
                     programs.append(program.only(mlp | (attention & allowed)))
         yield programs
 
 
 def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency, row: int, merged: bool) -> _Program:
-    """All choices at one hidden width; merged: one group of all attentions and one of all MLPs."""
+    """All choices at one hidden width; merged: one group for all attention blocks and one for all MLPs."""
     hidden = table.hidden[row]
     layers, groups = (topology.layers, 1) if merged else (1, topology.layers)
     rest, attention, mlp = table.parts(of)
@@ -340,19 +257,14 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
         parts["lost"].append((lost.sum(0, keepdim=True) if merged else lost).flatten().numpy())
         parts["parameters"].append(layers * np.tile(own, groups))
         parts["latency_ms"].append(layers * np.tile(latency.numpy(), groups))
-    sizes = np.repeat([len(table.kv_heads), len(table.intermediate)], groups)
-    return _Program(
-        hidden,
-        group=np.repeat(np.arange(2 * groups), sizes),
-        **{name: np.concatenate(found) for name, found in parts.items()},
-        fixed={
-            "lost": float(lost_by_width(topology, masks, "hidden", SLOPE)[0, hidden]),
-            "parameters": topology.layers * _parameters(topology, hidden),
-            "latency_ms": float(rest[row]),
-        },
-        layers=layers,
-        groups=2 * groups,
-    )
+    costs = {name: np.concatenate(found) for name, found in parts.items()}
+    fixed = {
+        "lost": float(lost_by_width(topology, masks, "hidden", SLOPE)[0, hidden]),
+        "parameters": topology.layers * _parameters(topology, hidden),
+        "latency_ms": float(rest[row]),
+    }
+    group = np.repeat(np.arange(2 * groups), np.repeat([len(table.kv_heads), len(table.intermediate)], groups))
+    return _Program(hidden, layers, Knapsack(group, costs.pop("width"), costs, fixed, 2 * groups))
 
 
 def _parameters(topology: Topology, hidden: int, intermediate: int = 0, kv_heads: int = 0) -> float:
@@ -363,15 +275,16 @@ def _parameters(topology: Topology, hidden: int, intermediate: int = 0, kv_heads
 
 
 def _as_the_masks(topology: Topology, masks: Masks, program: _Program) -> np.ndarray:
-    """Choices that keep an axis whole that the masks do, and each block that they do: bool [choices]."""
-    groups = program.groups // 2
-    allowed = np.ones(len(program.group), dtype=bool)
+    """Choices that keep whole the axes, and keep the blocks, that the masks keep: bool [choices]."""
+    choices = program.choices
+    groups = choices.groups // 2
+    allowed = np.ones(len(choices.group), dtype=bool)
     axes: tuple[Axis, ...] = ("kv_heads", "intermediate")
     for index, axis in enumerate(axes):
-        of_axis = program.group // groups == index
+        other_axis = choices.group // groups != index
         keep = masks.keep[axis]
         if keep.all():
-            allowed &= ~of_axis | (program.width == topology.width(axis))
+            allowed &= other_axis | (choices.label == topology.width(axis))
         present = keep.any(-1).numpy() if groups > 1 else np.array([True])
-        allowed &= ~of_axis | (program.width > 0) | ~present[program.group % groups]
+        allowed &= other_axis | (choices.label > 0) | ~present[choices.group % groups]
     return allowed

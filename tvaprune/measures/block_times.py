@@ -1,13 +1,12 @@
-"""What each block of a decoder layer takes, by width, inside a model that runs.
+"""The latency of each block of a decoder layer, by width, inside a running model.
 
-One model holds a layer of every intermediate width and, in turn, of every number of key-value heads. Every pass
-then times all candidates side by side, with weights that come from memory, a cache that grows and the framework's own
-overhead, as in the model that will serve; and what is timed adds up to the whole pass.
+One model has layers of every intermediate width and of every number of key-value heads. So each pass times all
+candidates under the conditions of a served model: weights read from memory, a growing cache, and the framework's
+overhead. The times of the blocks add up to that of the pass.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,44 +14,36 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tvaprune.architecture.topology import Topology, block_norms, final_norm
+from tvaprune.checkpoint.random_model import LayerWidths
 from tvaprune.device import synchronise
 from tvaprune.masks.latency_table import PHASES, LatencyTable, Phase
-from tvaprune.measures.latency import interleave, random_prompt, without_garbage_collection
+from tvaprune.measures.latency import Benchmark, interleave, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name
 from tvaprune.runtime.packed import Runtime, prepare
-from tvaprune.runtime.passes import Decoding, RecordedDecoding, Recording, Work, prefill, recorded_prefill
+from tvaprune.runtime.passes import Decoding, Record, RecordedDecoding, Recording, Work, prefill, recorded_prefill
 
 
 class Candidates(NamedTuple):
-    """The widths to time, ascending; the dense ones last, 0 first but for hidden."""
+    """The widths to time, ascending; the dense width last, and 0 first except for hidden."""
 
     hidden: list[int]
     intermediate: list[int]
     kv_heads: list[int]
 
-    def by_model(self) -> list[tuple[int, list[int], list[int]]]:
-        """The widths of the models to time: hidden, and by layer intermediate and key-value heads."""
-        return [(hidden, *layers_to_time(self)) for hidden in self.hidden]
-
-
-class Lengths(NamedTuple):
-    """What a pass processes: sequences at once and tokens in each; decoding follows a prompt."""
-
-    batch: int
-    prefill_tokens: int
-    decode_prompt_tokens: int
-    decode_tokens: int
+    def by_model(self) -> list[LayerWidths]:
+        """The widths of the models to time, one for each hidden width."""
+        return [LayerWidths(hidden, *layers_to_time(self)) for hidden in self.hidden]
 
 
 def candidates(topology: Topology, hidden_step: int, intermediate_step: int, narrowest_hidden: float) -> Candidates:
-    """Multiples of the steps, and the dense widths; every number of heads.
+    """Multiples of the steps and the dense widths; every number of heads.
 
     Args:
-        narrowest_hidden: share of the dense hidden width under which none is timed.
+        narrowest_hidden: the least hidden width to time, as a share of the dense one.
     """
     hidden, intermediate, kv_heads = topology.hidden, topology.intermediate, topology.kv_heads
     return Candidates(
@@ -65,8 +56,8 @@ def candidates(topology: Topology, hidden_step: int, intermediate_step: int, nar
 def layers_to_time(widths: Candidates) -> tuple[list[int], list[int]]:
     """Intermediate widths and numbers of heads by layer, so that each candidate has one layer or more.
 
-    In an order without a trend, so that no block always follows one of its own size; the first layer has heads, by
-    which caches count.
+    The order is random, so that no block always follows one of its own size. The first layer has heads, because caches
+    count positions there.
     """
     count = max(len(widths.intermediate), 3 * len(widths.kv_heads))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
@@ -76,9 +67,9 @@ def layers_to_time(widths: Candidates) -> tuple[list[int], list[int]]:
 
 
 def made_on(
-    device: torch.device, dtype: torch.dtype, runtime: Runtime, topology: Topology, lengths: Lengths
+    device: torch.device, dtype: torch.dtype, runtime: Runtime, topology: Topology, batch: int, benchmark: Benchmark
 ) -> dict[str, Any]:
-    """What a table holds for: processor, dtype, runtime, threads, versions, lengths, and the number of layers."""
+    """The conditions of a table: processor, dtype, runtime, threads, versions, lengths, and the number of layers."""
     return {
         "device": device.type,
         "processor": machine_name(device),
@@ -88,59 +79,59 @@ def made_on(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "layers": topology.layers,
-        **lengths._asdict(),
+        "batch": batch,
+        "prefill_tokens": benchmark.prefill_tokens,
+        "decode_prompt_tokens": benchmark.decode_prompt_tokens,
+        "decode_tokens": benchmark.decode_tokens,
     }
 
 
 def profile(
-    models: Sequence[PreTrainedModel],
-    widths: Candidates,
-    lengths: Lengths,
-    repeats: int,
-    max_warmup: int,
-    where: dict[str, Any],
+    models: Sequence[PreTrainedModel], widths: Candidates, benchmark: Benchmark, conditions: dict[str, Any]
 ) -> LatencyTable:
-    """Time models with the layers of `widths.by_model` and make the table.
+    """Time models of the widths `widths.by_model()` and make the table.
 
     Args:
-        models: changed in place for the runtime that `where` names.
-        where: from `made_on`.
+        models: changed in place for the conditions' runtime.
+        conditions: from `made_on`.
     """
-    models = [prepare(model, where["runtime"]) for model in models]
-    times = time_blocks(dict(zip(widths.hidden, models, strict=True)), lengths, repeats, max_warmup, where["runtime"])
-    return table_of(times, widths, where)
+    batch, runtime = conditions["batch"], conditions["runtime"]
+    by_hidden = {hidden: prepare(model, runtime) for hidden, model in zip(widths.hidden, models, strict=True)}
+    return table_of(time_blocks(by_hidden, batch, benchmark, runtime), widths, conditions)
 
 
 @torch.inference_mode()
 def time_blocks(
-    models: dict[int, PreTrainedModel], lengths: Lengths, repeats: int, max_warmup: int, runtime: Runtime
+    models: dict[int, PreTrainedModel], batch: int, benchmark: Benchmark, runtime: Runtime
 ) -> dict[Phase, dict[int, Float[Tensor, "repeats blocks"]]]:
     """Time all blocks of all models in turn, with a progress bar.
 
     Args:
         models: by hidden width; prepared for the runtime.
+        batch: sequences at once.
 
     Returns:
-        By phase and hidden width, milliseconds of a prefill or of one decode step in every round that counts: the
-        attention and the MLP of each layer, alternating, and last all the rest.
+        By phase and hidden width, float64 milliseconds of a prefill or of one decode step in each round that counts.
+        The blocks are each layer's attention and MLP, alternating, and last everything else.
     """
-    seen: dict[Phase, dict[int, list[Tensor]]] = {phase: {hidden: [] for hidden in models} for phase in PHASES}
+    times: dict[Phase, dict[int, list[Tensor]]] = {phase: {hidden: [] for hidden in models} for phase in PHASES}
 
     def probe(hidden: int, model: PreTrainedModel) -> Callable[[], float]:
-        read, generate = (_recorded_passes if runtime == "graphs" else _eager_passes)(model, lengths)
+        timed_prefill, timed_steps = _passes(model, batch, benchmark, runtime)
 
         def measure() -> float:
-            prefilled, stepped = read(), generate()
-            seen["prefill"][hidden].append(prefilled[0])
-            seen["decode"][hidden].append(stepped.median(0).values)
-            return float(prefilled.sum() + stepped.sum())
+            prefilled, steps = timed_prefill(), timed_steps()
+            times["prefill"][hidden].append(prefilled[0])
+            times["decode"][hidden].append(steps.median(0).values)
+            return float(prefilled.sum() + steps.sum())
 
         return measure
 
+    repeats = benchmark.repeats
     with without_garbage_collection():
         probes = {str(hidden): probe(hidden, model) for hidden, model in models.items()}
-        interleave(probes, repeats, max_warmup, "profile")
-    return {phase: {h: torch.stack(rounds[-repeats:]) for h, rounds in by.items()} for phase, by in seen.items()}
+        interleave(probes, repeats, benchmark.max_warmup, "profile")
+    return {phase: {h: torch.stack(rounds[-repeats:]) for h, rounds in by.items()} for phase, by in times.items()}
 
 
 def table_of(
@@ -148,141 +139,104 @@ def table_of(
 ) -> LatencyTable:
     """Medians by width.
 
-    What slowed a whole round is taken out first: each block's share of its round counts, and the shares are those
-    of the median round. So the table adds up to what the models took.
+    Each block's share of its round is averaged, not its time, so that what slowed a whole round does not count. The
+    shares are then scaled to the median round: the table adds up to what the models took.
     """
     intermediate, kv_heads = (torch.tensor(layers) for layers in layers_to_time(widths))
-    result: dict[str, dict[Phase, Tensor]] = {name: {} for name in ("rest", "attention", "mlp")}
+    blocks = {"attention": (0, kv_heads, widths.kv_heads), "mlp": (1, intermediate, widths.intermediate)}
+    result: dict[str, dict[Phase, Tensor]] = {name: {} for name in ("rest", *blocks)}
     iqr: dict[str, dict[Phase, Tensor]] = {name: {} for name in result}
     for phase, by_hidden in times.items():
         rows: dict[str, list[Tensor]] = {name: [] for name in result}
         for rounds in by_hidden.values():
             total = rounds.sum(1, keepdim=True)
             even = rounds / total * total.median()
-            medians = even.median(0).values
-            even = even * total.median() / medians.sum()
+            even = even * total.median() / even.median(0).values.sum()
             rows["rest"].append(_quartiles(even[:, -1:]))
-            blocks = even[:, :-1].view(len(even), -1, 2)
-            for name, index, of_layer, axis in (
-                ("attention", 0, kv_heads, widths.kv_heads),
-                ("mlp", 1, intermediate, widths.intermediate),
-            ):
-                rows[name].append(torch.stack([_quartiles(blocks[:, of_layer == width, index]) for width in axis], -1))
+            pairs = even[:, :-1].view(len(even), -1, 2)
+            for name, (index, of_layer, axis) in blocks.items():
+                rows[name].append(torch.stack([_quartiles(pairs[:, of_layer == width, index]) for width in axis], -1))
         for name, found in rows.items():
             quartiles = torch.stack(found, 1)  # [3, hidden, ...]
             result[name][phase], iqr[name][phase] = quartiles[1], quartiles[2] - quartiles[0]
-    return LatencyTable(
-        widths.hidden,
-        widths.intermediate,
-        widths.kv_heads,
-        result["rest"],
-        result["attention"],
-        result["mlp"],
-        iqr,
-        made_on,
-    )
+    return LatencyTable(*widths, result["rest"], result["attention"], result["mlp"], iqr, made_on)
 
 
 def _quartiles(values: Tensor) -> Float[Tensor, "3"]:
     return torch.quantile(values.flatten(), torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype))
 
 
-def _eager_passes(model: PreTrainedModel, lengths: Lengths) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """A prefill, and decode steps after a prompt that is not timed: each gives milliseconds, [passes, blocks]."""
-    work = partial(prefill, model, random_prompt(model, lengths.batch, lengths.prefill_tokens))
-    context = random_prompt(model, lengths.batch, lengths.decode_prompt_tokens)
-    stepping = Decoding(model, context, lengths.decode_tokens)
+def _passes(
+    model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A prefill, and decode steps after a prompt that is not timed; each returns milliseconds, [passes, blocks]."""
+    prompt = random_prompt(model, batch, benchmark.prefill_tokens)
+    context = random_prompt(model, batch, benchmark.decode_prompt_tokens)
+    steps = benchmark.decode_tokens
+    decoding: Decoding
+    if runtime == "graphs":
+        record = partial(_BlockTimer, model, record=Recording)
+        timed_prefill = recorded_prefill(model, prompt, record)
+        decoding = recorded = RecordedDecoding(model, context, steps, record)
+
+        def timed_steps() -> Tensor:
+            return torch.cat([recorded.step() for _ in range(steps)])
+
+    else:
+        timed_prefill = _BlockTimer(model, partial(prefill, model, prompt))
+        decoding = Decoding(model, context, steps)
+        timed_steps = _BlockTimer(model, decoding.run)
 
     def generate() -> Tensor:
-        stepping.start()
-        return _intervals(model, stepping.run)
+        decoding.start()
+        return timed_steps()
 
-    return partial(_intervals, model, work), generate
-
-
-def _recorded_passes(model: PreTrainedModel, lengths: Lengths) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """`_eager_passes` as CUDA graphs that read the clock inside."""
-    record = partial(_RecordedClock, model)
-    read = recorded_prefill(model, random_prompt(model, lengths.batch, lengths.prefill_tokens), record)
-    context = random_prompt(model, lengths.batch, lengths.decode_prompt_tokens)
-    stepping = RecordedDecoding(model, context, lengths.decode_tokens, record)
-
-    def generate() -> Tensor:
-        stepping.start()
-        return torch.cat([stepping.step() for _ in range(lengths.decode_tokens)])
-
-    return read, generate
+    return timed_prefill, generate
 
 
-def _by_block(intervals: list[float], blocks: int) -> Float[Tensor, "passes blocks"]:
-    """Every pass's blocks. The time before the first block of all belongs to the passes' rest, in equal parts."""
-    first, *others = intervals
-    passes = torch.tensor(others, dtype=torch.float64).view(-1, blocks)
-    passes[:, -1] += first / len(passes)
-    return passes
+class _BlockTimer:
+    """Runs one pass or more and returns the milliseconds of each block, [passes, blocks].
 
+    Args:
+        record: `Recording`: the work and its clock become one CUDA graph. None: the work runs eagerly.
+    """
 
-def _intervals(model: PreTrainedModel, work: Work) -> Float[Tensor, "passes blocks"]:
-    """Milliseconds of each block while some work runs, which is one pass or more."""
-    synchronise(model.device)
-    with _marked(model) as marks:
-        marks.append(_now(model.device))
-        work()
-        marks.append(_now(model.device))
-    synchronise(model.device)
-    return _by_block(_between(marks), 2 * len(block_norms(model)) + 1)
+    def __init__(self, model: PreTrainedModel, work: Work, record: Record | None = None) -> None:
+        self._device, self._work = model.device, work
+        self._first_modules = [*(norm for layer in block_norms(model) for norm in layer), final_norm(model)]
+        self._marks: list[Any] = []
+        self._run = record(self._run_marked) if record else self._run_marked
 
-
-class _RecordedClock:
-    """One pass as a CUDA graph whose nodes note the time; a call gives milliseconds, [1, blocks]."""
-
-    def __init__(self, model: PreTrainedModel, work: Work) -> None:
-        self._blocks = 2 * len(block_norms(model)) + 1
-        with _marked(model) as marks:
-
-            def marked_work() -> None:
-                marks.clear()  # of the run before the recording
-                marks.append(_now(model.device))
-                work()
-                marks.append(_now(model.device))
-
-            self._run, self._marks = Recording(marked_work), marks
-        self._device = model.device
-
-    def __call__(self) -> Float[Tensor, "1 blocks"]:
+    def __call__(self) -> Float[Tensor, "passes blocks"]:
+        synchronise(self._device)
         self._run()
         synchronise(self._device)
-        return _by_block(_between(self._marks), self._blocks)
+        # From the start to the first block, then from the start of each block to that of the next, or to the end.
+        if isinstance(self._marks[0], float):
+            intervals = [1000 * (end - start) for start, end in pairwise(self._marks)]
+        else:
+            intervals = [start.elapsed_time(end) for start, end in pairwise(self._marks)]
+        passes = torch.tensor(intervals[1:], dtype=torch.float64).view(-1, len(self._first_modules))
+        passes[:, -1] += intervals[0] / len(passes)  # to the rest of each pass, in equal parts
+        return passes
 
+    def _run_marked(self) -> None:
+        """Read the clock at the start, at the start of each block, and at the end."""
+        handles = [module.register_forward_pre_hook(self._mark) for module in self._first_modules]
+        try:
+            self._marks.clear()
+            self._mark()
+            self._work()
+            self._mark()
+        finally:
+            for handle in handles:
+                handle.remove()
 
-def _between(marks: list[Any]) -> list[float]:
-    """Milliseconds from the start to the first block, and from each block's start, or the end of all, to the next."""
-    if isinstance(marks[0], float):
-        return [1000 * (end - start) for start, end in pairwise(marks)]
-    return [start.elapsed_time(end) for start, end in pairwise(marks)]
-
-
-@contextmanager
-def _marked(model: PreTrainedModel) -> Iterator[list[Any]]:
-    """The clock is read at each block's start and after the last block."""
-    marks: list[Any] = []
-    places: list[nn.Module] = [norm for layer in block_norms(model) for norm in layer]
-
-    def mark(*_: object) -> None:
-        marks.append(_now(model.device))
-
-    handles = [place.register_forward_pre_hook(mark) for place in [*places, final_norm(model)]]
-    try:
-        yield marks
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _now(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    # external: recorded into a graph as a node of its own, to be read after every run of it.
-    event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
-    event.record()
-    return event
+    def _mark(self, *_: object) -> None:
+        if self._device.type != "cuda":
+            self._marks.append(time.perf_counter())
+            return
+        # external: in a graph, a node of its own that can be read after each replay.
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
+        event.record()
+        self._marks.append(event)

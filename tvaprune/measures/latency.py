@@ -1,14 +1,14 @@
-"""Speed of models side by side: prefill and decode apart, warmed, synchronised, interleaved.
+"""Prefill and decode latency of several models, timed in turn.
 
-Whatever else slows the machine for a while slows every model alike, because each repetition times them all, in
-an order that rotates. Beside each speedup stands its limit: the ratio of what the hardware has to do.
+Each round times every model, in an order that rotates, so that other load on the machine slows all of them alike. The
+work of each phase (FLOPs, bytes read) gives the limit of its speedup.
 """
 
 import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,37 @@ STABLE = 0.05
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """What is timed, and how often.
+
+    Attributes:
+        prefill_tokens: prompt length of a prefill.
+        decode_prompt_tokens: prompt length before decoding.
+        decode_tokens: greedy steps after that prompt.
+        repeats: rounds that count.
+        max_warmup: rounds before those, at most.
+    """
+
+    prefill_tokens: int
+    decode_prompt_tokens: int
+    decode_tokens: int
+    repeats: int
+    max_warmup: int
+
+    @classmethod
+    def of(cls, settings: object) -> "Benchmark":
+        """From an object with attributes of these names, such as a stage's parameters."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
 class Phase:
     """Prefill or decode of all models at one batch size.
 
     Attributes:
-        latency_ms: by model, one value a repetition: a whole prefill, or the mean of the decode steps.
-        tokens: processed in that time, all sequences of the batch together.
-        work: by model, what bounds the latency: FLOPs of a prefill, or bytes read by a decode step.
+        latency_ms: by model, one value a round: a whole prefill, or the mean of the decode steps.
+        tokens: processed in that time, in all sequences of the batch.
+        work: by model, what bounds the latency: FLOPs of a prefill, or bytes that a decode step reads.
     """
 
     latency_ms: dict[str, list[float]]
@@ -46,10 +70,7 @@ class Phase:
 def load_timed(
     loaders: dict[str, Callable[[], PreTrainedModel]],
 ) -> tuple[dict[str, PreTrainedModel], dict[str, float]]:
-    """Load models, and time it in seconds with the files in the page cache and the code imported.
-
-    Each is loaded twice and the second load is timed, else the first in line would pay for the imports.
-    """
+    """Load each model twice and time the second load in seconds: the first fills the page cache and imports code."""
     models, seconds = {}, {}
     for name, loader in loaders.items():
         loader()
@@ -66,16 +87,15 @@ def checkpoint_bytes(directory: Path) -> int:
 
 @torch.inference_mode()
 def prefill_flops(model: PreTrainedModel, batch: int, tokens: int) -> int:
-    """Floating-point operations of one prefill: every matrix product that runs, and causal attention.
+    """Floating-point operations of the matrix products and the causal attention of one prefill.
 
-    A multiplication and its addition are two. Counted while the model runs, so uneven widths, dropped
-    blocks and a vocabulary product of the last position alone are counted as they are.
+    Counted as the model runs, with its own widths; a multiplication and its addition are two.
     """
 
     def attention(
         query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, out_shape: Any = None, **__: Any
     ) -> int:
-        # Query i reads the keys up to its own; torch's own formula counts all keys, twice what kernels do.
+        # Query i reads the keys up to its own; torch's formula counts all keys.
         heads, queries, keys = query[0] * query[1], query[2], key[2]
         return 2 * heads * (queries * keys - queries * (queries - 1) // 2) * (query[3] + value[3])
 
@@ -94,10 +114,10 @@ def prefill_flops(model: PreTrainedModel, batch: int, tokens: int) -> int:
 
 @torch.inference_mode()
 def decode_bytes(model: PreTrainedModel, batch: int, prompt_tokens: int, steps: int) -> float:
-    """Bytes that a decode step reads, mean over `steps`: weights once, and the cache.
+    """Bytes that a decode step reads, mean over `steps`: every weight once, and the cache.
 
-    Of the embedding only the batch's rows are read; where it is tied, the vocabulary product reads it
-    whole. The cache at step i holds the prompt, the i tokens before it and its own.
+    A step reads only the batch's rows of the embedding, unless it is tied to lm_head. At step i the cache holds the
+    prompt, the i tokens before this one and its own.
     """
     weights = {id(weight): weight.nbytes for weight in model.parameters()}  # a tied one once
     embedding = model.get_input_embeddings().weight
@@ -114,16 +134,16 @@ def decode_bytes(model: PreTrainedModel, batch: int, prompt_tokens: int, steps: 
 def interleave(
     probes: dict[str, Callable[[], float]], repeats: int, max_warmup: int, progress: str | None = None
 ) -> dict[str, list[float]]:
-    """Call every probe once a round, each round starting with the next one.
+    """Call every probe once a round; each round starts with the next one.
 
     Args:
         probes: each returns one measurement.
         repeats: rounds that count.
-        max_warmup: rounds before those, at most; at least 2, until all are stable.
-        progress: what a progress bar says; none is shown without.
+        max_warmup: rounds before those, at most (2 or more); they end once all probes are stable.
+        progress: the progress bar's text; None shows no bar.
 
     Returns:
-        By probe, `repeats` measurements; those at one index are of one round.
+        By probe, `repeats` measurements; those at one index are of the same round.
     """
     names = list(probes)
 
@@ -148,117 +168,77 @@ def interleave(
     return {name: [values[name] for values in rounds] for name in names}
 
 
-@torch.inference_mode()
-def time_prefill(
-    models: dict[str, PreTrainedModel],
-    work: dict[str, float],
-    batch: int,
-    tokens: int,
-    repeats: int,
-    max_warmup: int,
-    runtime: Runtime = "eager",
-    progress: str | None = None,
-) -> Phase:
-    """Time to first token: a forward over the prompt that fills a cache, and the last position's logits."""
-
-    def probe(model: PreTrainedModel) -> Callable[[], float]:
-        prompt = random_prompt(model, batch, tokens)
-        work = recorded_prefill(model, prompt) if runtime == "graphs" else partial(prefill, model, prompt)
-        return lambda: _milliseconds(model.device, work)
-
-    with without_garbage_collection():
-        latency = interleave({name: probe(model) for name, model in models.items()}, repeats, max_warmup, progress)
-    return Phase(latency_ms=latency, tokens=batch * tokens, work=work)
-
-
-@torch.inference_mode()
-def time_decode(
-    models: dict[str, PreTrainedModel],
-    work: dict[str, float],
-    batch: int,
-    prompt_tokens: int,
-    steps: int,
-    repeats: int,
-    max_warmup: int,
-    runtime: Runtime = "eager",
-    progress: str | None = None,
-) -> Phase:
-    """Time per generated token after a prompt, whose own reading is not timed."""
-
-    def probe(model: PreTrainedModel) -> Callable[[], float]:
-        prompt = random_prompt(model, batch, prompt_tokens)
-        decoding = (RecordedDecoding if runtime == "graphs" else Decoding)(model, prompt, steps)
-
-        def measure() -> float:
-            decoding.start()
-            return _milliseconds(model.device, decoding.run) / steps
-
-        return measure
-
-    with without_garbage_collection():
-        latency = interleave({name: probe(model) for name, model in models.items()}, repeats, max_warmup, progress)
-    return Phase(latency_ms=latency, tokens=batch, work=work)
-
-
 def compare(
-    models: dict[str, PreTrainedModel],
-    batch_sizes: list[int],
-    prefill_tokens: int,
-    decode_prompt_tokens: int,
-    decode_tokens: int,
-    repeats: int,
-    max_warmup: int,
-    runtime: Runtime = "eager",
+    models: dict[str, PreTrainedModel], batch_sizes: list[int], benchmark: Benchmark, runtime: Runtime = "eager"
 ) -> dict[int, tuple[Phase, Phase]]:
-    """Prefill and decode at every batch size, with progress bars.
+    """Time prefill and decode at every batch size, with progress bars.
+
+    A prefill is a forward over the prompt that fills a cache, and the logits of the last position. A decode is the
+    mean of the steps after a prompt, whose own prefill is not timed.
 
     Args:
-        models: "dense", "compact" and whatever else is to be timed beside them, all on one device; all are changed
-            by `prepare` for the runtime, once their work is counted (packed weights are no parameters).
+        models: "dense", "compact" and any others, all on one device; `prepare` changes them for the runtime, after
+            their FLOPs and bytes are counted (packed weights are no parameters).
         batch_sizes: sequences at once.
 
     Returns:
         By batch size, the prefill and the decode.
     """
-    flops = {
-        batch: {name: float(prefill_flops(model, batch, prefill_tokens)) for name, model in models.items()}
-        for batch in batch_sizes
-    }
-    bytes_read = {
-        batch: {name: decode_bytes(model, batch, decode_prompt_tokens, decode_tokens) for name, model in models.items()}
-        for batch in batch_sizes
-    }
-    models = {name: prepare(model, runtime) for name, model in models.items()}
-    return {
+    lengths = benchmark.decode_prompt_tokens, benchmark.decode_tokens
+    work = {
         batch: (
-            time_prefill(
-                models, flops[batch], batch, prefill_tokens, repeats, max_warmup, runtime, f"prefill, batch {batch}"
-            ),
-            time_decode(
-                models,
-                bytes_read[batch],
-                batch,
-                decode_prompt_tokens,
-                decode_tokens,
-                repeats,
-                max_warmup,
-                runtime,
-                f"decode, batch {batch}",
-            ),
+            {name: float(prefill_flops(model, batch, benchmark.prefill_tokens)) for name, model in models.items()},
+            {name: decode_bytes(model, batch, *lengths) for name, model in models.items()},
         )
         for batch in batch_sizes
     }
+    models = {name: prepare(model, runtime) for name, model in models.items()}
+
+    @torch.inference_mode()
+    def timed(name: str, probe: Callable[..., Callable[[], float]], batch: int) -> dict[str, list[float]]:
+        with without_garbage_collection():
+            return interleave(
+                {key: probe(model, batch, benchmark, runtime) for key, model in models.items()},
+                benchmark.repeats,
+                benchmark.max_warmup,
+                f"{name}, batch {batch}",
+            )
+
+    return {
+        batch: (
+            Phase(timed("prefill", _prefill_probe, batch), batch * benchmark.prefill_tokens, flops),
+            Phase(timed("decode", _decode_probe, batch), batch, bytes_read),
+        )
+        for batch, (flops, bytes_read) in work.items()
+    }
+
+
+def _prefill_probe(model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime) -> Callable[[], float]:
+    prompt = random_prompt(model, batch, benchmark.prefill_tokens)
+    work = recorded_prefill(model, prompt) if runtime == "graphs" else partial(prefill, model, prompt)
+    return lambda: _milliseconds(model.device, work)
+
+
+def _decode_probe(model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime) -> Callable[[], float]:
+    prompt = random_prompt(model, batch, benchmark.decode_prompt_tokens)
+    decoding = (RecordedDecoding if runtime == "graphs" else Decoding)(model, prompt, benchmark.decode_tokens)
+
+    def measure() -> float:
+        decoding.start()
+        return _milliseconds(model.device, decoding.run) / benchmark.decode_tokens
+
+    return measure
 
 
 def random_prompt(model: PreTrainedModel, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
-    """Random token ids, the same for every model of one vocabulary: what they say changes no shape."""
+    """Random token ids, the same for every model of one vocabulary; int64."""
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (batch, tokens), generator=generator).to(model.device)
 
 
 def _milliseconds(device: torch.device, work: Callable[[], object]) -> float:
-    """How long the device is busy with it, from an idle device to an idle device."""
+    """Time from an idle device until the work is done."""
     synchronise(device)
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -274,7 +254,7 @@ def _milliseconds(device: torch.device, work: Callable[[], object]) -> float:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Keep the collector's pauses out of the timings."""
+    """Keep pauses of the garbage collector out of the timings."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -11,6 +11,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tvaprune.architecture.topology import hidden_states
 from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
@@ -131,7 +132,7 @@ def token_nll(
     The vocabulary's logits are made for a few positions at a time: all at once they would be the
     largest tensor by far (4 windows of 1024 tokens: 1.5 GiB in float32 at a vocabulary of 49,152).
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = hidden_states(model, input_ids)[:, :-1]
     lm_head = model.get_output_embeddings()
     parts = [
         functional.cross_entropy(lm_head(states).float(), targets, reduction="none")

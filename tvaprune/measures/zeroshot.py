@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tvaprune.architecture.topology import hidden_states
 from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
@@ -185,7 +186,7 @@ class _LanguageModel(HFLM):
             batch = inputs[turn * self.batch_size : (turn + 1) * self.batch_size]
             # Padding is on the right, where causal attention keeps it from every position that is read.
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True)
-            hidden = self.model.base_model(input_ids=padded.to(self.device), use_cache=False).last_hidden_state
+            hidden = hidden_states(self.model, padded.to(self.device))
             states, targets, owners = [], [], []
             for row, tokens in enumerate(batch):
                 for index in sharing[tokens]:

@@ -1,7 +1,7 @@
-"""A prompt's prefill and the decode steps after it, as a benchmark runs them: call by call, or as recorded CUDA graphs.
+"""Prefill and greedy decode steps, run eagerly or captured as CUDA graphs.
 
-At batch 1 a GPU is done with a decoder layer before Python has started the next one, so eager decoding takes as long
-for a pruned model as for the dense one. A CUDA graph starts a whole pass at once, as servers such as vLLM do.
+At batch 1 a GPU finishes a decoder layer before Python launches the next one, so eager decoding takes as long for a
+pruned model as for the dense one. A CUDA graph launches a whole pass at once, as servers such as vLLM do.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ Record = Callable[[Work], Work]
 def prefill(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], cache: Cache | None = None
 ) -> tuple[Int[Tensor, "batch 1"], Cache]:
-    """Read a prompt: the first generated token (greedy), and the filled cache.
+    """Process a prompt; return the first greedy token and the filled cache.
 
     Args:
-        cache: an empty one to fill; None has the model make it itself, as in generate().
+        cache: an empty one to fill; with None the model makes its own, as in generate().
     """
     output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
@@ -32,10 +32,10 @@ def prefill(
 def decode(
     model: PreTrainedModel, token: Int[Tensor, "batch 1"], cache: Cache, position: int, steps: int
 ) -> Int[Tensor, "batch steps"]:
-    """Generate greedily: generate()'s computation without its bookkeeping, stopping at no token.
+    """Generate greedily, as generate() computes but without its bookkeeping; no token stops it.
 
     Args:
-        token: the last token that is not in the cache; from `prefill`.
+        token: the last token, which is not in the cache yet; from `prefill`.
         cache: grows by one position a step.
         position: of that token, which is the number of cached ones.
 
@@ -55,9 +55,9 @@ def decode(
 
 
 class Decoding:
-    """A prompt, and the greedy steps after it, as often as they are asked for.
+    """A prompt and the greedy steps after it, as often as wanted.
 
-    `start` reads the prompt; `run` then generates, and returns the tokens after the prompt's own first one.
+    `start` runs the prefill; `run` then returns the tokens after the first generated one.
     """
 
     def __init__(self, model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], steps: int) -> None:
@@ -71,43 +71,35 @@ class Decoding:
 
 
 def recorded_prefill(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], record: Record | None = None) -> Work:
-    """`prefill` of one prompt, recorded once: what to call for it.
-
-    Raises:
-        ValueError: as `RecordedDecoding`.
-    """
+    """`prefill` of one prompt, recorded once; call the result to run it. Raises as `RecordedDecoding`."""
     _check_window(model, prompt.shape[1])
 
     def work() -> tuple[Tensor, Cache]:
-        # Not the model's own cache: layers of a sliding window copy its size to the device, which no graph holds.
+        # Not the model's own cache: layers with a sliding window copy its size to the device, which capture forbids.
         return prefill(model, prompt, Cache(layers=[DynamicLayer() for _ in range(model.config.num_hidden_layers)]))
 
     return (record or Recording)(work)
 
 
-class RecordedDecoding:
-    """`Decoding` whose step is recorded once: nothing in it changes shape or place.
+class RecordedDecoding(Decoding):
+    """`Decoding` whose step is recorded once: the shapes and addresses of its tensors never change.
 
-    The cache has room for all positions from the start, and a mask hides those that are not filled yet, so each step
-    reads the whole of it.
+    The cache has room for all positions from the start. A mask hides those that are not filled yet, so each step
+    reads all of it.
 
     Args:
-        record: turns a step into what is called instead; `Recording` but for tests and clocks.
+        record: turns a step into what is called instead of it; `Recording` unless a test or a clock wraps it.
 
     Raises:
-        ValueError: the tokens do not fit into the model's sliding window, which such a cache has not.
+        ValueError: there are more tokens than the model's sliding window, which this cache does not support.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompt: Int[Tensor, "batch tokens"],
-        steps: int,
-        record: Record | None = None,
+        self, model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], steps: int, record: Record | None = None
     ) -> None:
+        super().__init__(model, prompt, steps)
         batch, length = prompt.shape
         _check_window(model, length + steps)
-        self.model, self.prompt, self.steps = model, prompt, steps
         layers = model.config.num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(max_cache_len=length + steps) for _ in range(layers)])
         self.columns = torch.arange(length + steps, device=prompt.device)
@@ -153,11 +145,11 @@ def _check_window(model: PreTrainedModel, tokens: int) -> None:
 
 
 class Recording:
-    """A CUDA graph of some work; a call runs it on what then lies in the tensors that the work reads.
+    """A CUDA graph of some work; a call replays it on the present content of its input tensors.
 
     Args:
-        work: run once before it is recorded, so that nothing is set up while it is; must not wait for the device. It is
-            kept, and so has to hold all tensors that it reads: a graph does not, and reads them where they were.
+        work: runs once before the capture, as a warm-up; must not synchronise with the device. It is kept, and must
+            hold all tensors that it reads: a graph replays on their addresses and keeps no references.
     """
 
     def __init__(self, work: Work) -> None:

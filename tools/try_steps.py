@@ -21,15 +21,15 @@ from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype
+from tvaprune.distributed import Process
 from tvaprune.gates.state import GateTraining
 from tvaprune.measures.machine import machine_name
 from tvaprune.methods import find_masks
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
-from tvaprune.recovery.lora import LoraSettings
-from tvaprune.recovery.schedule import Schedule
-from tvaprune.recovery.training import Objective, finetune
+from tvaprune.recovery.schedule import total_steps
+from tvaprune.recovery.training import finetune
 
 
 class _Forgetful:
@@ -82,15 +82,12 @@ def main(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     (student,) = random_models(found.config, [layer_widths(found.masks)], dtype, torch.device("cpu"))
-    settings, objective = recover.take(LoraSettings), recover.take(Objective)
-    schedule = replace(recover.take(Schedule), steps=steps, epochs=None, validate_every=steps)
-    ids = text(schedule.windows_a_step * steps, windows.finetune_seq_len)
+    options = replace(recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
+    ids = text(options.windows_per_step * steps, windows.finetune_seq_len)
     with tempfile.TemporaryDirectory() as work:
-        done = finetune(
-            student, dense, ids, ids[:2], lora=settings, objective=objective, schedule=schedule, seed=0, device=device,
-            state=_Forgetful(Path(work)),  # type: ignore[arg-type]
-        )  # fmt: skip
-    total = recover.take(Schedule).total_steps(windows.finetune_samples)
+        state: Any = _Forgetful(Path(work))
+        done = finetune(student, dense, ids, ids[:2], options, Process(device), state)
+    total = total_steps(recover.options, windows.finetune_samples)
     _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimates)
 
 

@@ -20,7 +20,7 @@ from tvaprune.distributed import ALONE, World
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.state import GateTraining
 from tvaprune.gates.training import Learned, learn_gates
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune.losses import cross_entropy, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
 from tvaprune.resume import Saver
@@ -170,8 +170,8 @@ def validation_nll(
                 window = windows[index].long().to(device)
                 hidden = decoder(model)(input_ids=window[None], use_cache=False).last_hidden_state[0]
                 labels = next_token_labels(window[None])
-                loss = distillation_loss(hidden, lm_head(model).weight, None, None, labels)
-                totals[name] += counts * float(loss.ce)
+                loss = cross_entropy(hidden, lm_head(model).weight, labels)
+                totals[name] += counts * float(loss)
     summed = world.sum_(torch.tensor(list(totals.values()), dtype=torch.float64, device=device))
     return {name: total / len(windows) for name, total in zip(totals, summed.tolist(), strict=True)}
 

@@ -1,5 +1,6 @@
 """One optimiser step of the gates, under the exact budget or under the paper's Lagrangian."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from tvaprune.gates.constraint import (
 from tvaprune.gates.insertion import GatedModel, GradientDraws, NoisePool
 from tvaprune.gates.state import Gates, GateTraining
 from tvaprune.gates.vib import kl, kl_gradient, soft_keep
-from tvaprune.losses import DistillationLoss, distillation_loss
+from tvaprune.losses import KL_ALONE, DistillationLoss, distillation_loss
 from tvaprune.masks.masks import Masks, log_alpha, sparsity
 
 Row = dict[str, float | int]
@@ -195,6 +196,5 @@ def objective(gated: GatedModel, settings: GateTraining, batch: Batch, **inputs:
         batch.teacher,
         None if batch.teacher is None else head,
         batch.labels,
-        ce_weight=settings.ce_weight,
-        distillation_weight=settings.distillation_weight,
+        replace(KL_ALONE, ce_weight=settings.ce_weight, distillation_weight=settings.distillation_weight),
     )

@@ -1,4 +1,4 @@
-"""How a stage starts, and where it computes: on one process, or on the many that TVAPRUNE_NPROC asks for."""
+"""How a stage starts, and where it computes: in one process, or in as many as TVAPRUNE_NPROC says."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,36 +12,32 @@ import typer
 from transformers import PreTrainedModel
 
 from stages._errors import clear_errors
-from tvaprune.architecture.sharding import shard_layers
+from tvaprune.architecture.sharding import to_process
 from tvaprune.device import keep_freed_memory, pick_device, pick_dtype
-from tvaprune.distributed import World, join, launch, processes_asked, sharding_asked
+from tvaprune.distributed import Process, join, launch, processes_asked, sharding_asked
 from tvaprune.resume import ResumableRun
 
 
-@dataclass(frozen=True)
-class Process:
-    """One process's device, the dtype it computes in, and the processes beside it."""
+@dataclass(frozen=True, kw_only=True)
+class StageProcess(Process):
+    """A process of a stage, and the dtype that it computes in."""
 
-    device: torch.device
     dtype: torch.dtype
-    world: World
-    sharded: bool
 
     def saved(self, stage: str, settings: dict[str, Any], inputs: list[Path]) -> ResumableRun:
-        """The state that a killed run of the stage left: keyed by settings, inputs, code, device and dtype."""
+        """State that a killed run of the stage left, identified by settings, inputs, code, device and dtype."""
         kind: dict[str, Any] = {"device": self.device.type, "dtype": str(self.dtype)}
         kind |= {"processes": self.world.size, "sharded": self.sharded}
         code = [*Path("tvaprune").rglob("*.py"), Path("stages", f"{stage}.py")]
         return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main)
 
     def put(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A frozen model to the device, or this process's part of it."""
-        model.requires_grad_(False)
-        return shard_layers(model, self.device, self.world.size) if self.sharded else model.to(self.device)
+        """Freeze a model and move it, or this process's part of its layers, to the device."""
+        return to_process(model.requires_grad_(False), self)
 
 
 def run(main: Callable[..., None]) -> None:
-    """Run a stage's `main` on the command line's arguments; with TVAPRUNE_NPROC above 1, in so many processes."""
+    """Run a stage's `main` on the command line's arguments; in TVAPRUNE_NPROC processes if that is above 1."""
     specification = sys.modules["__main__"].__spec__
     with clear_errors():
         processes = processes_asked()
@@ -52,10 +48,10 @@ def run(main: Callable[..., None]) -> None:
 
 
 @contextmanager
-def join_processes() -> Iterator[Process]:
-    """Meet the other processes, if there are any, for as long as the block lasts."""
+def join_processes() -> Iterator[StageProcess]:
+    """Connect to the other processes, if there are any, for the duration of the block."""
     device = pick_device()
     if device.type == "cpu":
         keep_freed_memory()
     with join(device) as world:
-        yield Process(device, pick_dtype(device), world, sharding_asked())
+        yield StageProcess(device, world, sharding_asked(), dtype=pick_dtype(device))

@@ -1,4 +1,4 @@
-"""Recover what pruning lost: LoRA on the compact model, distilled from the dense one, and merged."""
+"""Recover quality after pruning: LoRA on the compact model, distilled from the dense one, and merged."""
 
 import shutil
 from pathlib import Path
@@ -13,9 +13,9 @@ from tvaprune.checkpoint.loading import load
 from tvaprune.export.seal import OWN_FILES, certify_retrained, require
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.proof.certificate import read_certificate
-from tvaprune.recovery.lora import LoraSettings, merge_adapter, save_adapter, save_like
-from tvaprune.recovery.schedule import Schedule
-from tvaprune.recovery.training import Objective, finetune, write_curve
+from tvaprune.recovery.lora import merge_adapter, save_adapter, save_like
+from tvaprune.recovery.report import write_curve
+from tvaprune.recovery.training import finetune
 
 
 def main(
@@ -25,9 +25,7 @@ def main(
         Path, typer.Option(help="Artifact with finetune_ids and finetune_validation_ids, int32 [windows, tokens].")
     ] = Path("artifacts/calibration"),
     lora: Annotated[Path, typer.Option(help="Adapter to write, in PEFT's format.")] = Path("artifacts/lora"),
-    finetuned: Annotated[Path, typer.Option(help="Merged model to write; loads like the compact one.")] = Path(
-        "artifacts/finetuned"
-    ),
+    finetuned: Annotated[Path, typer.Option(help="Merged model to write.")] = Path("artifacts/finetuned"),
     metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/finetune.json"),
     curve: Annotated[Path, typer.Option(help="CSV of the losses by step to write.")] = Path("metrics/finetune.csv"),
     params_file: Annotated[
@@ -52,7 +50,7 @@ def main(
                 write_curve(curve, [])
                 typer.echo("finetune_lora.enabled is false: nothing was fine-tuned")
             return
-        read_certificate(compact)  # before the work: what it says goes into the new one
+        read_certificate(compact)  # before the work, because the new certificate needs it
         ids, _ = read_artifact(calibration, "calibration")
         with process.saved("finetune_lora", params.model_dump(), [compact, dense, calibration]) as saved:
             result = finetune(
@@ -60,19 +58,14 @@ def main(
                 load(dense, dtype=process.dtype),
                 ids["finetune_ids"],
                 ids["finetune_validation_ids"],
-                lora=params.take(LoraSettings),
-                objective=params.take(Objective),
-                schedule=params.take(Schedule),
-                seed=params.seed,
-                device=process.device,
-                state=saved,
-                world=process.world,
-                sharded=process.sharded,
+                params.options,
+                process,
+                saved,
             )
             if not process.world.is_main:
                 return
             save_adapter(result.model, lora, base_model=compact.as_posix())
-            # Merged into the weights as they are on disk, not as rounded for this device.
+            # Merged into the weights as stored on disk, not as rounded for this device.
             merged = merge_adapter(load(compact), lora)
             save_like(merged, compact, finetuned, leave=OWN_FILES)
             write_json(metrics, {"enabled": 1, **result.metrics})

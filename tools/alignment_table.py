@@ -28,6 +28,7 @@ from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
 from tvaprune.masks.masks import Masks, read_masks
 from tvaprune.masks.measured import adapt_measured
+from tvaprune.masks.update import WeightUpdate, read_update
 from tvaprune.measures.latency import Benchmark, compare
 from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams

@@ -32,10 +32,7 @@ from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
-from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.memory import finetuning_memory
-from tvaprune.recovery.schedule import Schedule
-from tvaprune.recovery.training import Objective
 
 PUBLISHED = Path("configs/models")
 
@@ -117,9 +114,8 @@ def memory(
             found.config, request.options, windows.seq_len, dtype, device_type, request.gradient_checkpointing
         )
     if recover.enabled:
-        settings = recover.take(LoraSettings), recover.take(Objective), recover.take(Schedule)
         found_bytes["finetune_lora"] = finetuning_memory(
-            found.student, found.config, *settings, windows.finetune_seq_len, dtype, device_type
+            found.student, found.config, recover.options, windows.finetune_seq_len, dtype, device_type
         )
     return found_bytes
 

@@ -27,7 +27,7 @@ from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype, synchronise
-from tvaprune.distributed import ALONE
+from tvaprune.distributed import ALONE, Process
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.objective import Batch, objective
 from tvaprune.gates.training import new_gates
@@ -36,9 +36,8 @@ from tvaprune.measures.machine import machine_name
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
-from tvaprune.recovery.lora import LoraSettings
-from tvaprune.recovery.schedule import Schedule
-from tvaprune.recovery.training import Objective, finetune
+from tvaprune.recovery.schedule import total_steps
+from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
 
 
@@ -120,15 +119,11 @@ def try_finetuning(
     """Steps of finetune_lora, on the widths that the parameters come to."""
     windows, recover = SampleCalibrationParams.load(params_file), FinetuneLoraParams.load(params_file)
     (student,) = random_models(found.config, [LayerWidths.of(found.masks.widths())], dense.dtype, torch.device("cpu"))
-    schedule = recover.take(Schedule)
-    total = schedule.total_steps(windows.finetune_samples)
-    schedule = replace(schedule, steps=steps, epochs=None, validate_every=steps)
-    ids = random_windows(found.config, schedule.windows_a_step * steps, windows.finetune_seq_len)
+    options = replace(recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
+    ids = random_windows(found.config, options.windows_per_step * steps, windows.finetune_seq_len)
     with tempfile.TemporaryDirectory() as work:
-        done = finetune(
-            student, dense, ids, ids[:2], lora=recover.take(LoraSettings), objective=recover.take(Objective),
-            schedule=schedule, seed=0, device=device, state=NoState(Path(work)),
-        )  # fmt: skip
+        done = finetune(student, dense, ids, ids[:2], options, Process(device), NoState(Path(work)))
+    total = total_steps(recover.options, windows.finetune_samples)
     _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimate)
 
 

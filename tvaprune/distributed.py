@@ -1,7 +1,7 @@
-"""Several processes that compute one result: how they start, who they are, and the sums that they share.
+"""Several processes that compute one result: starting them, their ranks, and what they reduce together.
 
-Started by torchrun, or by a stage itself when TVAPRUNE_NPROC asks for it, so that the stage's command never changes.
-torch.distributed does the talking: NCCL between CUDA devices, Gloo between CPUs.
+torchrun starts them, or a stage itself where TVAPRUNE_NPROC is set, so the stage's command never changes.
+torch.distributed connects them: NCCL between CUDA devices, Gloo between CPUs.
 """
 
 import os
@@ -27,11 +27,11 @@ class ProcessFailedError(ValueError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one computation, seen from one of them.
+    """The processes of one computation.
 
     Attributes:
-        rank: this process, 0 to size - 1; rank 0 alone writes.
-        size: how many there are.
+        rank: of this process, 0 to size - 1; only rank 0 writes.
+        size: number of processes.
     """
 
     rank: int = 0
@@ -42,29 +42,26 @@ class World:
         return self.rank == 0
 
     def part(self, count: int, name: str) -> slice:
-        """This process's share of `count` things in a row.
-
-        Raises:
-            ValueError: they cannot be shared equally; names the parameter.
-        """
+        """This process's equal share of `count` items. Raises ValueError if there is none, naming the parameter."""
         if count % self.size:
             raise ValueError(f"{name} = {count}: {self.size} processes cannot share it equally; make it a multiple")
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def turns(self, count: int) -> list[tuple[int, bool]]:
-        """This process's turns among `count` things, which need not share equally.
+        """This process's turns when `count` items need not divide equally.
 
         Returns:
-            As many on every process, since layers that are split need all of them at every forward: the index of a
-            thing, and whether the turn counts. One that does not repeats what another process does.
+            For each turn the index of an item, and whether to count its result. Every process has the same number of
+            turns, because a model with split layers needs all of them in each forward; a turn that does not count
+            repeats another process's item.
         """
         rounds = -(-count // self.size)
         indices = [turn * self.size + self.rank for turn in range(rounds)]
         return [(min(index, count - 1), index < count) for index in indices]
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace float32 tensors by their mean over the processes, all in one exchange; the same bits everywhere."""
+        """Replace float32 tensors by their mean over the processes, in one all-reduce; the same bits everywhere."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -83,9 +80,24 @@ class World:
 ALONE = World()
 
 
+@dataclass(frozen=True)
+class Process:
+    """Where one process computes.
+
+    Attributes:
+        device: this process's.
+        world: the processes that share the work.
+        sharded: whether they split a model's layers between them.
+    """
+
+    device: torch.device
+    world: World = ALONE
+    sharded: bool = False
+
+
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """Meet the other processes that torchrun started; alone without it."""
+    """Connect to the other processes that torchrun started; `ALONE` without torchrun."""
     size = int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
     if size == 1:
         yield ALONE
@@ -102,11 +114,7 @@ def join(device: torch.device) -> Iterator[World]:
 
 
 def processes_asked() -> int:
-    """How many processes this one is to become: TVAPRUNE_NPROC, and 1 in a process that torchrun started.
-
-    Raises:
-        ValueError: it is no whole number above 0.
-    """
+    """How many processes to start: TVAPRUNE_NPROC (ValueError if it is no whole number above 0), 1 under torchrun."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return 1
     return _whole("TVAPRUNE_NPROC")
@@ -115,18 +123,18 @@ def processes_asked() -> int:
 def launch(module: str, arguments: Sequence[str], processes: int) -> None:
     """Run `python -m module arguments` in several processes, and wait for all of them.
 
-    TVAPRUNE_NNODES nodes (1) meet at TVAPRUNE_RENDEZVOUS (host:port), where the same command runs on each of
-    them over one file system.
+    With TVAPRUNE_NNODES above 1, the same command runs on every node, over one file system, and the nodes connect at
+    TVAPRUNE_RENDEZVOUS (host:port).
 
     Raises:
-        ProcessFailedError: one ended early; the others were stopped.
+        ProcessFailedError: a process ended early; the others were stopped.
         ValueError: a variable is wrong.
     """
     nodes = _whole("TVAPRUNE_NNODES")
     endpoint = os.environ.get("TVAPRUNE_RENDEZVOUS", "")
     if nodes > 1 and not endpoint:
-        raise ValueError(f"TVAPRUNE_NNODES={nodes}: TVAPRUNE_RENDEZVOUS has to say where they meet, as host:port")
-    # Or every process would take every core.
+        raise ValueError(f"TVAPRUNE_NNODES={nodes}: set TVAPRUNE_RENDEZVOUS to the host:port where they connect")
+    # By default every process would use every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(_cores()) // processes)))
     config = LaunchConfig(
         min_nodes=nodes,
@@ -148,20 +156,20 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
             "Nothing was written; run it again and it goes on from its last saved state."
         ) from error
     except SignalException as error:
-        raise ProcessFailedError(f"{module}: stopped by signal {int(error.sigval)}, with its processes") from error
+        raise ProcessFailedError(f"{module}: stopped by signal {int(error.sigval)}, with all its processes") from error
 
 
 def sharding_asked() -> bool:
-    """Whether TVAPRUNE_SHARD asks to split the dense model's layers over the processes.
+    """Whether TVAPRUNE_SHARD is 1: split the dense model's layers over the processes.
 
     Raises:
-        ValueError: it is neither 0 nor 1, or there is one process only.
+        ValueError: it is neither 0 nor 1, or there is only one process.
     """
     value = os.environ.get("TVAPRUNE_SHARD") or "0"
     if value not in {"0", "1"}:
         raise ValueError(f"TVAPRUNE_SHARD={value!r}: give 1 to split the model over the processes, or 0")
     if value == "1" and not distributed.is_initialized():
-        raise ValueError("TVAPRUNE_SHARD=1: nothing to split over one process; set TVAPRUNE_NPROC above 1")
+        raise ValueError("TVAPRUNE_SHARD=1: one process has nothing to split; set TVAPRUNE_NPROC above 1")
     return value == "1"
 
 
@@ -177,7 +185,7 @@ def _cores() -> Sequence[int]:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: a kill leaves that one no time to stop others."""
+    """End this process when its parent is gone: a killed parent cannot stop its children."""
     parent = os.getppid()
 
     def watch() -> None:

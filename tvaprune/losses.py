@@ -1,21 +1,28 @@
 """Cross-entropy and distillation from hidden states, never holding all logits at once.
 
-A vocabulary of 49,152 in fp32 costs 200 kB a token for each model and again for the gradient. Here the
-logits live for one chunk of tokens, and the gradient with respect to the student's hidden states is
-computed while they do, so that nothing is computed twice and nothing of vocabulary size is kept.
+With a vocabulary of 49,152, fp32 logits take 200 kB a token, for each model and again for the gradient. Here the
+logits exist for one chunk of tokens at a time. The gradient with respect to the student's hidden states is computed
+while they do, so nothing is computed twice and nothing of vocabulary size is kept.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-DistillationKind = Literal["kl", "mse"]
+from tvaprune.options.loss import LossOptions
 
-# Smallest tail mass told apart from none: 1 minus a sum of fp32 probabilities is good to about this much.
+# The label of a position that has no next token.
+_IGNORED = -100
+# Tokens whose logits are in memory at once.
+_CHUNK_TOKENS = 128
+# 1 minus a sum of fp32 probabilities has about this error, so a smaller tail mass cannot be told from none.
 _TAIL_FLOOR = 1e-6
+KL_ALONE = LossOptions(ce_weight=0.0, distillation_weight=1.0, distillation="kl", temperature=1.0, top_k=None)
+CE_ALONE = replace(KL_ALONE, ce_weight=1.0, distillation_weight=0.0)
 
 
 class DistillationLoss(NamedTuple):
@@ -32,88 +39,59 @@ def distillation_loss(
     teacher_hidden: Float[Tensor, "tokens teacher_width"] | None,
     teacher_head: Float[Tensor, "vocab teacher_width"] | None,
     labels: Int[Tensor, " tokens"],
-    *,
-    ce_weight: float = 1.0,
-    distillation_weight: float = 0.0,
-    temperature: float = 1.0,
-    kind: DistillationKind = "kl",
-    top_k: int | None = None,
-    chunk_tokens: int = 128,
-    ignore_index: int = -100,
+    options: LossOptions,
 ) -> DistillationLoss:
-    """loss = ce_weight · CE + distillation_weight · D, over the tokens whose label is not ignored.
+    """loss = ce_weight · CE + distillation_weight · D, over the tokens that have a label.
 
     D is one of
         kl:  T² · KL(softmax(teacher / T) ‖ softmax(student / T))   (Hinton et al. 2015; TVA-Prune's code)
         mse: mean over the vocabulary of (student - teacher)² of raw logits (as TVA-Prune's text has it);
              the temperature cancels.
 
-    With `top_k`, kl compares the teacher's k likeliest tokens one by one and everything else as a single
-    class (a lower bound of the full KL that meets it at k = vocabulary); mse looks at those k logits only.
+    With `top_k`, kl compares the teacher's k likeliest tokens one by one and all others as a single class (a lower
+    bound of the full KL, equal to it at k = vocabulary); mse compares those k logits only.
 
-    Matmuls run in the student head's dtype (the teacher's in its own head's), all else in fp32, whatever
-    autocast says.
+    Matmuls run in the student head's dtype (the teacher's in its own head's), all else in fp32, also under autocast.
 
     Args:
         student_hidden: after the final norm; any floating dtype. The only input that gets a gradient.
         student_head: frozen lm_head weight.
-        teacher_hidden: after the teacher's final norm, no gradient; None for no distillation. D is 0 without
-            it, and at weight 0.
+        teacher_hidden: after the teacher's final norm, no gradient. None: no distillation, D = 0. D is also 0 at
+            weight 0.
         teacher_head: the teacher's lm_head weight, same vocabulary.
-        labels: the NEXT token of each position, shifted by the caller; `ignore_index` where there is none.
-        temperature: T > 0.
-        top_k: None = the whole vocabulary.
-        chunk_tokens: tokens whose logits are alive at once.
+        labels: the NEXT token of each position, int64; -100 where there is none (see `next_token_labels`).
 
     Raises:
-        ValueError: shapes that do not fit, a head that wants a gradient, or a setting out of range.
+        ValueError: shapes that do not fit, a head that wants a gradient, or a top_k above the vocabulary.
     """
     _check(student_hidden, student_head, teacher_hidden, teacher_head, labels)
     vocabulary = student_head.shape[0]
-    if temperature <= 0:
-        raise ValueError(f"temperature = {temperature}: must be > 0")
-    if kind not in get_args(DistillationKind):
-        raise ValueError(f"kind = {kind!r}: use one of {', '.join(get_args(DistillationKind))}")
-    if top_k is not None and not 1 <= top_k <= vocabulary:
-        raise ValueError(f"top_k = {top_k}: must be between 1 and the vocabulary, {vocabulary}")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1")
-    settings = _Settings(
-        ce_weight,
-        distillation_weight,
-        temperature,
-        kind,
-        # The whole vocabulary by another name: the cheaper way to the same value.
-        None if top_k == vocabulary else top_k,
-        chunk_tokens,
-        ignore_index,
-        torch.is_grad_enabled() and student_hidden.requires_grad,
-    )
+    if options.top_k is not None and options.top_k >= vocabulary:
+        if options.top_k > vocabulary:
+            raise ValueError(f"top_k = {options.top_k}: must be between 1 and the vocabulary, {vocabulary}")
+        options = replace(options, top_k=None)  # the same value, computed faster
+    wants_gradient = torch.is_grad_enabled() and student_hidden.requires_grad
     return DistillationLoss(
-        *_ChunkedLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, settings)
+        *_ChunkedLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, options, wants_gradient)
     )
 
 
-def next_token_labels(input_ids: Int[Tensor, "batch seq"], ignore_index: int = -100) -> Int[Tensor, " tokens"]:
-    """Flat int64 labels for hidden states flattened to [batch·seq, width]: each position's next token."""
-    labels = torch.full(input_ids.shape, ignore_index, dtype=torch.int64, device=input_ids.device)
+def cross_entropy(
+    hidden: Float[Tensor, "tokens width"], head: Float[Tensor, "vocab width"], labels: Int[Tensor, " tokens"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy in nats over the tokens that have a label: `distillation_loss` without a teacher."""
+    return distillation_loss(hidden, head, None, None, labels, CE_ALONE).loss
+
+
+def next_token_labels(input_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, " tokens"]:
+    """int64 labels for hidden states flattened to [batch·seq, width]: each position's next token, -100 at the last."""
+    labels = torch.full(input_ids.shape, _IGNORED, dtype=torch.int64, device=input_ids.device)
     labels[:, :-1] = input_ids[:, 1:]
     return labels.flatten()
 
 
-class _Settings(NamedTuple):
-    ce_weight: float
-    distillation_weight: float
-    temperature: float
-    kind: DistillationKind
-    top_k: int | None
-    chunk_tokens: int
-    ignore_index: int
-    wants_gradient: bool
-
-
 class _ChunkedLoss(torch.autograd.Function):
-    """The forward makes the gradient too; the backward only scales it."""
+    """The forward also computes the gradient; the backward only scales it."""
 
     @staticmethod
     def forward(
@@ -123,49 +101,49 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
         labels: Tensor,
-        settings: _Settings,
+        options: LossOptions,
+        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = labels.shape[0]
-        counted = (labels != settings.ignore_index).float()
+        counted = (labels != _IGNORED).float()
         token_weight = counted / counted.sum().clamp_min(1.0)
         ce = torch.zeros((), device=labels.device)
         distillation = torch.zeros((), device=labels.device)
-        gradient = torch.empty(student_hidden.shape, device=labels.device) if settings.wants_gradient else None
+        gradient = torch.empty(student_hidden.shape, device=labels.device) if wants_gradient else None
         with torch.autocast(labels.device.type, enabled=False):
-            for start in range(0, tokens, settings.chunk_tokens):
-                rows = slice(start, start + settings.chunk_tokens)
+            for start in range(0, len(labels), _CHUNK_TOKENS):
+                rows = slice(start, start + _CHUNK_TOKENS)
                 student_logits = F.linear(student_hidden[rows].to(student_head.dtype), student_head)
                 teacher_logits = None
-                if teacher_hidden is not None and teacher_head is not None and settings.distillation_weight != 0:
+                if teacher_hidden is not None and teacher_head is not None and options.distillation_weight != 0:
                     teacher_logits = F.linear(teacher_hidden[rows].to(teacher_head.dtype), teacher_head)
-                # An ignored label may be any number; its row weighs nothing.
+                # Ignored rows have weight 0, so any valid index does for them.
                 chunk_labels = labels[rows].clamp(0, student_head.shape[0] - 1)
                 row_ce, row_distillation, logit_gradient = _chunk(
-                    student_logits, teacher_logits, chunk_labels, settings
+                    student_logits, teacher_logits, chunk_labels, options, wants_gradient
                 )
                 ce += row_ce @ token_weight[rows]
                 distillation += row_distillation @ token_weight[rows]
                 if gradient is not None and logit_gradient is not None:
-                    # The token weight comes after the matmul: 1/tokens times a small probability underflows fp16.
+                    # Weighted after the matmul: 1/tokens times a small probability underflows in fp16.
                     product = logit_gradient.to(student_head.dtype) @ student_head
                     torch.mul(product.float(), token_weight[rows, None], out=gradient[rows])
         ctx.save_for_backward(gradient)
         ctx.hidden_dtype = student_hidden.dtype
-        loss = settings.ce_weight * ce + settings.distillation_weight * distillation
         ctx.mark_non_differentiable(ce, distillation)
-        return loss, ce, distillation
+        return options.ce_weight * ce + options.distillation_weight * distillation, ce, distillation
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0]).to(ctx.hidden_dtype), None, None, None, None, None
+        return (gradient * upstream[0]).to(ctx.hidden_dtype), *[None] * 6
 
 
 def _chunk(
     student_logits: Float[Tensor, "tokens vocab"],
     teacher_logits: Float[Tensor, "tokens vocab"] | None,
     labels: Int[Tensor, " tokens"],
-    settings: _Settings,
+    options: LossOptions,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """CE and D per token (fp32), and d(ce_weight · CE + distillation_weight · D)/d(student logits) or None."""
     student_log_p = F.log_softmax(student_logits, dim=-1, dtype=torch.float32)
@@ -173,57 +151,53 @@ def _chunk(
     distillation = torch.zeros_like(ce)
     extra: Tensor | None = None
     if teacher_logits is not None:
-        if settings.kind == "mse":
-            distillation, extra = _mse(student_logits, teacher_logits, settings)
+        if options.distillation == "mse":
+            distillation, extra = _mse(student_logits, teacher_logits, options)
         else:
-            T = settings.temperature
+            T = options.temperature
             log_p = student_log_p if T == 1 else F.log_softmax(student_logits.float() / T, dim=-1)
-            term = _full_kl if settings.top_k is None else _top_k_kl
-            distillation, extra = term(log_p, teacher_logits.float().div_(T), settings)
+            term = _full_kl if options.top_k is None else _top_k_kl
+            distillation, extra = term(log_p, teacher_logits.float().div_(T), options)
             distillation = distillation * T**2
-    if not settings.wants_gradient:
+    if not wants_gradient:
         return ce, distillation, None
-    gradient = student_log_p.exp_().mul_(settings.ce_weight)
-    correct = torch.full_like(labels[:, None], -settings.ce_weight, dtype=torch.float32)
+    gradient = student_log_p.exp_().mul_(options.ce_weight)
+    correct = torch.full_like(labels[:, None], -options.ce_weight, dtype=torch.float32)
     gradient.scatter_add_(1, labels[:, None], correct)
     if extra is not None:
-        gradient.add_(extra, alpha=settings.distillation_weight)
+        gradient.add_(extra, alpha=options.distillation_weight)
     return ce, distillation, gradient
 
 
 def _full_kl(
-    log_p: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
+    log_p: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], options: LossOptions
+) -> tuple[Tensor, Tensor]:
     """KL(q ‖ p) per token, and T² times its gradient with respect to the student's raw logits, T · (p - q)."""
     log_q = F.log_softmax(teacher, dim=-1)
     q = log_q.exp()
     kl = _row_dot(q, log_q.sub_(log_p))
-    if not settings.wants_gradient:
-        return kl, None
-    return kl, torch.exp(log_p, out=log_q).sub_(q).mul_(settings.temperature)
+    return kl, torch.exp(log_p, out=log_q).sub_(q).mul_(options.temperature)
 
 
 def _top_k_kl(
-    log_p: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
+    log_p: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], options: LossOptions
+) -> tuple[Tensor, Tensor]:
     """As `_full_kl`, over k + 1 classes: the teacher's top k, and the tail as one.
 
     The gradient is that of a full KL whose teacher has the student's own shape on the tail, with the
     teacher's mass: p - q on the top k, p - p · (q_tail / p_tail) elsewhere.
     """
-    assert settings.top_k is not None
-    values, indices = teacher.topk(settings.top_k, dim=-1)
+    assert options.top_k is not None
+    values, indices = teacher.topk(options.top_k, dim=-1)
     log_q = values - teacher.logsumexp(dim=-1, keepdim=True)
     q = log_q.exp()
     log_p_top = log_p.gather(1, indices)
     q_tail = (1 - q.sum(dim=1)).clamp_min(_TAIL_FLOOR)
     p_tail = (1 - log_p_top.exp().sum(dim=1)).clamp_min(_TAIL_FLOOR)
     kl = _row_dot(q, log_q - log_p_top) + q_tail * (q_tail / p_tail).log()
-    if not settings.wants_gradient:
-        return kl, None
     gradient = log_p.exp().mul_((1 - q_tail / p_tail)[:, None])
     gradient.scatter_(1, indices, log_p_top.exp() - q)
-    return kl, gradient.mul_(settings.temperature)
+    return kl, gradient.mul_(options.temperature)
 
 
 def _row_dot(left: Float[Tensor, "tokens units"], right: Float[Tensor, "tokens units"]) -> Float[Tensor, " tokens"]:
@@ -232,15 +206,13 @@ def _row_dot(left: Float[Tensor, "tokens units"], right: Float[Tensor, "tokens u
 
 
 def _mse(
-    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
+    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], options: LossOptions
+) -> tuple[Tensor, Tensor]:
     """Mean squared difference of the raw logits per token, and its gradient."""
-    indices = None if settings.top_k is None else teacher.topk(settings.top_k, dim=-1).indices
+    indices = None if options.top_k is None else teacher.topk(options.top_k, dim=-1).indices
     difference = student.float() - teacher.float()
     picked = difference if indices is None else difference.gather(1, indices)
     squared = picked.square().mean(dim=1)
-    if not settings.wants_gradient:
-        return squared, None
     scaled = picked * (2 / picked.shape[1])
     return squared, scaled if indices is None else torch.zeros_like(difference).scatter_(1, indices, scaled)
 
@@ -252,14 +224,12 @@ def _check(
     teacher_head: Tensor | None,
     labels: Tensor,
 ) -> None:
+    """Raise a ValueError that names what does not fit."""
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head go together: give both or neither")
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 [tokens], found {labels.dtype} {list(labels.shape)}")
-    for name, hidden, head in (
-        ("student", student_hidden, student_head),
-        ("teacher", teacher_hidden, teacher_head),
-    ):
+    for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
         if hidden is None or head is None:
             continue
         if hidden.dim() != 2 or hidden.shape != (labels.shape[0], head.shape[1]):

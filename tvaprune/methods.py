@@ -23,7 +23,7 @@ from tvaprune.distributed import ALONE, World
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.objective import ROW, Row
 from tvaprune.gates.training import Learned, learn_gates, new_gates
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune.losses import cross_entropy, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
 from tvaprune.masks.update import WeightUpdate
@@ -140,8 +140,8 @@ def validation_nll(
             for index, counts in world.turns(len(windows)):
                 window = windows[index].long().to(device)
                 hidden = hidden_states(model, window[None])[0]
-                loss = distillation_loss(hidden, lm_head(model).weight, None, None, next_token_labels(window[None]))
-                totals[name] += counts * float(loss.ce)
+                loss = cross_entropy(hidden, lm_head(model).weight, next_token_labels(window[None]))
+                totals[name] += counts * float(loss)
     summed = world.sum_(torch.tensor(list(totals.values()), dtype=torch.float64, device=device))
     return {name: total / len(windows) for name, total in zip(totals, summed.tolist(), strict=True)}
 

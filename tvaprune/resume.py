@@ -1,7 +1,7 @@
-"""Go on after a kill: state outside the outputs, keyed by everything the result depends on.
+"""Resume a stage after a kill: state outside the outputs, identified by everything the result depends on.
 
-DVC deletes a stage's outputs whenever the stage starts, so state lives under the repository's
-.resume/ directory ($DVC_ROOT names the original repository also in a queued run's copy).
+DVC deletes a stage's outputs whenever the stage starts, so state is kept in the repository's .resume/ directory
+($DVC_ROOT names the original repository, also in a queued run's copy).
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +20,12 @@ from filelock import FileLock, Timeout
 
 
 class AnotherWriterError(BlockingIOError):
-    """Another live process is making the same output."""
+    """Another process is making the same output."""
 
 
 @runtime_checkable
 class Saver(Protocol):
-    """Where long work keeps its state between two processes; `ResumableRun` is one."""
+    """Storage for the state of long work between two processes, such as `ResumableRun`."""
 
     def load(self) -> dict[str, Any] | None:
         """The last complete state, or None."""
@@ -35,11 +36,11 @@ class Saver(Protocol):
 
 @runtime_checkable
 class SavedState(Saver, Protocol):
-    """The same, with room for files; `ResumableRun` is one."""
+    """A `Saver` that also has a directory for files."""
 
     @property
     def directory(self) -> Path:
-        """For files of the same lifetime as the state."""
+        """For files that live as long as the state."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,18 @@ def hash_files(paths: Iterable[Path]) -> str:
 class ResumableRun:
     """A stage's saved state and its locks, as a context manager.
 
-    On a clean exit the state is deleted; after an exception or a kill it stays for the next run with
-    the same key. A changed parameter, input or line of code gives another key, so stale state is never
-    resumed. Two locks keep a second writer out: one on the state, one on the workspace's outputs (a
-    SIGTERM to dvc alone leaves its child running).
+    A clean exit deletes the state; after an exception or a kill it stays for the next run with the same settings and
+    inputs. Any change in a parameter, an input or the code starts without a state. Two locks keep other writers out:
+    one on the state, one on the workspace's outputs (a SIGTERM to dvc alone leaves its child running).
 
     Args:
         stage: the stage's name.
         settings: every parameter that the result depends on (JSON values).
         inputs: files and directories that the result depends on, code included.
-        writer: False in all but one of several processes of one run: it reads, takes no lock and deletes nothing.
+        writer: True in one of the processes of a run; the others only read, take no lock and delete nothing.
 
     Raises:
-        AnotherWriterError: on entry, when a live process holds a lock.
+        AnotherWriterError: on entry, when another process holds a lock.
     """
 
     def __init__(self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], writer: bool = True) -> None:
@@ -92,55 +92,44 @@ class ResumableRun:
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]
         workspace = hashlib.sha256(str(Path.cwd().resolve()).encode()).hexdigest()[:12]
         root.mkdir(parents=True, exist_ok=True)
-        self.stage = stage
-        self._writer = writer
         self.directory = root / f"{stage}-{key}"
-        self._locks = [FileLock(root / f"{stage}-{name}.lock", timeout=0) for name in (workspace, key)]
-
-    @property
-    def _state_path(self) -> Path:
-        return self.directory / "state.pt"
+        self._stage = stage
+        self._writer = writer
+        self._state_path = self.directory / "state.pt"
+        self._locks = [FileLock(root / f"{stage}-{name}.lock", timeout=0) for name in (workspace, key) if writer]
+        self._held = ExitStack()
 
     def __enter__(self) -> Self:
-        if not self._writer:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            return self
-        for index, lock in enumerate(self._locks):
-            try:
-                lock.acquire()
-            except Timeout:
-                for held in self._locks[:index]:
-                    held.release()
-                raise AnotherWriterError(
-                    f"{self.stage}: another process is already making this output (lock {lock.lock_file}). "
-                    "Wait for it to end, or stop it, then run dvc repro again."
-                ) from None
+        with ExitStack() as held:
+            for lock in self._locks:
+                try:
+                    held.enter_context(lock)
+                except Timeout:
+                    raise AnotherWriterError(
+                        f"{self._stage}: another process is already making this output (lock {lock.lock_file}). "
+                        "Wait for it to end, or stop it, then run dvc repro again."
+                    ) from None
+            self._held = held.pop_all()
         self.directory.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._writer:
-            return
-        if error is None:
+        if self._writer and error is None:
             shutil.rmtree(self.directory, ignore_errors=True)
-        for lock in reversed(self._locks):
-            lock.release()
+        self._held.close()
 
     def load(self) -> dict[str, Any] | None:
-        """The last complete state, or None. A state that does not read back whole is ignored."""
-        if not self._state_path.exists():
-            return None
+        """The last complete state; None if there is none, or if it is damaged."""
         try:
-            state: dict[str, Any] = torch.load(self._state_path, weights_only=True)
+            return torch.load(self._state_path, weights_only=True)
         except Exception:
             return None
-        return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state atomically: a kill at any moment leaves the old one or the new one."""
-        assert self._writer, "one process of a run saves its state"
+        assert self._writer, "only the writer saves"
         unfinished = self._state_path.with_suffix(".unfinished")
         with unfinished.open("wb") as stream:
             torch.save(state, stream)

@@ -1,6 +1,7 @@
 """Every file of configs/ by a dry run: it fits its model, meets its target, and fits the card that its name says."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,22 +9,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import tiny_model
+from tests.unit.test_finetune import OPTIONS
 from tools import try_steps
 from tools.dry_run import memory, published_config, size_lines, sizes
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.distributed import ALONE
+from tvaprune.distributed import Process
 from tvaprune.gates.memory import LiveBytes
 from tvaprune.masks.projection import UnreachableSparsityError
 from tvaprune.methods import check_method
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.learn_masks import LearnMasksParams
-from tvaprune.recovery.lora import LoraSettings, add_lora
+from tvaprune.recovery.lora import add_lora
 from tvaprune.recovery.memory import finetuning_memory
-from tvaprune.recovery.schedule import Schedule
 from tvaprune.recovery.teacher import Teacher
-from tvaprune.recovery.training import Objective, _Loop
+from tvaprune.recovery.training import _Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -95,27 +96,23 @@ def test_what_no_mask_reaches_is_refused_without_a_search_through_every_unit() -
         check_method("tva", ("kv_heads",), 0.9, topology)
 
 
-SCHEDULE = Schedule(steps=1, epochs=None, batch_size=2, accumulation=1, learning_rate=1e-3)
-LORA = LoraSettings(rank=4, alpha=8)
+ESTIMATED = replace(OPTIONS, dropout=0.0, ce_weight=1.0)
 
 
 def estimate(teacher: str = "online", checkpointing: bool = False, layers: int = 3) -> dict[str, int]:
     config = tiny_model("llama", layers=layers).config
-    schedule = Schedule(**{**vars(SCHEDULE), "gradient_checkpointing": checkpointing})
-    return finetuning_memory(config, config, LORA, Objective(teacher=teacher), schedule, 64, torch.float32, "cpu")  # type: ignore[arg-type]
+    options = replace(ESTIMATED, teacher=teacher, gradient_checkpointing=checkpointing)
+    return finetuning_memory(config, config, options, 64, torch.float32, "cpu")
 
 
 def test_the_estimate_of_finetuning_is_what_a_real_step_allocates() -> None:
-    """The same count around the real loop's step, on a model that is really there."""
+    """The same count around the real trainer's step, on models that are really there."""
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=1)
     ids = torch.randint(0, 128, (4, 64), dtype=torch.int32)
-    model = add_lora(student, LORA, seed=0)
-    loop = _Loop(
-        model, Teacher(teacher, ids), ids, ids[:2], Objective(), SCHEDULE, 0, torch.device("cpu"), 0.0,
-        [[0, 1]], range(2), ALONE,
-    )  # fmt: skip
+    model, process = add_lora(student, ESTIMATED), Process(torch.device("cpu"))
+    trainer = _Trainer(model, Teacher(teacher, ids), ids, ids[:2], ESTIMATED, process, [[0, 1]], teacher_nll=0.0)
     with LiveBytes() as live:
-        loop._loss([0, 1])[0].backward()
+        trainer._add_gradients()
         real = live.highest
     assert estimate()["step"] == pytest.approx(real, rel=0.15)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import tiny_model
-from tests.unit.test_finetune import LORA, adapter, assert_identical, run_finetune
+from tests.unit.test_finetune import OPTIONS, adapter, assert_identical, run_finetune
 from tests.unit.test_gates import DETERMINISTIC, PAPER, TVA, WINDOWS, Memory
 from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, build_uneven
 from tvaprune.architecture.parameter_counts import sparsity
@@ -18,7 +18,7 @@ from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.distributed import World
+from tvaprune.distributed import Process, World
 from tvaprune.gates.memory import training_memory
 from tvaprune.gates.training import Learned, learn_gates, new_gates
 from tvaprune.masks.latency_table import PHASES
@@ -28,10 +28,8 @@ from tvaprune.measures.perplexity import evaluate
 from tvaprune.methods import find_masks
 from tvaprune.options.gates import GateOptions
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
-from tvaprune.recovery.lora import LoraSettings
 from tvaprune.recovery.memory import finetuning_memory
-from tvaprune.recovery.schedule import Schedule
-from tvaprune.recovery.training import Objective, finetune
+from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
 from tvaprune.runtime import passes
 from tvaprune.runtime.packed import Runtime, prepare
@@ -83,13 +81,12 @@ def test_every_method_runs_on_a_gpu(method: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("teacher", ["online", "cached", "none"])
 def test_fine_tuning_on_a_gpu_is_that_of_the_cpu(tmp_path: Path, teacher: Any) -> None:
-    objective = Objective(teacher=teacher, ce_weight=0.5, distillation_weight=0.5)
-    lora = replace(LORA, dropout=0.0)
+    options = replace(OPTIONS, dropout=0.0, teacher=teacher, ce_weight=0.5, distillation_weight=0.5)
     (tmp_path / "cpu").mkdir()
-    here = run_finetune(NoState(tmp_path / "cpu"), objective=objective, device=CPU, lora=lora)
-    there = run_finetune(NoState(tmp_path), objective=objective, device=CUDA, lora=lora)
+    here = run_finetune(NoState(tmp_path / "cpu"), options, device=CPU)
+    there = run_finetune(NoState(tmp_path), options, device=CUDA)
     assert here.metrics["validation"] == pytest.approx(there.metrics["validation"], rel=1e-4)
-    again = run_finetune(NoState(tmp_path), objective=objective, device=CUDA, lora=lora)
+    again = run_finetune(NoState(tmp_path), options, device=CUDA)
     assert_identical(adapter(there), adapter(again))
 
 
@@ -173,14 +170,11 @@ def test_the_memory_estimates_are_near_what_is_allocated(tmp_path: Path, checkpo
     assert 0.9 < torch.cuda.max_memory_allocated() / expected < 1.1
 
     dense.eval().to(CPU)
-    lora, objective = LoraSettings(rank=32, alpha=64), Objective(teacher=teacher)
-    schedule = Schedule(
-        steps=2, epochs=None, batch_size=2, accumulation=1, learning_rate=1e-4, gradient_checkpointing=checkpointing
-    )
-    expected = finetuning_memory(student.config, config, lora, objective, schedule, 512, dtype, "cuda")["total"]
-    torch.cuda.reset_peak_memory_stats()
-    finetune(
-        student, dense, ids, ids[:1], lora=lora, objective=objective, schedule=schedule, seed=0, device=CUDA,
-        state=NoState(tmp_path),
+    options = replace(
+        OPTIONS, rank=32, alpha=64, dropout=0.0, teacher=teacher, ce_weight=1.0, steps=2, accumulation=1,
+        learning_rate=1e-4, warmup=0.0, gradient_checkpointing=checkpointing,
     )  # fmt: skip
+    expected = finetuning_memory(student.config, config, options, 512, dtype, "cuda")["total"]
+    torch.cuda.reset_peak_memory_stats()
+    finetune(student, dense, ids, ids[:1], options, Process(CUDA), NoState(tmp_path))
     assert 0.9 < torch.cuda.max_memory_allocated() / expected < 1.1

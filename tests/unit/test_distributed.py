@@ -71,7 +71,7 @@ def test_a_process_that_torchrun_started_starts_no_others(monkeypatch: pytest.Mo
     assert processes_asked() == 1
 
 
-def test_nodes_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_need_an_address_to_connect_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVAPRUNE_NNODES", "2")
-    with pytest.raises(ValueError, match="TVAPRUNE_RENDEZVOUS has to say where they meet"):
+    with pytest.raises(ValueError, match="set TVAPRUNE_RENDEZVOUS to the host:port"):
         launch("stages.learn_masks", [], 2)

@@ -12,17 +12,19 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from stages.finetune_lora import main
-from tests.tiny_models import random_masks
-from tvaprune.architecture.topology import Topology
+from tests.tiny_models import random_masks, tiny_model
+from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.artifacts import write_artifact
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load
+from tvaprune.distributed import Process
 from tvaprune.export.card import Base, Provenance, widths_of
 from tvaprune.export.seal import certify
+from tvaprune.options.recovery import RecoveryOptions
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.loading import ParameterError
 from tvaprune.proof.certificate import Reference
@@ -30,43 +32,35 @@ from tvaprune.proof.parity import compact_logits
 from tvaprune.recovery import training
 from tvaprune.recovery.lora import (
     CheckpointMismatchError,
-    LoraSettings,
     add_lora,
     merge_adapter,
     save_adapter,
     save_like,
     target_names,
 )
-from tvaprune.recovery.schedule import Schedule, learning_rate_at, windows_of
-from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden
-from tvaprune.recovery.training import CurveRow, DivergedError, Finetuned, Objective, finetune, write_curve
+from tvaprune.recovery.objective import mean_nll
+from tvaprune.recovery.report import CurveRow, write_curve
+from tvaprune.recovery.schedule import learning_rate_at, step_windows, total_steps
+from tvaprune.recovery.teacher import CachedTeacher, Teacher
+from tvaprune.recovery.training import DivergedError, Finetuned, finetune
 from tvaprune.resume import NoState, ResumableRun
 from tvaprune.verify import verify
 
 VOCAB, SEQ = 128, 16
 CPU = torch.device("cpu")
-SCHEDULE = Schedule(
-    steps=8, epochs=None, batch_size=2, accumulation=2, learning_rate=5e-3, warmup=0.25, validate_every=3, save_every=3
-)
-LORA = LoraSettings(rank=4, alpha=8, dropout=0.2)
+OPTIONS = RecoveryOptions(
+    seed=7, rank=4, alpha=8, dropout=0.2, targets="all-linear", use_dora=False, use_rslora=False,
+    teacher="online", distillation="kl", distillation_weight=1.0, ce_weight=0.0, temperature=1.0, top_k=None,
+    learning_rate=5e-3, weight_decay=0.0, warmup=0.25, decay="cosine", gradient_clip=1.0, batch_size=2, accumulation=2,
+    steps=8, epochs=None, gradient_checkpointing=False, validate_every=3, save_every=3,
+)  # fmt: skip
 
 
-def tiny(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        vocab_size=VOCAB,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+def tiny(family: str = "llama") -> PreTrainedModel:
+    return tiny_model(family, layers=2)
 
 
-def pruned(dense: LlamaForCausalLM) -> LlamaForCausalLM:
+def pruned(dense: PreTrainedModel) -> PreTrainedModel:
     """The dense model with layers of uneven widths: half an MLP in layer 0, one kv group in layer 1."""
     student = copy.deepcopy(dense)
 
@@ -93,25 +87,13 @@ def windows(count: int, seed: int) -> Tensor:
 
 def run_finetune(
     state: object,
-    student: LlamaForCausalLM | None = None,
-    lora: LoraSettings = LORA,
-    objective: Objective = Objective(ce_weight=0.0, distillation_weight=1.0),  # noqa: B008
-    schedule: Schedule = SCHEDULE,
+    options: RecoveryOptions = OPTIONS,
+    student: PreTrainedModel | None = None,
     device: torch.device = CPU,
 ) -> Finetuned:
     dense = tiny()
-    return finetune(
-        student if student is not None else pruned(dense),
-        dense,
-        windows(5, seed=1),
-        windows(3, seed=2),
-        lora=lora,
-        objective=objective,
-        schedule=schedule,
-        seed=7,
-        device=device,
-        state=state,
-    )
+    student = pruned(dense) if student is None else student
+    return finetune(student, dense, windows(5, seed=1), windows(3, seed=2), options, Process(device), state)
 
 
 def adapter(result: Finetuned) -> dict[str, Tensor]:
@@ -129,26 +111,27 @@ def assert_identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_learning_rate_rises_to_the_peak_and_falls_to_almost_nothing(decay):
-    schedule = replace(SCHEDULE, warmup=0.1, decay=decay)
-    rates = [learning_rate_at(step, 100, schedule) for step in range(1, 101)]
-    assert rates[0] == pytest.approx(schedule.learning_rate / 10)
-    assert rates[9] == rates[10] == schedule.learning_rate == max(rates)
+    options = replace(OPTIONS, warmup=0.1, decay=decay)
+    rates = [learning_rate_at(step, 100, options) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(options.learning_rate / 10)
+    assert rates[9] == rates[10] == options.learning_rate == max(rates)
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert 0 < rates[-1] < 0.02 * schedule.learning_rate
+    assert 0 < rates[-1] < 0.02 * options.learning_rate
 
 
 def test_every_epoch_shows_every_window_once_in_another_order():
-    order = [window for step in range(5) for window in windows_of(step, range(4), SCHEDULE, 10, seed=3)]
+    order = [window for step in range(5) for window in step_windows(step, 10, OPTIONS)]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10] != order[10:]
-    assert order != [window for step in range(5) for window in windows_of(step, range(4), SCHEDULE, 10, seed=4)]
+    other = replace(OPTIONS, seed=8)
+    assert order != [window for step in range(5) for window in step_windows(step, 10, other)]
 
 
 def test_steps_come_from_epochs_or_are_given():
-    assert replace(SCHEDULE, steps=None, epochs=2.0).total_steps(windows=9) == 5  # 18 windows, 4 a step
-    assert SCHEDULE.total_steps(windows=9) == 8
+    assert total_steps(replace(OPTIONS, steps=None, epochs=2.0), windows=9) == 5  # 18 windows, 4 a step
+    assert total_steps(OPTIONS, windows=9) == 8
     with pytest.raises(ValueError, match="exactly one"):
-        replace(SCHEDULE, epochs=1.0).total_steps(windows=9)
+        replace(OPTIONS, epochs=1.0)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -159,24 +142,14 @@ def test_recovery_recovers_and_leaves_the_base_alone(tmp_path):
     student = pruned(dense)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     text = dense.generate(torch.arange(1, 121)[:, None], max_length=SEQ, do_sample=True, pad_token_id=0)
-    result = finetune(
-        student,
-        dense,
-        text[:100],
-        text[100:],
-        lora=replace(LORA, rank=16, alpha=32, dropout=0.0),
-        objective=Objective(ce_weight=0.1, distillation_weight=1.0),
-        schedule=replace(SCHEDULE, steps=60, learning_rate=1e-2),
-        seed=0,
-        device=CPU,
-        state=NoState(tmp_path),
-    )
+    options = replace(OPTIONS, rank=16, alpha=32, dropout=0.0, ce_weight=0.1, steps=60, learning_rate=1e-2, seed=0)
+    result = finetune(student, dense, text[:100], text[100:], options, Process(CPU), NoState(tmp_path))
     validation = result.metrics["validation"]
     assert validation["nll_teacher"] < validation["nll_best"] < validation["nll_start"]
     assert result.metrics["recovered"]["share"] > 0.3
     assert result.metrics["tokens"] == 60 * 2 * 2 * SEQ
     # What comes back is the best adapter, not the last.
-    assert training._nll(student, text[100:], 2, CPU) == validation["nll_best"]
+    assert mean_nll(student, text[100:], 2, Process(CPU)) == validation["nll_best"]
     assert validation["nll_best"] == min(row.validation_ce for row in result.curve if row.validation_ce is not None)
     after = {name.replace(".base_layer", ""): tensor for name, tensor in student.state_dict().items()}
     assert_identical(before, {name: after[name] for name in before})
@@ -196,27 +169,29 @@ def test_the_curve_has_the_start_every_step_and_the_end(tmp_path):
 
 @pytest.mark.parametrize("teacher", ["online", "cached"])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, teacher):
-    objective = Objective(teacher=teacher, ce_weight=0.5, distillation_weight=1.0)
-    undisturbed = run_finetune(NoState(tmp_path), objective=objective)
+    options = replace(OPTIONS, teacher=teacher, ce_weight=0.5)
+    undisturbed = run_finetune(NoState(tmp_path), options)
 
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    real_step = training._Loop._train_step
+    real_step = training._Trainer._train_step
     taken: list[int] = []
 
-    def counted_step(loop):
+    def counted_step(trainer):
         if len(taken) == 5:
             raise KeyboardInterrupt
-        taken.append(loop.step)
-        return real_step(loop)
+        taken.append(trainer.step)
+        return real_step(trainer)
 
-    monkeypatch.setattr(training._Loop, "_train_step", counted_step)
+    monkeypatch.setattr(training._Trainer, "_train_step", counted_step)
     with pytest.raises(KeyboardInterrupt), ResumableRun("finetune_lora", {}, []) as run:
-        run_finetune(run, objective=objective)
+        run_finetune(run, options)
     torch.manual_seed(12345)  # another process has another random state
     taken[:] = [-1, -1]
-    monkeypatch.setattr(training._Loop, "_train_step", lambda loop: (taken.append(loop.step), real_step(loop))[1])
+    monkeypatch.setattr(
+        training._Trainer, "_train_step", lambda trainer: (taken.append(trainer.step), real_step(trainer))[1]
+    )
     with ResumableRun("finetune_lora", {}, []) as run:
-        resumed = run_finetune(run, objective=objective)
+        resumed = run_finetune(run, options)
 
     assert taken[2:] == [3, 4, 5, 6, 7]  # from the state saved after step 3
     assert_identical(adapter(undisturbed), adapter(resumed))
@@ -234,7 +209,7 @@ def test_a_run_killed_after_its_last_step_only_finishes(tmp_path, monkeypatch):
         first = adapter(run_finetune(run))
         killed = shutil.copytree(run.directory, tmp_path / "killed")
     shutil.copytree(killed, run.directory)
-    monkeypatch.setattr(training._Loop, "_train_step", lambda loop: pytest.fail("trained again"))
+    monkeypatch.setattr(training._Trainer, "_train_step", lambda trainer: pytest.fail("trained again"))
     with ResumableRun("finetune_lora", {}, []) as run:
         assert_identical(first, adapter(run_finetune(run)))
 
@@ -246,28 +221,26 @@ def test_dropout_and_order_follow_the_seed_and_not_the_process(tmp_path):
     torch.manual_seed(2)
     assert_identical(adapter(first), adapter(run_finetune(NoState(tmp_path))))
     torch.random.set_rng_state(before)
-    without_dropout = adapter(run_finetune(NoState(tmp_path), lora=replace(LORA, dropout=0.0)))
+    without_dropout = adapter(run_finetune(NoState(tmp_path), replace(OPTIONS, dropout=0.0)))
     assert any(not torch.equal(tensor, without_dropout[name]) for name, tensor in adapter(first).items())
 
 
 def test_accumulation_is_a_larger_batch(tmp_path):
-    lora = replace(LORA, dropout=0.0)
-    parts = run_finetune(NoState(tmp_path), lora=lora, schedule=replace(SCHEDULE, batch_size=1, accumulation=4))
-    whole = run_finetune(NoState(tmp_path), lora=lora, schedule=replace(SCHEDULE, batch_size=4, accumulation=1))
+    parts = run_finetune(NoState(tmp_path), replace(OPTIONS, dropout=0.0, batch_size=1, accumulation=4))
+    whole = run_finetune(NoState(tmp_path), replace(OPTIONS, dropout=0.0, batch_size=4, accumulation=1))
     for left, right in zip(parts.curve[1:], whole.curve[1:], strict=True):
         assert left.loss == pytest.approx(right.loss, rel=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain = run_finetune(NoState(tmp_path))
-    recomputed = run_finetune(NoState(tmp_path), schedule=replace(SCHEDULE, gradient_checkpointing=True))
+    recomputed = run_finetune(NoState(tmp_path), replace(OPTIONS, gradient_checkpointing=True))
     for left, right in zip(plain.curve[1:], recomputed.curve[1:], strict=True):
         assert left.loss == pytest.approx(right.loss, rel=1e-4)
 
 
 def test_without_a_teacher_there_is_cross_entropy_alone(tmp_path):
-    objective = Objective(teacher="none", ce_weight=1.0, distillation_weight=1.0)
-    result = run_finetune(NoState(tmp_path), objective=objective)
+    result = run_finetune(NoState(tmp_path), replace(OPTIONS, teacher="none", ce_weight=1.0))
     assert all(row.distillation == 0 and row.loss == row.ce for row in result.curve[1:])
     assert result.metrics["validation"]["nll_teacher"] > 0
 
@@ -275,17 +248,9 @@ def test_without_a_teacher_there_is_cross_entropy_alone(tmp_path):
 def test_a_bfloat16_base_has_a_float32_adapter(tmp_path):
     dense = tiny()
     student = pruned(dense).to(torch.bfloat16)
+    options = replace(OPTIONS, ce_weight=1.0, seed=0)
     result = finetune(
-        student,
-        dense.to(torch.bfloat16),
-        windows(5, 1),
-        windows(3, 2),
-        lora=LORA,
-        objective=Objective(),
-        schedule=SCHEDULE,
-        seed=0,
-        device=CPU,
-        state=NoState(tmp_path),
+        student, dense.to(torch.bfloat16), windows(5, 1), windows(3, 2), options, Process(CPU), NoState(tmp_path)
     )
     assert {p.dtype for p in adapter(result).values()} == {torch.float32}
     assert {p.dtype for p in student.parameters() if not p.requires_grad} == {torch.bfloat16}
@@ -302,20 +267,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_inputs_that_do_not_fit_are_named(tmp_path):
     dense = tiny()
-    rest = {
-        "lora": LORA,
-        "objective": Objective(),
-        "schedule": SCHEDULE,
-        "seed": 0,
-        "device": CPU,
-        "state": NoState(tmp_path),
-    }
+    rest = (OPTIONS, Process(CPU), NoState(tmp_path))
     with pytest.raises(ValueError, match=r"finetune_validation_ids: expected .* found \[0, 16\]"):
-        finetune(pruned(dense), dense, windows(5, 1), windows(0, 1), **rest)
+        finetune(pruned(dense), dense, windows(5, 1), windows(0, 1), *rest)
     with pytest.raises(ValueError, match="token 128 is outside"):
-        finetune(pruned(dense), dense, windows(5, 1) * 0 + VOCAB, windows(1, 1), **rest)
+        finetune(pruned(dense), dense, windows(5, 1) * 0 + VOCAB, windows(1, 1), *rest)
     with pytest.raises(ValueError, match="float16"):
-        finetune(pruned(dense).half(), dense, windows(5, 1), windows(1, 1), **rest)
+        finetune(pruned(dense).half(), dense, windows(5, 1), windows(1, 1), *rest)
 
 
 # --- the teacher ----------------------------------------------------------------------------------------------------
@@ -360,9 +318,9 @@ def test_targets_are_linear_modules_and_never_the_head():
             target_names(model, ["q_proj", wrong])
 
 
-def trained_adapter(student: LlamaForCausalLM, directory: Path, settings: LoraSettings) -> PeftModel:
+def trained_adapter(student: PreTrainedModel, directory: Path, options: RecoveryOptions) -> PeftModel:
     """An adapter that changes the output, as if trained, saved."""
-    model = add_lora(student, settings, seed=0)
+    model = add_lora(student, options)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -380,7 +338,7 @@ def test_the_merged_directory_computes_what_the_adapter_did(tmp_path, kind):
     (tmp_path / "compact" / "modeling_compact.py").write_text("# custom code\n")
     (tmp_path / "compact" / "tokenizer.json").write_text("{}")
     ids = windows(2, 3).long()
-    model = trained_adapter(copy.deepcopy(original), tmp_path / "lora", replace(LORA, **kind))
+    model = trained_adapter(copy.deepcopy(original), tmp_path / "lora", replace(OPTIONS, **kind))
     with torch.no_grad():
         expected, untouched = model(ids).logits, original(ids).logits
     assert (expected - untouched).abs().max() > 0.1
@@ -402,7 +360,7 @@ def test_the_merged_directory_computes_what_the_adapter_did(tmp_path, kind):
 
 
 def test_saved_like_a_tied_bfloat16_directory(tmp_path):
-    model = tiny(tied=True).to(torch.bfloat16)
+    model = tiny("llama_tied").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "compact")
     save_like(model.float(), tmp_path / "compact", tmp_path / "finetuned")
     reloaded = LlamaForCausalLM.from_pretrained(tmp_path / "finetuned")
@@ -423,7 +381,7 @@ def test_a_model_of_other_tensors_is_refused(tmp_path):
 
 def test_adapter_files_are_the_same_for_the_same_inputs(tmp_path):
     for name in ("first", "second"):
-        trained_adapter(pruned(tiny()), tmp_path / name, LORA)
+        trained_adapter(pruned(tiny()), tmp_path / name, OPTIONS)
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
     for file in files:
@@ -437,8 +395,8 @@ def test_a_fresh_adapter_changes_nothing():
     model = pruned(tiny())
     ids = windows(2, 3).long()
     with torch.no_grad():
-        before = final_hidden(model, ids)
-        assert torch.equal(final_hidden(add_lora(model, LORA, 0).get_base_model().eval(), ids), before)
+        before = hidden_states(model, ids)
+        assert torch.equal(hidden_states(add_lora(model, OPTIONS).get_base_model().eval(), ids), before)
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -483,11 +441,12 @@ def load_params(tmp_path: Path, *changes: tuple[str, str]) -> FinetuneLoraParams
     return FinetuneLoraParams.load(tmp_path / "params.yaml")
 
 
-def test_parameters_fill_the_settings_of_the_core(tmp_path):
+def test_parameters_are_the_options_of_the_core(tmp_path):
     params = load_params(tmp_path, ("targets: all-linear", "targets: [q_proj, v_proj]"))
-    assert params.take(LoraSettings) == LoraSettings(16, 32.0, 0.0, ["q_proj", "v_proj"])
-    assert params.take(Objective) == Objective("online", 0.1, 1.0, "kl", 1.0, None)
-    assert params.take(Schedule).learning_rate == 1e-3
+    assert params.options == replace(
+        OPTIONS, seed=0, rank=16, alpha=32.0, dropout=0.0, targets=["q_proj", "v_proj"], ce_weight=0.1,
+        learning_rate=1e-3, warmup=0.05, batch_size=1, accumulation=1, steps=180, validate_every=60, save_every=30,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -501,6 +460,8 @@ def test_parameters_fill_the_settings_of_the_core(tmp_path):
         (("dropout: 0.0", "dropout: 1.0"), "finetune_lora.dropout = 1.0"),
         (("seed: 0\nfine", "seed: -1\nfine"), "seed = -1"),
         (("save_every: 30", "max_seconds: 30"), "finetune_lora.max_seconds: unknown key"),
+        (("save_every: 30", "max_seconds: 30"), "finetune_lora.save_every: missing"),
+        (("ce_weight: 0.1", "ce_weight: -1"), "finetune_lora.ce_weight = -1: Input should be greater than or equal"),
     ],
 )
 def test_wrong_parameters_are_named(tmp_path, change, message):

@@ -5,9 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune import losses
+from tvaprune.losses import cross_entropy, distillation_loss, next_token_labels
+from tvaprune.options.loss import LossOptions
 
 TOKENS, VOCAB, WIDTH, TEACHER_WIDTH = 23, 50, 12, 16
+
+
+def options(**changed) -> LossOptions:
+    defaults = {"ce_weight": 1.0, "distillation_weight": 0.0, "distillation": "kl", "temperature": 1.0, "top_k": None}
+    return LossOptions(**{**defaults, **changed})
 
 
 def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -54,18 +61,16 @@ def direct(
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 @pytest.mark.parametrize(("ce_weight", "weight"), [(1.0, 0.01), (0.0, 1.0), (0.3, 0.7)])
-def test_values_and_gradient_are_those_of_the_formula(kind, temperature, top_k, ce_weight, weight):
+def test_values_and_gradient_are_those_of_the_formula(monkeypatch, kind, temperature, top_k, ce_weight, weight):
+    monkeypatch.setattr(losses, "_CHUNK_TOKENS", 5)
     inputs = make_inputs()
     expected = direct(inputs, ce_weight, weight, temperature, kind, top_k)
     expected_gradient = torch.autograd.grad(expected[0] * 3, inputs[0])[0]
     actual = distillation_loss(
         *inputs,
-        ce_weight=ce_weight,
-        distillation_weight=weight,
-        temperature=temperature,
-        kind=kind,
-        top_k=top_k,
-        chunk_tokens=5,
+        options(
+            ce_weight=ce_weight, distillation_weight=weight, temperature=temperature, distillation=kind, top_k=top_k
+        ),
     )
     for name, value, reference in zip(actual._fields, actual, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-6, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
@@ -75,13 +80,15 @@ def test_values_and_gradient_are_those_of_the_formula(kind, temperature, top_k, 
     assert not actual.distillation.requires_grad
 
 
-def test_without_a_teacher_it_is_cross_entropy():
+def test_without_a_teacher_it_is_cross_entropy(monkeypatch):
+    monkeypatch.setattr(losses, "_CHUNK_TOKENS", 4)
     student_hidden, student_head, _, _, labels = make_inputs()
     expected = F.cross_entropy(student_hidden @ student_head.T, labels)
-    loss, ce, distillation = distillation_loss(student_hidden, student_head, None, None, labels, chunk_tokens=4)
+    loss, ce, distillation = distillation_loss(student_hidden, student_head, None, None, labels, options())
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     assert loss.item() == ce.item()
     assert distillation.item() == 0
+    assert cross_entropy(student_hidden, student_head, labels).item() == loss.item()
     loss.backward()
     expected_gradient = torch.autograd.grad(F.cross_entropy(student_hidden @ student_head.T, labels), student_hidden)[0]
     torch.testing.assert_close(student_hidden.grad, expected_gradient, rtol=1e-5, atol=1e-6)
@@ -96,9 +103,7 @@ def test_a_student_that_equals_its_teacher_has_no_distillation_loss_or_gradient(
             student_hidden.detach(),
             student_head,
             labels,
-            ce_weight=0.0,
-            distillation_weight=1.0,
-            top_k=top_k,
+            options(ce_weight=0.0, distillation_weight=1.0, top_k=top_k),
         )
         assert abs(result.distillation.item()) < 1e-6
         gradient = torch.autograd.grad(result.loss, student_hidden)[0]
@@ -108,17 +113,19 @@ def test_a_student_that_equals_its_teacher_has_no_distillation_loss_or_gradient(
 def test_top_k_bounds_the_full_divergence_from_below():
     inputs = make_inputs()
     values = [
-        distillation_loss(*inputs, distillation_weight=1.0, top_k=k).distillation.item() for k in (1, 5, 20, VOCAB)
+        distillation_loss(*inputs, options(distillation_weight=1.0, top_k=k)).distillation.item()
+        for k in (1, 5, 20, VOCAB)
     ]
     assert values == sorted(values)
     assert values[0] < values[-1]
 
 
-def test_ignored_tokens_get_no_gradient_and_chunks_do_not_matter():
+def test_ignored_tokens_get_no_gradient_and_chunks_do_not_matter(monkeypatch):
     results = []
     for chunk_tokens in (1, 7, 1000):
+        monkeypatch.setattr(losses, "_CHUNK_TOKENS", chunk_tokens)
         inputs = make_inputs()
-        loss = distillation_loss(*inputs, distillation_weight=0.5, chunk_tokens=chunk_tokens).loss
+        loss = distillation_loss(*inputs, options(distillation_weight=0.5)).loss
         loss.backward()
         assert inputs[0].grad[inputs[4] == -100].abs().max() == 0
         assert inputs[0].grad[inputs[4] != -100].abs().sum(dim=1).min() > 0
@@ -130,7 +137,7 @@ def test_ignored_tokens_get_no_gradient_and_chunks_do_not_matter():
 
 def test_all_tokens_ignored_gives_zero_not_nan():
     inputs = make_inputs()
-    loss = distillation_loss(*inputs[:4], torch.full((TOKENS,), -100), distillation_weight=1.0).loss
+    loss = distillation_loss(*inputs[:4], torch.full((TOKENS,), -100), options(distillation_weight=1.0)).loss
     loss.backward()
     assert loss.item() == 0
     assert inputs[0].grad.abs().max() == 0
@@ -143,7 +150,7 @@ def test_bfloat16_matmuls_keep_the_softmax_in_fp32():
     expected = direct(wide, 1.0, 0.5, 1.0, "kl", None)[0]
     expected_gradient = torch.autograd.grad(expected, wide[0])[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = distillation_loss(*inputs, distillation_weight=0.5)
+        actual = distillation_loss(*inputs, options(distillation_weight=0.5))
     assert actual.loss.dtype == torch.float32
     torch.testing.assert_close(actual.loss, expected, rtol=5e-3, atol=0)
     actual.loss.backward()
@@ -153,16 +160,16 @@ def test_bfloat16_matmuls_keep_the_softmax_in_fp32():
 
 def test_autocast_does_not_lower_fp32_inputs():
     inputs = make_inputs()
-    plain = distillation_loss(*inputs, distillation_weight=0.5).loss
+    plain = distillation_loss(*inputs, options(distillation_weight=0.5)).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert distillation_loss(*inputs, distillation_weight=0.5).loss.item() == plain.item()
+        assert distillation_loss(*inputs, options(distillation_weight=0.5)).loss.item() == plain.item()
 
 
 def test_without_gradients_the_values_are_the_same():
     inputs = make_inputs()
-    with_gradient = distillation_loss(*inputs, distillation_weight=0.5, temperature=2.0, top_k=5)
+    with_gradient = distillation_loss(*inputs, options(distillation_weight=0.5, temperature=2.0, top_k=5))
     with torch.no_grad():
-        without = distillation_loss(*inputs, distillation_weight=0.5, temperature=2.0, top_k=5)
+        without = distillation_loss(*inputs, options(distillation_weight=0.5, temperature=2.0, top_k=5))
     assert not without.loss.requires_grad
     assert [value.item() for value in without] == [value.item() for value in with_gradient]
 
@@ -170,27 +177,27 @@ def test_without_gradients_the_values_are_the_same():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature = 0.0"),
-        ({"top_k": VOCAB + 1}, "top_k = 51"),
-        ({"kind": "cosine"}, "kind = 'cosine'"),
-        ({"chunk_tokens": 0}, "chunk_tokens = 0"),
+        ({"temperature": 0.0}, "temperature\n  Input should be greater than 0 .*input_value=0.0"),
+        ({"top_k": 0}, "top_k\n  Input should be greater than or equal to 1 .*input_value=0"),
+        ({"top_k": VOCAB + 1}, "top_k = 51: must be between 1 and the vocabulary, 50"),
+        ({"distillation": "cosine"}, "distillation\n  Input should be 'kl' or 'mse' .*input_value='cosine'"),
     ],
 )
-def test_settings_out_of_range_are_named(change, message):
+def test_options_out_of_range_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        distillation_loss(*make_inputs(), **change)
+        distillation_loss(*make_inputs(), options(**change))
 
 
 def test_shapes_and_gradients_that_do_not_fit_are_named():
     student_hidden, student_head, teacher_hidden, teacher_head, labels = make_inputs()
     with pytest.raises(ValueError, match="go together"):
-        distillation_loss(student_hidden, student_head, teacher_hidden, None, labels)
+        distillation_loss(student_hidden, student_head, teacher_hidden, None, labels, options())
     with pytest.raises(ValueError, match="vocabularies differ"):
-        distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head[:-1], labels)
+        distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head[:-1], labels, options())
     with pytest.raises(ValueError, match="teacher_hidden: expected"):
-        distillation_loss(student_hidden, student_head, teacher_hidden[:-1], teacher_head, labels)
+        distillation_loss(student_hidden, student_head, teacher_hidden[:-1], teacher_head, labels, options())
     with pytest.raises(ValueError, match="student: gets no gradient"):
-        distillation_loss(student_hidden, student_head.requires_grad_(), None, None, labels)
+        distillation_loss(student_hidden, student_head.requires_grad_(), None, None, labels, options())
 
 
 def test_next_token_labels_shift_by_one_within_each_row():

@@ -6,6 +6,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from tvaprune.architecture.topology import decoder, decoder_layers
+from tvaprune.distributed import Process
 
 
 def shard_layers(model: PreTrainedModel, device: torch.device, processes: int) -> PreTrainedModel:
@@ -31,3 +32,8 @@ def shard_layers(model: PreTrainedModel, device: torch.device, processes: int) -
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     return model
+
+
+def to_process(model: PreTrainedModel, process: Process) -> PreTrainedModel:
+    """The model on the process's device, changed in place: whole, or this process's part of its layers."""
+    return shard_layers(model, process.device, process.world.size) if process.sharded else model.to(process.device)

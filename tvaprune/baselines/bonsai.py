@@ -10,7 +10,7 @@ from tvaprune.baselines.activation_scores import wanda_scores
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.allocation import Scores, Stages, percentiles
 from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune.losses import cross_entropy, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import UnreachableSparsityError, project
 
@@ -167,5 +167,5 @@ def _loss(model: nn.Module, windows: Tensor) -> float:
     total = 0.0
     for window in windows.split(1):
         hidden = decoder(model)(input_ids=window, use_cache=False).last_hidden_state[0]
-        total += float(distillation_loss(hidden, head, None, None, next_token_labels(window)).ce)
+        total += float(cross_entropy(hidden, head, next_token_labels(window)))
     return total / len(windows)

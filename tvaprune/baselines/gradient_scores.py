@@ -8,7 +8,7 @@ from tvaprune.architecture.topology import Axis, Topology, decoder, lm_head
 from tvaprune.baselines.allocation import Scores, allocate_balanced, allocate_uniform
 from tvaprune.baselines.gradients import Objective, absolute_products, pool, signed_products
 from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune.losses import KL_ALONE, distillation_loss, next_token_labels
 from tvaprune.masks.masks import Masks
 
 
@@ -117,6 +117,6 @@ def _divergence(model: nn.Module, topology: Topology, masks: Masks, input_ids: T
             gated.set(gates, kept_hidden=int(masks.keep["hidden"].sum()))
             masked = decoder(model)(input_ids=row, use_cache=False).last_hidden_state[0]
             labels = next_token_labels(row)
-            parts = distillation_loss(masked, head, dense, head, labels, ce_weight=0.0, distillation_weight=1.0)
+            parts = distillation_loss(masked, head, dense, head, labels, KL_ALONE)
             total += float(parts.distillation)
     return total / len(input_ids)

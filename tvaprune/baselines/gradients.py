@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tvaprune.architecture.topology import AXES, Axis, Topology, Units, cut, decoder, embedding, layer_modules, lm_head
 from tvaprune.baselines.allocation import Scores
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune.losses import cross_entropy, next_token_labels
 
 Objective = Literal["loss", "logits"]
 
@@ -132,7 +132,7 @@ def signed_products(
     with watched(model, names, observe):
         for window in tqdm(_windows(model, input_ids), desc="gradients", disable=not progress):
             hidden = _hidden(model, window)
-            loss = distillation_loss(hidden, lm_head(model).weight, None, None, next_token_labels(window)).loss
+            loss = cross_entropy(hidden, lm_head(model).weight, next_token_labels(window))
             (loss / len(input_ids)).backward()
     return products
 

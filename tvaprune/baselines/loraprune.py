@@ -14,7 +14,7 @@ from tvaprune.baselines.allocation import Scores, Stages, percentiles
 from tvaprune.baselines.gradients import AXIS_OF_UNITS, frozen, owned_weights, pool
 from tvaprune.gates.budget import cubic_ramp
 from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.losses import distillation_loss, next_token_labels
+from tvaprune.losses import cross_entropy, next_token_labels
 from tvaprune.masks.masks import Masks
 
 
@@ -98,7 +98,7 @@ def loraprune(
             window = windows[step % len(windows)]
             hidden = decoder(model)(input_ids=window, use_cache=False).last_hidden_state[0]
             optimizer.zero_grad()
-            distillation_loss(hidden, lm_head(model).weight, None, None, next_token_labels(window)).loss.backward()
+            cross_entropy(hidden, lm_head(model).weight, next_token_labels(window)).backward()
             current = step_scores(topology, adapters, axes)
             optimizer.step()
             for axis in axes:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from tvaprune.architecture.topology import AXES, Axis, hidden_states, lm_head
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
-from tvaprune.losses import distillation_loss
+from tvaprune.losses import cross_entropy
 
 
 def gate_curvature(
@@ -44,7 +44,7 @@ def gate_curvature(
         gated.set(ones, topology.hidden, squares=squares)
         hidden = hidden_states(model, window[None])[0]
         sampled = _sample(hidden.detach(), head, uniform[index].to(window.device))
-        loss = distillation_loss(hidden, head, None, None, sampled).loss * len(window)
+        loss = cross_entropy(hidden, head, sampled) * len(window)
         loss.backward()
         for axis in AXES:
             total[axis] += squares.sums[axis] * counts

@@ -1,5 +1,6 @@
 """What gates are trained on: batches, the loss, and the row that each step reports."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from tvaprune.architecture.topology import hidden_states, lm_head
 from tvaprune.distributed import World
-from tvaprune.losses import DistillationLoss, distillation_loss
+from tvaprune.losses import CE_ALONE, DistillationLoss, distillation_loss
 from tvaprune.options.gates import GateOptions
 
 Row = dict[str, float | int]
@@ -34,10 +35,8 @@ def objective(model: nn.Module, batch: Batch, options: GateOptions) -> Distillat
     head = lm_head(model).weight
     hidden = hidden_states(model, batch.input_ids).flatten(0, 1)
     teacher_head = None if batch.teacher is None else head
-    return distillation_loss(
-        hidden, head, batch.teacher, teacher_head, batch.labels,
-        ce_weight=options.ce_weight, distillation_weight=options.distillation_weight,
-    )  # fmt: skip
+    weights = replace(CE_ALONE, ce_weight=options.ce_weight, distillation_weight=options.distillation_weight)
+    return distillation_loss(hidden, head, batch.teacher, teacher_head, batch.labels, weights)
 
 
 def average(world: World, loss: DistillationLoss, gradients: list[Tensor]) -> DistillationLoss:

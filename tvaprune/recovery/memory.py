@@ -1,104 +1,99 @@
-"""How much memory fine-tuning takes, found without taking it: one step on fake tensors, counted as it allocates."""
+"""How much memory fine-tuning needs, without allocating it: one step on fake tensors, counted as it allocates."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.gates.memory import LiveBytes
-from tvaprune.losses import distillation_loss, next_token_labels
-from tvaprune.recovery.lora import LoraSettings, add_lora
-from tvaprune.recovery.schedule import Schedule
-from tvaprune.recovery.teacher import Teacher, final_hidden, frozen_head
-from tvaprune.recovery.training import Objective, autocast
+from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.options.recovery import RecoveryOptions
+from tvaprune.recovery.lora import add_lora
+from tvaprune.recovery.objective import batch_loss
+from tvaprune.recovery.teacher import Teacher
 
-# Value, AdamW's two moments, and the best so far; the gradient is in the step.
+# Value, AdamW's two moments, and the best so far; the step holds the gradient.
 _COPIES = 4
 
 
 def finetuning_memory(
     student: PreTrainedConfig,
     teacher: PreTrainedConfig,
-    lora: LoraSettings,
-    objective: Objective,
-    schedule: Schedule,
+    options: RecoveryOptions,
     seq_len: int,
     dtype: torch.dtype,
     device_type: str,
 ) -> dict[str, int]:
-    """Bytes that `finetune` holds on its device at its highest, without the process itself.
+    """Bytes that `finetune` holds on its device at its peak, without the process itself.
 
-    Counted as `tvaprune.gates.memory.training_memory` counts, with the same left out. A teacher that is not online is
-    on the device by itself first, to be measured and to have its hidden states kept.
+    Counted like `tvaprune.gates.memory.training_memory`, with the same exclusions. A teacher that is not online is on
+    the device alone first, where it is measured and its hidden states are cached.
 
     Args:
-        student, teacher: configs of the compact and the dense model; nothing is loaded.
+        student, teacher: configs of the compact and the dense model; no weights are loaded.
         seq_len: tokens a window.
         dtype: of both models' frozen weights.
-        device_type: "cuda" counts the stock attention, "cpu" the one that `finetune` puts there.
+        device_type: "cuda" counts the stock attention, "cpu" the one that `finetune` uses there.
 
     Returns:
-        weights (the student's), teacher (what of it stays beside it), adapter (fp32, with AdamW's moments and the best
-        so far), step (what a step needs beside them), total.
+        weights (the student's), teacher (what of it stays beside the student), adapter (fp32, with AdamW's moments and
+        the best so far), step (what a step needs beside them), total.
     """
-    input_ids_shape = (schedule.batch_size, seq_len)
-    with torch.device("meta"):  # PEFT moves what it adds, which fake tensors do not take
+    with torch.device("meta"):  # PEFT moves what it adds, which fake tensors do not support
         pruned, dense = (AutoModelForCausalLM.from_config(deepcopy(one), dtype=dtype) for one in (student, teacher))
         student_bytes, teacher_bytes = _bytes(pruned), _bytes(dense)
         dense.requires_grad_(False)
-        add_lora(pruned, lora, seed=0)
+        add_lora(pruned, options)
     with FakeTensorMode(), LiveBytes() as live:
         for model in (pruned, dense):
             _make_fake(model)
             if device_type == "cpu":
                 use_training_attention(model, torch.device("cpu"))
-        adapter = [parameter for parameter in pruned.parameters() if parameter.requires_grad]
-        if schedule.gradient_checkpointing:
+        adapter_bytes = sum(parameter.nbytes for parameter in pruned.parameters() if parameter.requires_grad)
+        if options.gradient_checkpointing:
             pruned.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        input_ids = torch.zeros(input_ids_shape, dtype=torch.int64)
-        labels = next_token_labels(input_ids)
+        input_ids = torch.zeros(options.batch_size, seq_len, dtype=torch.int64)
+        windows = list(range(options.batch_size))
         source = Teacher(dense, input_ids)
-        windows = range(schedule.batch_size)
 
         live.restart()
         with torch.no_grad():
-            distillation_loss(source.hidden(windows), source.head, None, None, labels)
-        alone = teacher_bytes + live.highest
+            cross_entropy(source.hidden(windows), source.head, next_token_labels(input_ids))
+        teacher_alone = teacher_bytes + live.highest
 
         pruned.train()
-        taught = objective.teacher != "none"
-        cached = source.hidden(windows) if objective.teacher == "cached" else None
+        used = {"online": source, "cached": _KeptStates(source, windows), "none": None}[options.teacher]
         live.restart()
-        with autocast(pruned, torch.device("cpu")):
-            hidden = final_hidden(pruned, input_ids)
-        target = (source.hidden(windows) if cached is None else cached.clone()) if taught else None
-        loss = distillation_loss(
-            hidden,
-            frozen_head(pruned),
-            target,
-            source.head if taught else None,
-            labels,
-            ce_weight=objective.ce_weight,
-            distillation_weight=objective.distillation_weight,
-            temperature=objective.temperature,
-            kind=objective.distillation,
-            top_k=objective.top_k,
-        ).loss
-        loss.backward()
+        batch_loss(pruned, used, windows, input_ids, options).loss.backward()
         step = live.highest
-        adapter_bytes = sum(parameter.nbytes for parameter in adapter)
-        kept = {"online": teacher_bytes, "cached": source.head.nbytes, "none": 0}[objective.teacher]
-    parts = {"weights": student_bytes, "teacher": kept, "adapter": _COPIES * adapter_bytes}
-    # The optimiser's own step has the gradients and, in AdamW's fused form over all tensors, as much again.
-    parts["step"] = max(step, 2 * adapter_bytes)
-    return {**parts, "total": max(sum(parts.values()), alone if objective.teacher != "online" else 0)}
+    parts = {
+        "weights": student_bytes,
+        "teacher": {"online": teacher_bytes, "cached": source.head.nbytes, "none": 0}[options.teacher],
+        "adapter": _COPIES * adapter_bytes,
+        # The optimizer's own step has the gradients and, in AdamW's fused form over all tensors, as much again.
+        "step": max(step, 2 * adapter_bytes),
+    }
+    return {**parts, "total": max(sum(parts.values()), teacher_alone if options.teacher != "online" else 0)}
+
+
+class _KeptStates(Teacher):
+    """A teacher whose hidden states are copied from memory, in place of `CachedTeacher`'s file."""
+
+    def __init__(self, source: Teacher, windows: list[int]) -> None:
+        self.head = source.head
+        self._states = source.hidden(windows)
+
+    def hidden(self, windows: Sequence[int]) -> Float[Tensor, "tokens width"]:
+        return self._states.clone()
 
 
 def _make_fake(model: PreTrainedModel) -> None:
-    """Replace meta tensors by fake ones that say they are on a CPU, whose kernels are then the ones counted."""
+    """Replace meta tensors by fake ones on a CPU, so that the CPU's kernels are counted."""
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None:

@@ -1,75 +1,38 @@
-"""How long and how fast to train, and which windows when: pure functions of the step and the seed."""
+"""The length of training, its learning rates, and its windows: pure functions of the options and the step."""
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
-Decay = Literal["cosine", "linear"]
+from tvaprune.options.recovery import RecoveryOptions
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast.
-
-    Attributes:
-        steps: optimizer steps; None: as many as `epochs` takes.
-        epochs: passes over the training windows (rounded up to whole steps); None: `steps` decides.
-        batch_size: windows a forward pass.
-        accumulation: forward passes a step.
-        learning_rate: AdamW's peak.
-        weight_decay: on the adapter's matrices.
-        warmup: share of the steps with a linear rise, in [0, 1).
-        decay: from the peak to 0 over the rest.
-        gradient_clip: largest norm of the whole gradient.
-        validate_every: steps between measurements on the validation windows; the last step is always measured.
-        save_every: steps between saved states.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
-    """
-
-    steps: int | None
-    epochs: float | None
-    batch_size: int
-    accumulation: int
-    learning_rate: float
-    weight_decay: float = 0.0
-    warmup: float = 0.0
-    decay: Decay = "cosine"
-    gradient_clip: float = 1.0
-    validate_every: int = 50
-    save_every: int = 50
-    gradient_checkpointing: bool = False
-
-    @property
-    def windows_a_step(self) -> int:
-        return self.batch_size * self.accumulation
-
-    def total_steps(self, windows: int) -> int:
-        """Optimizer steps on this many training windows. Raises ValueError unless one of steps and epochs is set."""
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"steps = {self.steps} and epochs = {self.epochs}: set exactly one, the other None")
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, math.ceil(self.epochs * windows / self.windows_a_step))
+def total_steps(options: RecoveryOptions, windows: int) -> int:
+    """Optimizer steps on this many training windows; `epochs` is rounded up to whole steps."""
+    if options.steps is not None:
+        return options.steps
+    assert options.epochs is not None
+    return max(1, math.ceil(options.epochs * windows / options.windows_per_step))
 
 
-def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
+def learning_rate_at(step: int, total: int, options: RecoveryOptions) -> float:
     """For the update that ends `step` (1 to `total`): linear warm-up to the peak, then decay that ends just above 0."""
-    warmup_steps = round(schedule.warmup * total)
+    warmup_steps = round(options.warmup * total)
     if step <= warmup_steps:
-        return schedule.learning_rate * step / warmup_steps
+        return options.learning_rate * step / warmup_steps
     progress = (step - 1 - warmup_steps) / (total - warmup_steps)
-    factor = 1 - progress if schedule.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return schedule.learning_rate * factor
+    factor = 1 - progress if options.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return options.learning_rate * factor
 
 
-def windows_of(step: int, places: range, schedule: Schedule, windows: int, seed: int) -> list[int]:
-    """Indices of the training windows at these places of a step (from 0): every epoch its own shuffle."""
-    positions = [step * schedule.windows_a_step + place for place in places]
-    return [_shuffled(windows, position // windows, seed)[position % windows] for position in positions]
+def step_windows(step: int, windows: int, options: RecoveryOptions) -> list[int]:
+    """Indices, below `windows`, of the training windows that a step (from 0) uses; every epoch has its own shuffle."""
+    first = step * options.windows_per_step
+    return [
+        _shuffled(windows, position // windows, options.seed)[position % windows]
+        for position in range(first, first + options.windows_per_step)
+    ]
 
 
 @lru_cache(maxsize=2)

@@ -1,7 +1,7 @@
-"""Hidden states: the student's, and the dense teacher's, computed as needed or kept on disk.
+"""The dense teacher's hidden states, recomputed at each use or cached on disk.
 
-Hidden states are kept rather than logits: they are exact for every temperature, kind and top_k, and take
-width instead of vocabulary numbers a token. The teacher's lm_head is applied inside the loss.
+Hidden states, not logits, because they serve every temperature, kind and top_k, and have width instead of vocabulary
+numbers per token. The loss applies the teacher's lm_head.
 """
 
 import os
@@ -14,10 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-
-def final_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "tokens width"]:
-    """What lm_head would be given (after the final norm), flattened to batch·seq tokens."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+from tvaprune.architecture.topology import hidden_states
 
 
 def frozen_head(model: PreTrainedModel) -> Float[Tensor, "vocab width"]:
@@ -29,10 +26,10 @@ def frozen_head(model: PreTrainedModel) -> Float[Tensor, "vocab width"]:
 
 
 class Teacher:
-    """The dense model's hidden states for chosen training windows, recomputed at every use.
+    """The dense model's hidden states of training windows, recomputed at each use.
 
     Args:
-        model: on the device it is to run on.
+        model: on the device that it is to run on.
         input_ids: int32 or int64 [windows, seq], on any device.
     """
 
@@ -45,23 +42,23 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, windows: Sequence[int]) -> Float[Tensor, "tokens width"]:
         """In the model's dtype, on its device."""
-        return final_hidden(self._model, self._input_ids[list(windows)].to(self.head.device).long())
+        input_ids = self._input_ids[list(windows)].to(self.head.device).long()
+        return hidden_states(self._model, input_ids).flatten(0, 1)
 
 
 class CachedTeacher:
-    """The same states, computed once for the windows that training will use, and then the model is let go.
+    """The same states, computed once; the model is not needed afterwards.
 
     Args:
         teacher: the source.
-        windows: every window that will be asked for.
+        windows: every window that training will use.
         batch_size: windows a forward pass.
-        path: file to keep them in, memory-mapped; its size is windows · seq · width · bytes of the dtype.
-            A complete file of the same run is used again.
+        path: memory-mapped file of windows · seq · width numbers in the model's dtype. A complete file of the same run
+            is used again.
     """
 
     def __init__(self, teacher: Teacher, windows: Collection[int], batch_size: int, path: Path) -> None:
-        # A copy, because the module that owns it will leave the device.
-        self.head = teacher.head.clone()
+        self.head = teacher.head.clone()  # a copy, because the teacher's will leave the device
         self._row = {window: row for row, window in enumerate(sorted(set(windows)))}
         size = (len(self._row), teacher.window_tokens, self.head.shape[1])
         done = path.with_suffix(".done")
@@ -76,7 +73,7 @@ class CachedTeacher:
                 batch = ordered[start : start + batch_size]
                 self._states[start : start + len(batch)] = teacher.hidden(batch).view(len(batch), *size[1:]).cpu()
             with path.open("rb+") as file:
-                os.fsync(file.fileno())  # the map's pages reach the disk before the mark that they are whole
+                os.fsync(file.fileno())  # the pages reach the disk before the mark that they are complete
             done.touch()
 
     def hidden(self, windows: Sequence[int]) -> Float[Tensor, "tokens width"]:

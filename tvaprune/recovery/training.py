@@ -1,18 +1,14 @@
 """Fine-tune a compact model's LoRA adapter with cross-entropy and distillation from the dense model.
 
-TVA-Prune section 3 fine-tunes with LoRA on CE plus distillation: MSE in the text, 0.01 · KL in the
-published code. Nothing here keeps a random state between steps: data order and dropout follow from the
-seed and the step, so a resumed run is the undisturbed run bit by bit (on a deterministic device).
+TVA-Prune section 3 fine-tunes with LoRA on CE plus distillation: MSE in the text, 0.01 · KL in the published code.
+No random state is kept between steps: data order and dropout follow from the seed and the step, so a resumed run gives
+the same bits as an uninterrupted one (on a deterministic device).
 """
 
-import csv
 import math
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -23,55 +19,29 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
-from tvaprune.architecture.sharding import shard_layers
-from tvaprune.distributed import ALONE, World
-from tvaprune.losses import DistillationKind, distillation_loss, next_token_labels
-from tvaprune.recovery.lora import LoraSettings, add_lora
-from tvaprune.recovery.schedule import Schedule, learning_rate_at, mix_seed, windows_of
-from tvaprune.recovery.teacher import CachedTeacher, Teacher, final_hidden, frozen_head
+from tvaprune.architecture.sharding import to_process
+from tvaprune.distributed import Process
+from tvaprune.options.recovery import RecoveryOptions
+from tvaprune.recovery.lora import add_lora
+from tvaprune.recovery.objective import batch_loss, mean_nll
+from tvaprune.recovery.report import CurveRow, quality_metrics
+from tvaprune.recovery.schedule import learning_rate_at, mix_seed, step_windows, total_steps
+from tvaprune.recovery.teacher import CachedTeacher, Teacher, frozen_head
 from tvaprune.resume import SavedState
 
-TeacherMode = Literal["online", "cached", "none"]
+# What a saved state has of a `_Trainer`, beside tensors and the curve.
+_SAVED = ("step", "seconds", "step_seconds", "best", "best_step", "best_nll", "teacher_nll")
 
 
 class DivergedError(ValueError):
     """The loss is no longer a finite number."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """ce_weight · CE + distillation_weight · D; see `tvaprune.losses.distillation_loss`.
-
-    Attributes:
-        teacher: "online" runs the dense model beside the student; "cached" runs it once before training, keeps
-            its hidden states on disk and takes it off the device; "none" trains on CE alone.
-    """
-
-    teacher: TeacherMode = "online"
-    ce_weight: float = 1.0
-    distillation_weight: float = 1.0
-    distillation: DistillationKind = "kl"
-    temperature: float = 1.0
-    top_k: int | None = None
-
-
-class CurveRow(NamedTuple):
-    """One step, after its update; None where not measured. Losses in nats a token, fp32 means."""
-
-    step: int
-    tokens: int
-    learning_rate: float | None
-    loss: float | None
-    ce: float | None
-    distillation: float | None
-    validation_ce: float | None
-
-
 class Finetuned(NamedTuple):
-    """The best adapter and how it came about.
+    """The best adapter, and how training went.
 
     Attributes:
-        model: holds the weights of `best_step`.
+        model: holds the weights of the step with the lowest validation loss.
         metrics: nested numbers for metrics/finetune.json.
         curve: a row for the start and one for every step.
     """
@@ -86,30 +56,23 @@ def finetune(
     teacher: PreTrainedModel,
     train_ids: Int[Tensor, "windows seq"],
     validation_ids: Int[Tensor, "validation_windows seq"],
-    *,
-    lora: LoraSettings,
-    objective: Objective,
-    schedule: Schedule,
-    seed: int,
-    device: torch.device,
+    options: RecoveryOptions,
+    process: Process,
     state: SavedState,
-    world: World = ALONE,
-    sharded: bool = False,
 ) -> Finetuned:
     """Train an adapter and return it as it was when its validation cross-entropy was lowest.
 
-    Both models come in host memory and in the dtype to compute in; they are moved to `device` only while
-    they are used there. The base stays frozen in that dtype, the adapter and its optimizer are fp32, and
-    matmuls run in the base's dtype.
+    Both models come in host memory and in the dtype to compute in; they are on the process's device only while they
+    are used there. The base stays frozen in that dtype, the adapter and its optimizer are fp32, and matmuls run in the
+    base's dtype.
 
     Args:
         student: the compact model; gets the adapter in place.
-        teacher: the dense model, same vocabulary. Also measured, as the aim of recovery.
+        teacher: the dense model, same vocabulary. Its validation loss is measured too, as the goal of recovery.
         train_ids: token ids, any integer dtype.
         validation_ids: windows of other documents than `train_ids`.
+        process: the processes of its world share each step's windows, and end with the same adapter.
         state: resumed from, and saved to by rank 0.
-        world: the processes that share each step's windows; all end with the same adapter.
-        sharded: split both models' layers over the processes.
 
     Raises:
         ValueError: inputs that do not fit together, or windows that cannot be shared equally, before any work.
@@ -117,265 +80,184 @@ def finetune(
     """
     _check(student, teacher, train_ids, validation_ids)
     for model in (student, teacher):
-        use_training_attention(model, device)
-    places = range(schedule.windows_a_step)
-    own = places[world.part(len(places), "finetune_lora.batch_size x accumulation")]
-    total = schedule.total_steps(len(train_ids))
-    steps = [windows_of(step, own, schedule, len(train_ids), seed) for step in range(total)]
-    peft_model = add_lora(student, lora, seed)
+        use_training_attention(model, process.device)
+    own = process.world.part(options.windows_per_step, "finetune_lora.batch_size x accumulation")
+    steps = range(total_steps(options, len(train_ids)))
+    own_windows = [step_windows(step, len(train_ids), options)[own] for step in steps]
+    peft_model = add_lora(student, options)
     resumed = state.load()
 
-    teacher.requires_grad_(False)
-    shard_layers(teacher, device, world.size) if sharded else teacher.to(device)
-    teacher_nll = (
-        resumed["teacher_nll"] if resumed else _nll(teacher, validation_ids, schedule.batch_size, device, world)
-    )
-    source: Teacher | CachedTeacher | None = None if objective.teacher == "none" else Teacher(teacher, train_ids)
-    if isinstance(source, Teacher) and objective.teacher == "cached":
-        used = {window for step in steps for window in step}
-        path = state.directory / f"teacher_hidden_{world.rank}_of_{world.size}.bin"
-        source = CachedTeacher(source, used, schedule.batch_size, path)
-    if objective.teacher != "online" and not sharded:
+    to_process(teacher.requires_grad_(False), process)
+    nll = resumed["teacher_nll"] if resumed else mean_nll(teacher, validation_ids, options.batch_size, process)
+    source: Teacher | CachedTeacher | None = None if options.teacher == "none" else Teacher(teacher, train_ids)
+    if isinstance(source, Teacher) and options.teacher == "cached":
+        used = {window for windows in own_windows for window in windows}
+        path = state.directory / f"teacher_hidden_{process.world.rank}_of_{process.world.size}.bin"
+        source = CachedTeacher(source, used, options.batch_size, path)
+    if options.teacher != "online" and not process.sharded:
         teacher.to("cpu")
 
-    shard_layers(student, device, world.size) if sharded else peft_model.to(device)
-    loop = _Loop(
-        peft_model, source, train_ids, validation_ids, objective, schedule, seed, device, teacher_nll, steps, own, world
-    )
-    loop.resume(resumed)
-    # autocast would cast every adapter's input straight back: a twentieth of a step on a CPU. DoRA computes with it.
-    with disable_input_dtype_casting(peft_model, active=not lora.use_dora):
-        loop.run(state)
-    return loop.finish()
+    to_process(student, process)
+    trainer = _Trainer(peft_model, source, train_ids, validation_ids, options, process, own_windows, nll)
+    if resumed:
+        trainer.resume(resumed)
+    # autocast would cast each adapter's input back at once: 5% of a step on a CPU. DoRA computes with the cast input.
+    with disable_input_dtype_casting(peft_model, active=not options.use_dora):
+        trainer.run(state)
+    return trainer.finish()
 
 
-def write_curve(path: Path, curve: Sequence[CurveRow]) -> None:
-    """CSV with a header; what was not measured is left blank, which plots skip."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CurveRow._fields)
-        writer.writerows(curve)
+@dataclass
+class _Trainer:
+    """The state of training, and one step of it.
 
+    Attributes:
+        own_windows: for every step, the indices of this process's windows.
+    """
 
-class _Loop:
-    """The state of training, and one step of it."""
+    model: PeftModel
+    teacher: Teacher | CachedTeacher | None
+    train_ids: Tensor
+    validation_ids: Tensor
+    options: RecoveryOptions
+    process: Process
+    own_windows: list[list[int]]
+    teacher_nll: float
+    step: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_step: int = 0
+    best_nll: float = math.inf
+    curve: list[CurveRow] = field(default_factory=list)
 
-    def __init__(
-        self,
-        model: PeftModel,
-        teacher: Teacher | CachedTeacher | None,
-        train_ids: Tensor,
-        validation_ids: Tensor,
-        objective: Objective,
-        schedule: Schedule,
-        seed: int,
-        device: torch.device,
-        teacher_nll: float,
-        steps: list[list[int]],
-        own: range,
-        world: World,
-    ) -> None:
-        """
-        Args:
-            steps: for every step, this process's windows.
-            own: their places among a step's windows.
-        """
-        self.windows = steps
-        self.own = own
-        self.world = world
-        self.model = model
-        self.student: PreTrainedModel = model.get_base_model()
-        self.teacher = teacher
-        self.train_ids = train_ids
-        self.validation_ids = validation_ids
-        self.objective = objective
-        self.schedule = schedule
-        self.seed = seed
-        self.device = device
-        self.teacher_nll = teacher_nll
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __post_init__(self) -> None:
+        options = self.options
+        self.student: PreTrainedModel = self.model.get_base_model()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+            self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        if schedule.gradient_checkpointing:
+        if options.gradient_checkpointing:
             self.student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        self.steps = len(steps)
-        self.step = 0
-        self.seconds = 0.0
-        self.step_seconds = 0.0
-        self.best: dict[str, Tensor] = {}
-        self.best_step = 0
-        self.best_nll = math.inf
-        self.curve: list[CurveRow] = []
 
-    def resume(self, saved: dict[str, Any] | None) -> None:
-        if saved is None:
-            return
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(saved["parameters"][name])
+    def resume(self, saved: dict[str, Any]) -> None:
+        self._set_parameters(saved["parameters"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.seconds, self.step_seconds = saved["step"], saved["seconds"], saved["step_seconds"]
-        self.best, self.best_step, self.best_nll = saved["best"], saved["best_step"], saved["best_nll"]
         self.curve = [CurveRow(*row) for row in saved["curve"]]
+        for name in _SAVED:
+            setattr(self, name, saved[name])
 
     def save(self, state: SavedState) -> None:
-        if not self.world.is_main:
-            return
-        state.save(
-            {
-                "step": self.step,
-                "seconds": self.seconds,
-                "step_seconds": self.step_seconds,
-                "parameters": {name: p.detach() for name, p in self.parameters.items()},
-                "optimizer": self.optimizer.state_dict(),
-                "best": self.best,
-                "best_step": self.best_step,
-                "best_nll": self.best_nll,
-                "curve": [tuple(row) for row in self.curve],
-                "teacher_nll": self.teacher_nll,
-            }
-        )
+        if self.process.world.is_main:
+            state.save(
+                {
+                    **{name: getattr(self, name) for name in _SAVED},
+                    "parameters": {name: p.detach() for name, p in self.parameters.items()},
+                    "optimizer": self.optimizer.state_dict(),
+                    "curve": [tuple(row) for row in self.curve],
+                }
+            )
 
     def run(self, state: SavedState) -> None:
-        steps = self.steps
+        steps = len(self.own_windows)
         if not self.curve:
             self.curve.append(CurveRow(0, 0, None, None, None, None, self._validate()))
             self.save(state)
-        alone = not self.world.is_main
-        with tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=alone) as bar:
+        silent = not self.process.world.is_main
+        with tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=silent) as bar:
             while self.step < steps:
                 started = time.perf_counter()
                 row = self._train_step()
                 self.step_seconds += time.perf_counter() - started
                 last = self.step == steps
-                if last or self.step % self.schedule.validate_every == 0:
+                if last or self.step % self.options.validate_every == 0:
                     row = row._replace(validation_ce=self._validate())
                 self.curve.append(row)
                 self.seconds += time.perf_counter() - started
-                if last or self.step % self.schedule.save_every == 0:
+                if last or self.step % self.options.save_every == 0:
                     self.save(state)
                 bar.set_postfix(loss=f"{row.loss:.3f}", validation=f"{self.best_nll:.3f}", refresh=False)
                 bar.update()
 
+    def finish(self) -> Finetuned:
+        self._set_parameters(self.best)
+        metrics = {
+            "steps": self.step,
+            "tokens": self.curve[-1].tokens,
+            "seconds": self.seconds,
+            "step_seconds": self.step_seconds / self.step,
+            "trainable_params": sum(p.numel() for p in self.parameters.values()),
+            "best_step": self.best_step,
+            **quality_metrics(self.curve, self.best_nll, self.teacher_nll, self.seconds),
+        }
+        return Finetuned(self.model, metrics, self.curve)
+
     def _train_step(self) -> CurveRow:
-        schedule = self.schedule
-        learning_rate = learning_rate_at(self.step + 1, self.steps, schedule)
+        options = self.options
+        learning_rate = learning_rate_at(self.step + 1, len(self.own_windows), options)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.model.train()
-        sums = torch.zeros(3, device=self.device)
-        windows = self.windows[self.step]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            for start in range(0, len(windows), schedule.batch_size):
-                batch = windows[start : start + schedule.batch_size]
-                # Dropout belongs to a place in the run, whichever process is there.
-                torch.manual_seed(mix_seed(self.seed, self.step * schedule.windows_a_step + self.own[start]))
-                loss, ce, distillation = self._loss(batch)
-                share = len(batch) / len(windows)
-                (loss * share).backward()
-                sums += torch.stack([loss.detach(), ce, distillation]) * share
-        self.world.mean_([sums, *(p.grad for p in self.parameters.values() if p.grad is not None)])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), schedule.gradient_clip)
-        # One transfer a step, which also makes the clock honest on a GPU.
-        loss_value, ce_value, distillation_value, norm_value = torch.cat([sums, norm[None]]).tolist()
-        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+        means = self._add_gradients()
+        self.process.world.mean_([means, *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.gradient_clip)
+        # One transfer a step, which on a GPU also makes the clock read after the work.
+        loss, ce, distillation, norm_value = torch.cat([means, norm[None]]).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm_value):
             raise DivergedError(
-                f"fine-tuning: loss {loss_value}, gradient norm {norm_value} at step {self.step + 1}; "
-                f"lower finetune_lora.learning_rate (now {schedule.learning_rate})"
+                f"fine-tuning: loss {loss}, gradient norm {norm_value} at step {self.step + 1}; "
+                f"lower finetune_lora.learning_rate (now {options.learning_rate})"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return CurveRow(self.step, self._tokens(), learning_rate, loss_value, ce_value, distillation_value, None)
+        tokens = self.step * options.windows_per_step * self.train_ids.shape[1]
+        return CurveRow(self.step, tokens, learning_rate, loss, ce, distillation, None)
 
-    def _loss(self, windows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = self.train_ids[list(windows)]
-        if self.device.type == "cuda":
+    def _add_gradients(self) -> Tensor:
+        """Forward and backward over this process's windows of the step.
+
+        Returns:
+            Means of loss, CE and distillation over those windows; float32 [3].
+        """
+        options, device = self.options, self.process.device
+        self.model.train()
+        means = torch.zeros(3, device=device)
+        windows = self.own_windows[self.step]
+        first_window = self.step * options.windows_per_step + self.process.world.rank * len(windows)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for start in range(0, len(windows), options.batch_size):
+                batch = windows[start : start + options.batch_size]
+                # Seeded by the window's number in the run, so dropout does not depend on which process computes it.
+                torch.manual_seed(mix_seed(options.seed, first_window + start))
+                losses = batch_loss(self.student, self.teacher, batch, self._input_ids(batch), options)
+                share = len(batch) / len(windows)
+                (losses.loss * share).backward()
+                means += torch.stack([losses.loss.detach(), losses.ce, losses.distillation]) * share
+        return means
+
+    def _input_ids(self, windows: list[int]) -> Tensor:
+        chosen = self.train_ids[windows]
+        if self.process.device.type == "cuda":
             chosen = chosen.pin_memory()  # so that the copy runs beside the computation
-        input_ids = chosen.to(self.device, non_blocking=True).long()
-        with autocast(self.student, self.device):
-            hidden = final_hidden(self.student, input_ids)
-        objective = self.objective
-        return distillation_loss(
-            hidden,
-            frozen_head(self.student),
-            self.teacher.hidden(windows) if self.teacher else None,
-            self.teacher.head if self.teacher else None,
-            next_token_labels(input_ids),
-            ce_weight=objective.ce_weight,
-            distillation_weight=objective.distillation_weight,
-            temperature=objective.temperature,
-            kind=objective.distillation,
-            top_k=objective.top_k,
-        )
+        return chosen.to(self.process.device, non_blocking=True).long()
 
     def _validate(self) -> float:
         """Measure the student, and keep its adapter if it is the best so far."""
-        nll = _nll(self.student, self.validation_ids, self.schedule.batch_size, self.device, self.world)
+        nll = mean_nll(self.student, self.validation_ids, self.options.batch_size, self.process)
         if nll < self.best_nll:
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
             self.best_step, self.best_nll = self.step, nll
         return nll
 
-    def _tokens(self) -> int:
-        return self.step * self.schedule.windows_a_step * self.train_ids.shape[1]
-
-    def finish(self) -> Finetuned:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.best[name])
-        validated = [row.validation_ce for row in self.curve if row.validation_ce is not None]
-        metrics: dict[str, Any] = {
-            "steps": self.step,
-            "tokens": self._tokens(),
-            "seconds": self.seconds,
-            "step_seconds": self.step_seconds / self.step,
-            "trainable_params": sum(p.numel() for p in self.parameters.values()),
-            "best_step": self.best_step,
-            "validation": {
-                "nll_start": validated[0],
-                "nll_end": validated[-1],
-                "nll_best": self.best_nll,
-                "nll_teacher": self.teacher_nll,
-            },
-        }
-        lost = validated[0] - self.teacher_nll
-        if lost > 0:  # a student that starts level with its teacher has nothing to recover
-            share = (validated[0] - self.best_nll) / lost
-            metrics["recovered"] = {
-                "share": share,
-                "share_per_million_tokens": share / (self._tokens() / 1e6),
-                "share_per_minute": share / (self.seconds / 60),
-            }
-        return Finetuned(self.model, metrics, self.curve)
-
-
-@torch.no_grad()
-def _nll(
-    model: PreTrainedModel, input_ids: Tensor, batch_size: int, device: torch.device, world: World = ALONE
-) -> float:
-    """Mean negative log-likelihood in nats a token, every window's first token left out."""
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    batches = input_ids.split(batch_size)
-    for index, counts in world.turns(len(batches)):
-        batch_ids = batches[index].to(device).long()
-        with autocast(model, device):
-            hidden = final_hidden(model, batch_ids)
-        ce = distillation_loss(hidden, frozen_head(model), None, None, next_token_labels(batch_ids)).ce
-        total += ce.double() * len(batch_ids) * counts
-    return world.sum_(total).item() / len(input_ids)
-
-
-def autocast(model: PreTrainedModel, device: torch.device) -> AbstractContextManager[Any]:
-    """Matmuls in the base's dtype, beside fp32 adapters."""
-    dtype = frozen_head(model).dtype
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    @torch.no_grad()
+    def _set_parameters(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
 
 def _check(student: PreTrainedModel, teacher: PreTrainedModel, train_ids: Tensor, validation_ids: Tensor) -> None:
+    """Raise a ValueError that names what does not fit."""
     for name, ids in (("finetune_ids", train_ids), ("finetune_validation_ids", validation_ids)):
         if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
             raise ValueError(f"{name}: expected [windows >= 1, tokens >= 2], found {list(ids.shape)}")

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.tiny_models import random_masks, save_tiny_model, tiny_tokenizer
+from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import sizes
 from tvaprune.checkpoint.tensor_files import Checkpoint
@@ -65,7 +64,7 @@ def export(
     (dense / "tvaprune_source.json").write_text(json.dumps(SOURCE))
     topology = Topology.of(load_config(dense))
     masks = adapt(topology, project(topology, random_masks(topology, 3), 0.4), 0.4, "budget", 4, 8, layout=layout)
-    update = weight_update(masks, "mean")
+    update = random_update(topology, seed=4)
     out = tmp_path / "out"
     size = compact(dense, masks, update, out, layout)
     if gguf:

@@ -1,7 +1,12 @@
 """The certificate of an export: what it says holds, and what it does not vouch for is refused."""
 
 import json
+import os
+import pty
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.tiny_models import random_masks, save_tiny_model, tiny_tokenizer
+from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import sizes
 from tvaprune.checkpoint.tensor_files import Checkpoint
@@ -41,7 +45,8 @@ from tvaprune.proof.parity import compact_logits, masked_dense_logits, same_choi
 from tvaprune.verify import main, verify
 
 BOUND = 1e-3
-PARAMS = Path(__file__).parents[2] / "params.yaml"
+REPOSITORY = Path(__file__).parents[2]
+PARAMS = REPOSITORY / "params.yaml"
 MADE_WITH = {"learn_masks": {"method": "tva", "sparsity": 0.4}}
 SOURCE = {"source": "hub", "repo": "someone/tiny", "revision": "abc", "license": "Apache-2.0"}
 
@@ -65,7 +70,7 @@ def export(
     (dense / "tvaprune_source.json").write_text(json.dumps(SOURCE))
     topology = Topology.of(load_config(dense))
     masks = adapt(topology, project(topology, random_masks(topology, 3), 0.4), 0.4, "budget", 4, 8, layout=layout)
-    update = weight_update(masks, "mean")
+    update = random_update(topology, seed=4)
     out = tmp_path / "out"
     size = compact(dense, masks, update, out, layout)
     if gguf:
@@ -97,6 +102,40 @@ def test_an_export_is_certified_and_verifies_elsewhere(layout: Layout, tmp_path:
     again = verify(moved)
     assert [check.name for check in again] == [check.name for check in checks[1:]]
     assert all(check.passed for check in again)
+    assert_runs_in_a_terminal(python_block(moved / "README.md"), moved, tmp_path / "home")
+
+
+def python_block(file: Path) -> str:
+    """The one block of Python in a Markdown file that loads a tokenizer."""
+    blocks = re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "AutoTokenizer" in block]
+    return block
+
+
+def assert_runs_in_a_terminal(code: str, directory: Path, home: Path) -> None:
+    """Run code in a process whose input and output are a terminal; it shows one line, the generated text."""
+    # As where torchao is not installed: it writes about libraries of its own that it does not find.
+    command = [sys.executable, "-P", "-c", f"import sys; sys.modules['torchao'] = None\n{code}"]
+    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "", "TERM": "xterm"}
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, cwd=directory, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as child:
+        os.close(theirs)
+        shown = b""
+        try:
+            while block := os.read(ours, 4096):
+                shown += block
+        except OSError:  # Linux: the other end is closed
+            os.close(ours)
+    text = shown.decode()
+    assert child.returncode == 0, text
+    assert "[y/N]" not in text
+    assert re.fullmatch(r"\s*<\|bos\|> ?Th.*\s*", text), text
+
+
+def test_the_lines_of_the_readme_run_in_a_terminal(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "compact").symlink_to(out)
+    assert_runs_in_a_terminal(python_block(REPOSITORY / "README.md"), tmp_path, tmp_path / "home")
 
 
 def test_the_bound_fails_a_model_that_is_another(out: Path) -> None:

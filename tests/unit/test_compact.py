@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import FAMILIES, random_masks, save_tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import can_stay_tied, weight_update
+from tvaprune.checkpoint.fold import can_stay_tied
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
@@ -28,7 +28,7 @@ def test_masked_equals_compact_equals_gates_in_place(family: str, empty_layer: i
     dense = save_tiny_model(family, tmp_path / "dense")
     topology = Topology.of(load_config(dense))
     masks = random_masks(topology, seed=3, empty_layer=empty_layer)
-    update = weight_update(masks, "mean")
+    update = random_update(topology, seed=4)
     compact(dense, masks, update, tmp_path / "compact")
     reloaded = compact_logits(tmp_path / "compact", PROMPTS)
 
@@ -36,7 +36,7 @@ def test_masked_equals_compact_equals_gates_in_place(family: str, empty_layer: i
     model = load(dense)
     with GatedModel(model, topology).inserted() as gated, torch.no_grad():
         kept = int(masks.keep["hidden"].sum())
-        gated.set(hard_gates(masks.keep, masks.mu), kept, channel_mu=masks.channel_mu)
+        gated.set(hard_gates(masks.keep, update.scale), kept, channel_mu=update.channel_scale)
         in_place = compare(model(PROMPTS).logits, reloaded)
 
     for parity in (folded, in_place):
@@ -50,7 +50,7 @@ def test_counted_parameters_are_the_checkpoints(family: str, tmp_path: Path) -> 
     config = load_config(dense)
     topology = Topology.of(config)
     masks = random_masks(topology, seed=5, empty_layer=2)
-    size = compact(dense, masks, weight_update(masks, "mean"), tmp_path / "compact")
+    size = compact(dense, masks, random_update(topology, seed=6), tmp_path / "compact")
     counted = kept_decoder_parameters(topology, masks.keep)
     outside = shared_parameters(
         topology, int(masks.keep["hidden"].sum()), config.vocab_size, config.tie_word_embeddings
@@ -63,8 +63,9 @@ def test_counted_parameters_are_the_checkpoints(family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2", "qwen3"])
 def test_generation_with_cache_equals_without(family: str, empty_layer: int | None, tmp_path: Path) -> None:
     dense = save_tiny_model(family, tmp_path / "dense")
-    masks = random_masks(Topology.of(load_config(dense)), seed=7, empty_layer=empty_layer)
-    compact(dense, masks, weight_update(masks, "none"), tmp_path / "compact")
+    topology = Topology.of(load_config(dense))
+    masks = random_masks(topology, seed=7, empty_layer=empty_layer)
+    compact(dense, masks, WeightUpdate.none(topology), tmp_path / "compact")
     model = load(tmp_path / "compact")
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = model.generate(PROMPTS, use_cache=True, **settings)
@@ -74,8 +75,9 @@ def test_generation_with_cache_equals_without(family: str, empty_layer: int | No
 
 def test_the_directory_loads_with_transformers_alone(tmp_path: Path) -> None:
     dense = save_tiny_model("llama_tied", tmp_path / "dense")
-    masks = random_masks(Topology.of(load_config(dense)), seed=9, empty_layer=0)
-    compact(dense, masks, weight_update(masks, "mean"), tmp_path / "compact")
+    topology = Topology.of(load_config(dense))
+    masks, update = random_masks(topology, seed=9, empty_layer=0), random_update(topology, seed=10)
+    compact(dense, masks, update, tmp_path / "compact")
     moved = (tmp_path / "compact").rename(tmp_path / "elsewhere")
     script = f"""
 import sys, torch
@@ -88,14 +90,14 @@ with torch.no_grad():
     torch.save(PROMPTS, tmp_path / "prompts.pt")
     environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
-    expected = masked_dense_logits(dense, masks, weight_update(masks, "mean"), PROMPTS)
+    expected = masked_dense_logits(dense, masks, update, PROMPTS)
     assert compare(expected, torch.load(tmp_path / "logits.pt")).max_rel_logit_diff < 1e-5
 
 
 def test_bfloat16_checkpoint_is_cut_without_further_loss(tmp_path: Path) -> None:
     dense = save_tiny_model("llama_tied", tmp_path / "dense", torch.bfloat16)
-    masks = random_masks(Topology.of(load_config(dense)), seed=11)
-    update = weight_update(masks, "mean")
+    topology = Topology.of(load_config(dense))
+    masks, update = random_masks(topology, seed=11), random_update(topology, seed=12)
     compact(dense, masks, update, tmp_path / "compact")
     assert load(tmp_path / "compact").dtype == torch.bfloat16
     reloaded = compact_logits(tmp_path / "compact", PROMPTS)
@@ -104,9 +106,9 @@ def test_bfloat16_checkpoint_is_cut_without_further_loss(tmp_path: Path) -> None
 
 def test_a_mean_of_zero_unties_the_embeddings(tmp_path: Path) -> None:
     dense = save_tiny_model("llama_tied", tmp_path / "dense")
-    masks = random_masks(Topology.of(load_config(dense)), seed=13)
-    masks.mu["hidden"][0] = 0.0
-    update = weight_update(masks, "mean")
+    topology = Topology.of(load_config(dense))
+    masks, update = random_masks(topology, seed=13), random_update(topology, seed=14)
+    update.scale["hidden"][0] = 0.0
     assert not can_stay_tied(masks, update)
     compact(dense, masks, update, tmp_path / "compact")
     assert json.loads((tmp_path / "compact" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -119,7 +121,7 @@ def test_flap_biases_are_added_to_the_projections(tmp_path: Path) -> None:
     topology = Topology.of(load_config(dense))
     masks = random_masks(topology, seed=15, empty_layer=1)
     names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
-    update = WeightUpdate({axis: masks.mu[axis] for axis in AXES}, {name: torch.randn(64) for name in names})
+    update = WeightUpdate(random_update(topology, seed=16).scale, {name: torch.randn(64) for name in names})
     compact(dense, masks, update, tmp_path / "compact")
     reloaded = compact_logits(tmp_path / "compact", PROMPTS)
     assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-5
@@ -129,17 +131,19 @@ def test_flap_biases_are_added_to_the_projections(tmp_path: Path) -> None:
 
 def test_a_mask_that_keeps_nothing_is_refused(tmp_path: Path) -> None:
     dense = save_tiny_model("llama", tmp_path / "dense")
-    masks = Masks.dense(Topology.of(load_config(dense)))
+    topology = Topology.of(load_config(dense))
+    masks = Masks.dense(topology)
     masks.keep["hidden"][:] = False
     with pytest.raises(ValueError, match="no hidden dimension"):
-        compact(dense, masks, weight_update(masks, "none"), tmp_path / "compact")
+        compact(dense, masks, WeightUpdate.none(topology), tmp_path / "compact")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_attention_implementation_can_be_changed(implementation: str, tmp_path: Path) -> None:
     dense = save_tiny_model("llama", tmp_path / "dense")
-    masks = random_masks(Topology.of(load_config(dense)), seed=17)
-    compact(dense, masks, weight_update(masks, "none"), tmp_path / "compact")
+    topology = Topology.of(load_config(dense))
+    masks = random_masks(topology, seed=17)
+    compact(dense, masks, WeightUpdate.none(topology), tmp_path / "compact")
     model = load(tmp_path / "compact")
     expected = model(PROMPTS).logits
     model.set_attn_implementation(implementation)

@@ -11,12 +11,11 @@ from ruamel.yaml import YAML
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from tests.tiny_models import FAMILIES, random_masks, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tools.llama_cpp_speed import bytes_read, compare
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint import tensor_files
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import interleave, write_gguf
 from tvaprune.export.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
@@ -38,7 +37,7 @@ def saved(family: str, directory: Path) -> Path:
 
 def pruned(family: str, directory: Path, masks: Masks, layout: str = "uneven", bias: bool = False) -> Path:
     dense = saved(family, directory / "dense")
-    update = weight_update(masks, "mean")
+    update = random_update(Topology.of(tiny_model(family).config), seed=4)
     if bias:
         names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
         update = WeightUpdate(update.scale, {name: torch.randn(64) for name in names})

@@ -18,10 +18,9 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tests.tiny_models import random_masks, save_tiny_model, tiny_tokenizer
+from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load, load_config
 
 PROMPTS = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -32,8 +31,9 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """A compact Llama with tied embeddings and uneven layers, with tokenizer."""
     dense = save_tiny_model("llama_tied", tmp_path_factory.mktemp("interop") / "dense")
     tiny_tokenizer(dense)
-    masks = random_masks(Topology.of(load_config(dense)), seed=5, empty_layer=request.param)
-    compact(dense, masks, weight_update(masks, "mean"), dense.with_name("out"))
+    topology = Topology.of(load_config(dense))
+    masks = random_masks(topology, seed=5, empty_layer=request.param)
+    compact(dense, masks, random_update(topology, seed=6), dense.with_name("out"))
     return dense.with_name("out")
 
 

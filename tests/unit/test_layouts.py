@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import FAMILIES, random_masks, save_tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint, CheckpointWriter, TensorInfo, plan_shards
@@ -38,8 +37,8 @@ def adapted(topology: Topology, layout: str, sparsity: float = 0.4, seed: int = 
 def test_stock_layouts_compute_what_the_masked_model_computes(family: str, layout: str, tmp_path: Path) -> None:
     dense = save_tiny_model(family, tmp_path / "dense")
     config = load_config(dense)
-    masks = adapted(Topology.of(config), layout)
-    update = weight_update(masks, "mean")
+    topology = Topology.of(config)
+    masks, update = adapted(topology, layout), random_update(topology, seed=4)
     compact(dense, masks, update, tmp_path / "out", layout=layout)  # type: ignore[arg-type]
     written = load_config(tmp_path / "out")
     assert written.model_type == config.model_type
@@ -55,7 +54,7 @@ def test_padding_stands_for_blocks_that_are_gone(tmp_path: Path) -> None:
     topology = Topology.of(load_config(dense))
     masks = random_masks(topology, seed=3, empty_layer=1)
     masks.keep["hidden"][:] = True
-    update = weight_update(masks, "mean")
+    update = random_update(topology, seed=4)
     compact(dense, masks, update, tmp_path / "out", layout="padded")
     expected = masked_dense_logits(dense, masks, update, PROMPTS)
     assert compare(expected, compact_logits(tmp_path / "out", PROMPTS)).max_rel_logit_diff < 1e-5
@@ -68,8 +67,9 @@ def test_padding_stands_for_blocks_that_are_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["uniform", "padded"])
 def test_stock_layouts_load_in_a_plain_process(layout: str, tmp_path: Path) -> None:
     dense = save_tiny_model("llama_tied", tmp_path / "dense")
-    masks = adapted(Topology.of(load_config(dense)), layout)
-    compact(dense, masks, weight_update(masks, "mean"), tmp_path / "out", layout=layout)  # type: ignore[arg-type]
+    topology = Topology.of(load_config(dense))
+    masks, update = adapted(topology, layout), random_update(topology, seed=4)
+    compact(dense, masks, update, tmp_path / "out", layout=layout)  # type: ignore[arg-type]
     torch.save(PROMPTS, tmp_path / "prompts.pt")
     script = """
 import sys, torch
@@ -81,7 +81,7 @@ with torch.no_grad():
 """
     environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
-    expected = masked_dense_logits(dense, masks, weight_update(masks, "mean"), PROMPTS)
+    expected = masked_dense_logits(dense, masks, update, PROMPTS)
     assert compare(expected, torch.load(tmp_path / "logits.pt")).max_rel_logit_diff < 1e-5
 
 
@@ -89,8 +89,9 @@ def test_flap_biases_fit_a_llama_config_and_no_other(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
     for family in ("llama", "mistral"):
         dense = save_tiny_model(family, tmp_path / family)
-        masks = adapted(Topology.of(load_config(dense)), "padded")
-        update = WeightUpdate({axis: masks.mu[axis] for axis in AXES}, {name: torch.randn(64) for name in names})
+        topology = Topology.of(load_config(dense))
+        masks = adapted(topology, "padded")
+        update = WeightUpdate(random_update(topology, seed=4).scale, {name: torch.randn(64) for name in names})
         if family == "mistral":
             with pytest.raises(ValueError, match=r"no place for FLAP's biases: set learn_masks\.baseline\.flap_bias"):
                 compact(dense, masks, update, tmp_path / "out", layout="padded")
@@ -102,13 +103,14 @@ def test_flap_biases_fit_a_llama_config_and_no_other(tmp_path: Path) -> None:
 
 def test_sizes_that_the_config_refuses_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     dense = save_tiny_model("llama", tmp_path / "dense")
-    masks = Masks.dense(Topology.of(load_config(dense)))
+    topology = Topology.of(load_config(dense))
+    masks = Masks.dense(topology)
     masks.keep["hidden"][0] = False
     with pytest.raises(ValueError, match="hidden_size of 63 with 4 heads"):
-        compact(dense, masks, weight_update(masks, "none"), tmp_path / "out", layout="padded")
+        compact(dense, masks, WeightUpdate.none(topology), tmp_path / "out", layout="padded")
     masks.keep["intermediate"][1, 5:] = False
     with pytest.raises(ValueError, match=r"compact\.layout = uniform, but the masks keep 5 to 96 of intermediate"):
-        compact(dense, masks, weight_update(masks, "none"), tmp_path / "out", layout="uniform")
+        compact(dense, masks, WeightUpdate.none(topology), tmp_path / "out", layout="uniform")
     assert not (tmp_path / "out").exists()
 
 
@@ -120,7 +122,7 @@ def test_the_plan_from_a_config_alone_is_what_is_written(family: str, layout: st
     config = load_config(dense)
     topology = Topology.of(config)
     masks = adapted(topology, layout, seed=8)
-    update = weight_update(masks, "mean")
+    update = random_update(topology, seed=4)
     planned = plan(config, dense_tensors(config), masks, update, layout)  # type: ignore[arg-type]
     size = compact(dense, masks, update, tmp_path / "out", layout=layout)  # type: ignore[arg-type]
     assert Checkpoint.of(tmp_path / "out").info == planned.tensors
@@ -197,8 +199,8 @@ def test_streamed_files_hold_what_was_written(
 
 def test_a_checkpoint_in_shards_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = save_tiny_model("llama", tmp_path / "dense")
-    masks = adapted(Topology.of(load_config(dense)), "uneven")
-    update = weight_update(masks, "mean")
+    topology = Topology.of(load_config(dense))
+    masks, update = adapted(topology, "uneven"), random_update(topology, seed=4)
     compact(dense, masks, update, tmp_path / "one")
     monkeypatch.setattr("tvaprune.checkpoint.tensor_files.SHARD_BYTES", 20_000)
     compact(dense, masks, update, tmp_path / "many")

@@ -11,14 +11,14 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
-from tests.tiny_models import random_masks, tiny_model, write_published
+from tests.tiny_models import random_masks, random_update, tiny_model, write_published
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import AXES, Topology
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.masks import read_masks
 from tvaprune.masks.published import PublishedMasksError, read_published_masks
+from tvaprune.masks.update import read_update
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "tvaprune-mistral-mask.pkl"
 published = pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"the authors' mask file {PUBLISHED.name} is not here")
@@ -35,16 +35,16 @@ def mistral() -> PreTrainedConfig:
 
 
 def test_masks_in_the_published_form_are_read_as_write_published(tmp_path: Path) -> None:
-    masks = random_masks(TOPOLOGY, seed=1)
-    read = read_published_masks(write_published(tmp_path / "masks.pkl", masks), TOPOLOGY)
+    masks, update = random_masks(TOPOLOGY, seed=1), random_update(TOPOLOGY, seed=2)
+    read, means = read_published_masks(write_published(tmp_path / "masks.pkl", masks, update), TOPOLOGY)
     for axis in AXES:
-        assert torch.equal(read.mu[axis], masks.mu[axis])
-        assert torch.equal(read.keep[axis], masks.log_alpha[axis] > 0)
-        torch.testing.assert_close(read.log_alpha[axis], masks.log_alpha[axis], rtol=1e-4, atol=1e-4)
+        assert torch.equal(means.scale[axis], update.scale[axis])
+        assert torch.equal(read.keep[axis], masks.score[axis] > 0)
+        torch.testing.assert_close(read.score[axis], masks.score[axis], rtol=1e-4, atol=1e-4)
 
 
 def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
-    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
+    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1), random_update(TOPOLOGY, seed=2))
     deeper = Topology.of(tiny_model("llama", layers=4).config)
     with pytest.raises(PublishedMasksError, match=r"inter_layer3_z_mu is absent, but the model needs \[96\]"):
         read_published_masks(file, deeper)
@@ -95,7 +95,7 @@ def test_nothing_in_a_pickle_is_run(evil: Callable[[Path], Any], named: str, tmp
 
 
 def test_a_torn_file_is_named(tmp_path: Path) -> None:
-    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
+    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1), random_update(TOPOLOGY, seed=2))
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(PublishedMasksError, match=r"masks\.pkl: not a pickle of tensors, or damaged"):
         read_published_masks(file, TOPOLOGY)
@@ -107,20 +107,23 @@ def test_the_tool_writes_an_artifact_that_stages_read(tmp_path: Path) -> None:
     from tools.import_masks import main
 
     TINY.config.save_pretrained(tmp_path / "model")
-    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1))
+    file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1), random_update(TOPOLOGY, seed=2))
     app = typer.Typer()
     app.command()(main)
     arguments = [str(file), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "masks")]
+    arguments += ["--means", str(tmp_path / "means")]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0
     masks = read_masks(tmp_path / "masks", TOPOLOGY)
     assert f"hidden {int(masks.keep['hidden'].sum())} of 64" in shown.output
+    expected, read = random_update(TOPOLOGY, seed=2).scale, read_update(tmp_path / "means", TOPOLOGY).scale
+    assert all(torch.equal(read[axis], expected[axis]) for axis in AXES)
 
 
 @published
 def test_the_published_counts_come_out() -> None:
     topology = Topology.of(mistral())
-    masks = read_published_masks(PUBLISHED, topology)
+    masks, _ = read_published_masks(PUBLISHED, topology)
     widths = masks.widths()
     assert int(widths["hidden"]) == 3171
     assert widths["kv_heads"][7] == 7
@@ -136,8 +139,9 @@ def test_the_published_counts_come_out() -> None:
 def test_the_published_masks_can_be_compacted(layout: Layout) -> None:
     config = mistral()
     topology = Topology.of(config)
-    masks = adapt(topology, read_published_masks(PUBLISHED, topology), 0.5, "nearest", 128, 128, layout=layout)
-    planned = plan(config, dense_tensors(config), masks, weight_update(masks, "mean"), layout)
+    published_masks, update = read_published_masks(PUBLISHED, topology)
+    masks = adapt(topology, published_masks, 0.5, "nearest", 128, 128, layout=layout)
+    planned = plan(config, dense_tensors(config), masks, update, layout)
     shapes = {name: info.shape for name, info in planned.tensors.items()}
     heads = 7 if layout == "uneven" else int(masks.widths()["kv_heads"].max())
     assert shapes["model.layers.7.self_attn.q_proj.weight"] == (heads * 4 * 128, 3200)

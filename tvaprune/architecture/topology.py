@@ -15,6 +15,7 @@ from torch import Tensor, nn
 Axis = Literal["hidden", "intermediate", "kv_heads"]
 AXES: tuple[Axis, ...] = ("hidden", "intermediate", "kv_heads")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 # Where a gate's mean may differ from channel to channel: the attention output before o_proj, the outputs of o_proj
 # and of down_proj. (Before down_proj a gate is a channel already.)
@@ -24,6 +25,12 @@ SITES: tuple[Site, ...] = ("attention_in", "attention_out", "mlp_out")
 # What one dimension of a weight counts: residual dimensions, intermediate units, all rows of the query heads,
 # or all rows of the key (or value) heads.
 Units = Literal["hidden", "intermediate", "query", "kv"]
+AXIS_OF_UNITS: dict[Units, Axis] = {
+    "hidden": "hidden",
+    "intermediate": "intermediate",
+    "query": "kv_heads",
+    "kv": "kv_heads",
+}
 
 
 class UnsupportedModelError(ValueError):

@@ -152,11 +152,14 @@ def _title(base: Base) -> str:
 
 def _usage(directory: Path, config: PreTrainedConfig) -> str:
     own = config.model_type == "tvaprune"
-    trust = ", trust_remote_code=True" if own else ""
+    # The tokenizer's load reads config.json too: without trust_remote_code it asks on the terminal whether to run code.
+    arguments = '".", trust_remote_code=True' if own else '"."'
     text = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n"
+        'print(tokenizer.decode(model.generate(**tokenizer("The river", return_tensors="pt"), max_new_tokens=20)[0]))\n'
+        "```"
     )
     if own:
         text += '\n\nOr, without remote code: `from tvaprune import load; model = load(".")`.'

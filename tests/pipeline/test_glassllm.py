@@ -27,7 +27,7 @@ def test_glassllm_is_pruned_recovered_and_better_than_by_chance(tmp_path: Path) 
     content["fetch_inputs"]["heldout"]["sources"] = [texts["encyclopedia"]]
     content["fetch_inputs"]["zeroshot"] = {"source": "local", "path": "inputs/zeroshot"}
     content["sample_calibration"].update(samples=64, finetune_samples=64)
-    content["learn_masks"]["gates"].update(steps=60, curvature_windows=8)
+    content["learn_masks"]["tva"].update(steps=60, curvature_windows=8)
     content["finetune_lora"].update(steps=20)
     content["eval_perplexity"].update(windows=32)
     yaml.dump(content, workspace.root / "params.yaml")

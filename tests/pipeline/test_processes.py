@@ -24,7 +24,7 @@ def figures(workspace: Workspace) -> dict[str, Any]:
 def one_process(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """After a `dvc repro` on one process, two windows a step."""
     workspace = finished.copy(tmp_path_factory.mktemp("processes") / "finished")
-    workspace.set_param("learn_masks.gates.batch_size", 2)
+    workspace.set_param("learn_masks.tva.batch_size", 2)
     workspace.set_param("finetune_lora.batch_size", 2)
     workspace.repro()
     return workspace
@@ -83,5 +83,5 @@ def test_windows_that_cannot_be_shared_are_refused_with_the_parameter(workspace:
     workspace.forget("learn_masks")
     done = replace(workspace, variables={"TVAPRUNE_NPROC": "2"}).dvc("repro", "learn_masks", check=False)
     assert done.returncode != 0
-    assert "learn_masks.gates.batch_size = 1: 2 processes cannot share it equally" in done.stderr
+    assert "learn_masks.tva.batch_size = 1: 2 processes cannot share it equally" in done.stderr
     assert "Traceback" not in done.stderr

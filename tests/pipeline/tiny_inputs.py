@@ -67,7 +67,7 @@ def write_small_params(path: Path) -> None:
     content = yaml.load(path)
     for section, values in SMALL.items():
         content[section].update(values)
-    content["learn_masks"]["gates"].update(SMALL_GATES)
+    content["learn_masks"]["tva"].update(SMALL_GATES)
     yaml.dump(content, path)
 
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from stages.finetune_lora import main
-from tests.tiny_models import random_masks, tiny_model
+from tests.tiny_models import random_masks, random_update, tiny_model
 from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.artifacts import write_artifact
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.loading import load
 from tvaprune.distributed import Process
 from tvaprune.export.card import Base, Provenance, widths_of
@@ -497,7 +496,7 @@ def test_the_stage_makes_a_loadable_model_of_uneven_layers_and_the_same_bytes_tw
     masks = random_masks(topology, seed=0)
     masks.keep["intermediate"][1] = False
     masks.keep["kv_heads"][:] = torch.tensor([[False, False], [True, False]])
-    sizes = compact(tmp_path / "dense", masks, weight_update(masks, "mean"), tmp_path / "compact")
+    sizes = compact(tmp_path / "dense", masks, random_update(topology, seed=0), tmp_path / "compact")
     reference = Reference("itself", windows(3, 4).long(), compact_logits(tmp_path / "compact", windows(3, 4).long()))
     figures = {"sparsity_decoder": 0.5, "sparsity_model": 0.4, "params_dense": 1, "params_kept": sizes.parameters_kept}
     made_with = {"compact": {"gguf": None}}

@@ -7,22 +7,28 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 import stages
 from tools.dvc_deps import ALWAYS, code_dependencies, import_graph
+from tvaprune.options.masks import METHOD_OPTIONS
 from tvaprune.params.everything import SECTIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DVC_STAGES: dict[str, dict[str, Any]] = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
 STAGES = sorted(path.stem for path in (REPOSITORY / "stages").glob("[!_]*.py"))
+
+
+LOCKED: dict[str, dict[str, Any]] = YAML(typ="safe").load(REPOSITORY / "dvc.lock")["stages"]
 
 
 def tracked(pattern: str = "*") -> list[Path]:
@@ -34,6 +40,48 @@ def tracked(pattern: str = "*") -> list[Path]:
 
 def test_every_stage_script_is_in_the_pipeline() -> None:
     assert set(STAGES) == set(DVC_STAGES)
+
+
+def paths(entries: list[Any]) -> set[str]:
+    return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries}
+
+
+def value_at(content: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        content = content[part]
+    return content
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_lock_file_is_of_this_pipeline(stage: str) -> None:
+    """What a clone pulls was made by these commands with these parameters: run `make repro` and commit dvc.lock."""
+    entry, locked = DVC_STAGES[stage], LOCKED[stage]
+    assert locked["cmd"] == entry["cmd"]
+    assert {dep["path"] for dep in locked["deps"]} == paths(entry["deps"])
+    written = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
+    assert {out["path"] for out in locked["outs"]} == paths(written)
+    content = YAML(typ="safe", pure=True).load(REPOSITORY / "params.yaml")
+    method = content["learn_masks"]["method"]
+    keys = [key.replace("${learn_masks.method}", method) for key in entry.get("params", [])]
+    assert locked.get("params", {}).get("params.yaml", {}) == {key: value_at(content, key) for key in keys}
+
+
+def test_the_readme_draws_the_pipeline() -> None:
+    """Every arrow of the picture is a dependency, and every stage that it names exists."""
+    (drawn,) = re.findall(r"```mermaid\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    outputs = {
+        stage: paths([out for kind in ("outs", "metrics") for out in entry.get(kind, [])])
+        for stage, entry in DVC_STAGES.items()
+    }
+    arrows = set()
+    for line in drawn.splitlines()[1:]:
+        groups = [group.split(" & ") for group in line.strip().split(" --> ")]
+        arrows |= {(one, other) for left, right in pairwise(groups) for one in left for other in right}
+    assert len(arrows) > 10
+    for one, other in arrows:
+        assert any(
+            dep == out or dep.startswith(f"{out}/") for dep in DVC_STAGES[other]["deps"] for out in outputs[one]
+        ), f"{other} does not depend on {one}"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +142,7 @@ def test_outputs_and_inputs_in_dvc_yaml_are_the_scripts_defaults(stage: str) -> 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)
 def test_declared_parameters_are_those_that_the_stage_reads(section: Any) -> None:
     """An undeclared key reruns nothing; a superfluous one reruns too much."""
-    assert sorted(DVC_STAGES[section.section]["params"]) == sorted([section.section, *section.shared])
+    assert sorted(DVC_STAGES[section.section]["params"]) == sorted(section.declared())
 
 
 def test_check_params_watches_every_parameter() -> None:
@@ -102,27 +150,58 @@ def test_check_params_watches_every_parameter() -> None:
     assert sorted(DVC_STAGES["check_params"]["params"]) == sorted(content)
 
 
-def models(kind: Any, seen: set[type[BaseModel]]) -> Iterator[type[BaseModel]]:
-    """The pydantic models below an annotation."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        if kind in seen:
-            return
+def keys(kind: Any, seen: set[type]) -> Iterator[tuple[type, dict[str, str | None], Any]]:
+    """The models and option classes below an annotation: their fields with descriptions, and what extra keys do."""
+    if isinstance(kind, type) and kind not in seen and (issubclass(kind, BaseModel) or is_dataclass(kind)):
         seen.add(kind)
-        yield kind
-        for field in kind.model_fields.values():
-            yield from models(field.annotation, seen)
+        if issubclass(kind, BaseModel):
+            described = {name: field.description for name, field in kind.model_fields.items()}
+            yield kind, described, kind.model_config.get("extra")
+        else:
+            schema = TypeAdapter(kind).json_schema()["properties"]
+            described = {field.name: schema[field.name].get("description") for field in fields(kind)}
+            yield kind, described, getattr(kind, "__pydantic_config__", {}).get("extra")
+        for hint in get_type_hints(kind, include_extras=False).values():
+            yield from keys(hint, seen)
     for part in getattr(kind, "__args__", ()):
-        yield from models(part, seen)
+        yield from keys(part, seen)
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)
 def test_every_parameter_is_described_and_unknown_ones_are_refused(section: Any) -> None:
-    for model in models(section, set()):
-        assert model.model_config.get("extra") == "forbid", model
-        # In a model whose fields are the axes, or the kind of source, the names say all.
+    for kind, described, extra in keys(section, set()):
+        assert extra == "forbid", kind
+        # In a class whose fields are the axes, or the kind of source, the names say all.
         named = {"hidden", "intermediate", "kv_heads", "source"}
-        missing = [n for n, field in model.model_fields.items() if not field.description and n not in named]
-        assert missing == [], model
+        assert [name for name, description in described.items() if not description and name not in named] == [], kind
+
+
+def test_options_have_the_defaults_of_params_yaml() -> None:
+    """Python's `tvaprune.prune` and the pipeline start from the same values."""
+    content = YAML(typ="safe", pure=True).load(REPOSITORY / "params.yaml")["learn_masks"]
+    for method, kind in METHOD_OPTIONS.items():
+        assert TypeAdapter(kind).validate_python(content[method]) == kind(), method
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in tracked("*.py"):
+        if path.relative_to(REPOSITORY).parts[0] in {"stages", "tvaprune", "tools"}:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    yield f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}", node
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    """60 lines without the docstring, 8 parameters; command lines and transformers' own signatures are exempt."""
+    for where, node in functions():
+        first = node.body[0]
+        documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        length = node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)  # type: ignore[operator]
+        assert length <= 60, f"{where}: {length} lines"
+        arguments = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        count = len([name for name in arguments if name not in ("self", "cls", "ctx")])
+        exempt = node.name in ("main", "forward")
+        assert count <= 8 or exempt, f"{where}: {count} parameters"
 
 
 def test_sub_packages_hold_a_docstring_alone() -> None:
@@ -249,11 +328,11 @@ def test_the_lock_pins_every_direct_dependency_to_what_is_installed() -> None:
 
 
 VIOLATIONS = {
-    "tvaprune/architecture/topology.py": "import tvaprune.gates.vib",
+    "tvaprune/architecture/topology.py": "import tvaprune.gates.paper",
     "tvaprune/measures/latency.py": "import tvaprune.recovery.lora",
     "tvaprune/params/compact.py": "import tvaprune.architecture.parameter_counts",
     "tvaprune/masks/adapt.py": "import ruamel.yaml",
-    "tvaprune/gates/vib.py": "import typer",
+    "tvaprune/gates/paper.py": "import typer",
     "tvaprune/losses.py": "import stages._errors",
     "stages/compact.py": "import stages.learn_masks",
 }

@@ -38,21 +38,21 @@ def test_the_workspace_table_has_a_row_for_each_model_that_was_measured() -> Non
 
 
 def experiment(
-    method: str, sparsity: float, ppl: float, seed: int = 0, speedup: float = 1.2, steps: int = 100, **gates: float
+    method: str, sparsity: float, ppl: float, seed: int = 0, speedup: float = 1.2, steps: int = 100, **tva: float
 ) -> dict:
     metrics = {
         "metrics/perplexity.json": {"data": {"dense": MODEL, "compact": {"ppl": ppl}}},
         "metrics/masks.json": {"data": {"seconds": 10.0}},
         "metrics/speed.json": {"data": {"prefill": {"speedup": speedup}}},
     }
-    learn = {"method": method, "axes": ["hidden"], "gates": {"noise": 0.0, **gates}}
+    learn = {"method": method, "axes": ["hidden"], "tva": {"clip_ratio": 4.0, **tva}}
     content = {"seed": seed, "sparsity": sparsity, "learn_masks": learn, "finetune_lora": {"steps": steps}}
     params = {"params.yaml": {"data": content}}
     return {"rev": method * 3, "data": {"metrics": metrics, "params": params}}
 
 
 def test_experiments_are_sorted_by_sparsity_and_perplexity_and_say_what_changed() -> None:
-    shown = [{**experiment("tva", 0.2, 30), "experiments": [{"revs": [experiment("flap", 0.2, 40, noise=1.0)]}]}]
+    shown = [{**experiment("tva", 0.2, 30), "experiments": [{"revs": [experiment("flap", 0.2, 40, clip_ratio=1.0)]}]}]
     failed = {**experiment("depth", 0.2, 30), "error": {"msg": "Experiment run failed", "type": ""}}
     shown += [{"rev": "empty", "data": None}, failed, experiment("random", 0.1, 90)]
     running = {"state": "running", "name": "workspace"}
@@ -60,7 +60,7 @@ def test_experiments_are_sorted_by_sparsity_and_perplexity_and_say_what_changed(
     shown[0]["experiments"][0]["executor"] = {"state": "success", "name": "dvc-task"}
     rows = [[cell.strip() for cell in row.split("|")] for row in experiments_table(shown).splitlines()[2:]]
     assert [row[1] for row in rows] == ["random", "tva", "flap"]
-    assert [row[3] for row in rows] == ["", "", "learn_masks.gates.noise=1.0"]
+    assert [row[3] for row in rows] == ["", "", "learn_masks.tva.clip_ratio=1.0"]
     assert rows[1][5:8] == ["30.0", "", "1.50"]
 
 
@@ -72,6 +72,6 @@ def test_speeds_that_an_experiment_only_inherited_are_left_out() -> None:
 
 def test_seeds_of_one_setting_make_one_row_and_single_runs_none() -> None:
     shown = [experiment("tva", 0.2, ppl, seed, steps=seed) for seed, ppl in enumerate((28.0, 30.0, 32.0, 30.0))]
-    shown += [shown[0], experiment("tva", 0.2, 50, seed=1, noise=1.0), experiment("tva", 0.5, 60)]
+    shown += [shown[0], experiment("tva", 0.2, 50, seed=1, clip_ratio=1.0), experiment("tva", 0.5, 60)]
     (row,) = seeds_table(shown).splitlines()[2:]
     assert row == "| tva | hidden |  | 0.2 | 0 1 2 3 | 30.0 | 1.63 | 5.4% |"

@@ -58,7 +58,7 @@ def check_everything(path: Path) -> None:
     if isinstance(texts, FetchInputsParams) and isinstance(sampling, SampleCalibrationParams):
         problems += _unknown_sources(texts, sampling)
     if isinstance(masks, LearnMasksParams) and isinstance(sampling, SampleCalibrationParams):
-        problems += _broken_stretches(masks, sampling)
+        problems += _broken_blocks(masks, sampling)
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
@@ -73,11 +73,11 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
     ]
 
 
-def _broken_stretches(masks: LearnMasksParams, sampling: SampleCalibrationParams) -> list[str]:
-    stretch = masks.used()[masks.section].get("gates", {}).get("curvature_tokens")  # None where it has no influence
-    if stretch is None or sampling.seq_len % stretch == 0:
+def _broken_blocks(masks: LearnMasksParams, sampling: SampleCalibrationParams) -> list[str]:
+    block = masks.used()[masks.section].get("tva", {}).get("curvature_tokens")  # None where it has no influence
+    if block is None or sampling.seq_len % block == 0:
         return []
     return [
-        f"{masks.section}.gates.curvature_tokens = {stretch}: does not divide {sampling.section}.seq_len = "
+        f"{masks.section}.tva.curvature_tokens = {block}: does not divide {sampling.section}.seq_len = "
         f"{sampling.seq_len}; use a divisor, or null for whole windows"
     ]

@@ -66,12 +66,19 @@ class StageParams(BaseModel):
         return {self.section: self.model_dump(mode="json")}
 
     @classmethod
+    def declared(cls) -> list[str]:
+        """The stage's `params:` in dvc.yaml."""
+        return [cls.section, *cls.shared]
+
+    @classmethod
     def _describe(cls, problem: Any) -> str:
         location = ".".join(str(part) for part in problem["loc"])
         shared = {key.rpartition(".")[2]: key for key in cls.shared}
         name = shared.get(location, f"{cls.section}.{location}".rstrip("."))
-        if problem["type"] == "extra_forbidden":
-            return f"{name}: unknown key; known keys are {', '.join(sorted(set(cls.model_fields) - set(shared)))}"
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            owner: Any = cls if len(problem["loc"]) == 1 else cls.model_fields[str(problem["loc"][0])].annotation
+            known = getattr(owner, "model_fields", None) or getattr(owner, "__dataclass_fields__", {})
+            return f"{name}: unknown key; known keys are {', '.join(sorted(set(known) - set(shared)))}"
         if problem["type"] == "missing":
             return f"{name}: missing"
         return f"{name} = {problem['input']!r}: {problem['msg']}"

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 Axis = Literal["hidden", "intermediate", "kv_heads"]
 AXES: tuple[Axis, ...] = ("hidden", "intermediate", "kv_heads")
@@ -122,6 +123,11 @@ class LayerModules(NamedTuple):
 def decoder(model: nn.Module) -> nn.Module:
     """The model without its language-model head: token ids to normed hidden states."""
     return model.get_submodule("model")
+
+
+def hidden_states(model: nn.Module, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+    """What lm_head is given: the decoder's output after the final norm, without a cache."""
+    return decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,6 @@ from stages._errors import clear_errors
 from stages._launch import join_processes, run
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.gates.memory import memory_table
 from tvaprune.gates.state import GateTraining
@@ -66,7 +65,7 @@ def main(
                     ids["validation_ids"],
                     params.sparsity,
                     gates,
-                    BaselineOptions(**params.baseline.model_dump()),
+                    params.baseline_options(),
                     method=params.method,
                     axes=params.axes,
                     seed=params.seed,

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from tools.alignment_table import layer_widths
 from tools.dry_run import memory, published_config, sizes
-from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype
@@ -70,7 +69,7 @@ def main(
     gates = replace(GateTraining(**learn.gates.model_dump()), steps=steps, curvature_windows=2)
     learned = find_masks(
         dense, text(gates.batch_size * steps, windows.seq_len), text(2, windows.seq_len), learn.sparsity, gates,
-        BaselineOptions(), method="tva", axes=learn.axes, seed=0, gradient_checkpointing=learn.gradient_checkpointing,
+        None, method="tva", axes=learn.axes, seed=0, gradient_checkpointing=learn.gradient_checkpointing,
     )  # fmt: skip
     seconds = learned.step_seconds + learned.teacher_seconds
     _say("learn_masks", seconds, learn.gates.steps, learned.peak_memory_bytes, estimates)

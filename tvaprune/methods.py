@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import AXES, Axis, Topology, decoder, lm_head
-from tvaprune.baselines.registry import BaselineOptions, check_baseline, score_baseline
+from tvaprune.baselines.problem import Problem
+from tvaprune.baselines.registry import check_baseline, score_baseline
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.insertion import GatedModel, hard_gates
@@ -24,6 +25,7 @@ from tvaprune.losses import distillation_loss, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.baselines import BASELINE_OPTIONS
 from tvaprune.resume import Saver
 
 GATE_METHODS = ("tva", "deterministic", "vtrans")
@@ -73,7 +75,7 @@ def find_masks(
     validation_ids: Tensor,
     target_sparsity: float,
     gates: GateTraining,
-    baseline: BaselineOptions,
+    baseline: Any,
     *,
     method: str,
     axes: tuple[Axis, ...],
@@ -93,6 +95,7 @@ def find_masks(
         model: dense, on its device; frozen here.
         input_ids: int32 [samples, seq_len], what masks are learned on.
         validation_ids: int32 [n, seq_len], what they are checked on; decides nothing.
+        baseline: options of the baseline, of its class in BASELINE_OPTIONS; None = its defaults.
         world: processes that share the work of the gates' training; the baselines' is not shared.
 
     Raises:
@@ -104,17 +107,8 @@ def find_masks(
     use_training_attention(model, next(model.parameters()).device)
     started = time.perf_counter()
     if method not in GATE_METHODS:
-        masks, update = score_baseline(
-            method,
-            model,
-            topology,
-            input_ids,
-            target_sparsity,
-            axes=axes,
-            seed=seed,
-            options=baseline,
-            progress=progress,
-        )
+        problem = Problem(model, topology, input_ids, target_sparsity, axes, seed, progress)
+        masks, update = score_baseline(method, problem, baseline or BASELINE_OPTIONS[method]())
         learned = Learned(masks, update, [], 0.0, 0.0, 0.0)
     else:
         if gradient_checkpointing:

@@ -15,7 +15,7 @@ from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, b
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.sharding import shard_layers
 from tvaprune.architecture.topology import AXES, Topology
-from tvaprune.baselines.registry import BASELINES, BaselineOptions
+from tvaprune.baselines.registry import BASELINES
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.cost import peak_memory_bytes
@@ -76,7 +76,7 @@ def test_sampled_gates_meet_the_budget_and_resume(settings: GateTraining) -> Non
 def test_every_method_runs_on_a_gpu(method: str, dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(CUDA, dtype)
     found = find_masks(
-        model, WINDOWS, WINDOWS[:2], 0.3, replace(TRACKED, steps=8), BaselineOptions(windows=4), method=method,
+        model, WINDOWS, WINDOWS[:2], 0.3, replace(TRACKED, steps=8), None, method=method,
         axes=("intermediate", "kv_heads"), seed=0, progress=False,
     )  # fmt: skip
     assert sparsity(Topology.of(model.config), found.masks) == pytest.approx(0.3, abs=0.005)
@@ -169,7 +169,7 @@ def test_the_memory_estimates_are_near_what_is_allocated(tmp_path: Path, checkpo
         dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     torch.cuda.reset_peak_memory_stats()
     find_masks(
-        dense, ids, ids[:1], 0.2, gates, BaselineOptions(), method="tva", axes=AXES, seed=0,
+        dense, ids, ids[:1], 0.2, gates, None, method="tva", axes=AXES, seed=0,
         gradient_checkpointing=checkpointing, progress=False,
     )  # fmt: skip
     expected = training_memory(config, gates, 512, dtype, "cuda", checkpointing)["total"]

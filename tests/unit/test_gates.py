@@ -17,7 +17,6 @@ from tvaprune.architecture.parameter_counts import (
     unit_costs,
 )
 from tvaprune.architecture.topology import AXES, Axis, Topology
-from tvaprune.baselines.registry import BaselineOptions
 from tvaprune.gates import insertion, steps, vib
 from tvaprune.gates.constraint import cubic_ramp, hard_gates_under_budget, tangent_to_budget
 from tvaprune.gates.curvature import RunningCurvature, gate_curvature
@@ -392,7 +391,7 @@ def test_every_method_meets_the_same_budget(method: str) -> None:
     axes = ("intermediate", "kv_heads")
     settings = replace(SETTINGS, steps=8, noise=0.3)
     found = find_masks(
-        model, WINDOWS, WINDOWS[:2], 0.3, settings, BaselineOptions(), method=method, axes=axes, seed=0, progress=False
+        model, WINDOWS, WINDOWS[:2], 0.3, settings, None, method=method, axes=axes, seed=0, progress=False
     )
     assert sparsity(topology, found.masks.widths()) == pytest.approx(0.3, abs=0.005)
     assert found.validation_nll["binary"] != found.validation_nll["dense"]
@@ -406,7 +405,7 @@ def test_gradient_checkpointing_learns_the_same_masks() -> None:
 
     def run(checkpointing: bool) -> torch.Tensor:
         found = find_masks(
-            tiny_model("llama"), WINDOWS, WINDOWS[:2], 0.3, settings, BaselineOptions(),
+            tiny_model("llama"), WINDOWS, WINDOWS[:2], 0.3, settings, None,
             method="tva", axes=AXES, seed=0, gradient_checkpointing=checkpointing, progress=False,
         )  # fmt: skip
         return found.masks.log_alpha["intermediate"]

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tvaprune.options.baselines import BASELINE_OPTIONS
 from tvaprune.params.loading import StageParams
 
 AxisName = Literal["hidden", "intermediate", "kv_heads"]
@@ -65,7 +66,7 @@ class GateParams(BaseModel):
 
 
 class BaselineParams(BaseModel):
-    """What the baselines leave open; explained in tvaprune.baselines.registry.BaselineOptions."""
+    """What the baselines leave open; explained in tvaprune.options.baselines."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     windows: int = Field(description="Calibration windows to use, spread evenly.", ge=1)
@@ -106,6 +107,19 @@ class LearnMasksParams(StageParams):
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
     gates: GateParams = Field(description="For tva, deterministic and vtrans.")
     baseline: BaselineParams = Field(description="For the other methods.")
+
+    def baseline_options(self) -> Any:
+        """The options of the baseline in use, or None."""
+        if self.method not in BASELINE_OPTIONS:
+            return None
+        kind, given = BASELINE_OPTIONS[self.method], self.baseline
+        names = {"submodel_windows": "bonsai_windows"}
+        return kind(
+            **{
+                key: getattr(given, names.get(key, key if hasattr(given, key) else f"{self.method}_{key}"))
+                for key in kind.__dataclass_fields__  # type: ignore[attr-defined]
+            }
+        )
 
     def used(self) -> dict[str, Any]:
         """Without the options of other methods than the one in use."""

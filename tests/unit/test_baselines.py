@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -13,29 +14,49 @@ from transformers import PreTrainedModel
 from tests.tiny_models import tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, unit_costs
 from tvaprune.architecture.topology import AXES, Axis, Topology
-from tvaprune.baselines import activation_scores, gradient_scores, loraprune
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.allocation import (
     Stages,
-    agree,
     allocate_balanced,
     allocate_global,
     allocate_uniform,
+    make_scores_match_mask,
     percentiles,
 )
 from tvaprune.baselines.bonsai import ridge_utility
 from tvaprune.baselines.depth import depth, similarities
-from tvaprune.baselines.registry import BASELINES, SUPPORTED_AXES, BaselineOptions, score_baseline
+from tvaprune.baselines.flap import flap_scores
+from tvaprune.baselines.llm_pruner import llm_pruner_scores
+from tvaprune.baselines.loraprune import Adapter, step_scores
+from tvaprune.baselines.magnitude import magnitude_scores
+from tvaprune.baselines.nirvana import nirvana_scores
+from tvaprune.baselines.problem import Problem
+from tvaprune.baselines.registry import BASELINES, SUPPORTED_AXES, score_baseline
+from tvaprune.baselines.wanda_sp import wanda_scores
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_best
+from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.baselines import (
+    BASELINE_OPTIONS,
+    BonsaiOptions,
+    DepthOptions,
+    FlapOptions,
+    LlmPrunerOptions,
+    LoraPruneOptions,
+    MagnitudeOptions,
+    NirvanaOptions,
+    RandomOptions,
+)
 
 WINDOWS = torch.randint(0, 128, (4, 20), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
 UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
-QUICK = BaselineOptions(
-    flap_bias=False, bonsai_rounds=2, bonsai_submodels=4, bonsai_prior_windows=2, loraprune_steps=4,
-    loraprune_prune_every=2, nirvana_candidates=2, nirvana_kl_windows=2,
-)  # fmt: skip
+QUICK: dict[str, Any] = {
+    "flap": FlapOptions(bias=False),
+    "nirvana": NirvanaOptions(candidates=2, kl_windows=2),
+    "bonsai": BonsaiOptions(rounds=2, submodels=4, prior_windows=2),
+    "loraprune": LoraPruneOptions(steps=4, prune_every=2),
+}
 CASES = [
     (method, axes)
     for method in BASELINES
@@ -44,14 +65,21 @@ CASES = [
 ]
 
 
-def score(method: str, family: str = "llama", sparsity: float = 0.3, axes: tuple[Axis, ...] = UNITS, **given) -> Masks:
+def problem_of(model: PreTrainedModel, axes: tuple[Axis, ...] = UNITS, **changed) -> Problem:
+    given = {"windows": WINDOWS, "target_sparsity": 0.3, "progress": False} | changed
+    return Problem(model, Topology.of(model.config), axes=axes, **given)
+
+
+def score_and_update(
+    method: str, family: str = "llama", sparsity: float = 0.3, axes: tuple[Axis, ...] = UNITS, **given
+) -> tuple[Masks, WeightUpdate]:
     model = given.pop("model", None) or tiny_model(family)
-    windows = given.pop("windows", WINDOWS)
-    options = given.pop("options", QUICK)
-    topology = Topology.of(model.config)
-    return score_baseline(
-        method, model, topology, windows, sparsity, axes=axes, options=options, progress=False, **given
-    )
+    options = given.pop("options", None) or QUICK.get(method) or BASELINE_OPTIONS.get(method, RandomOptions)()
+    return score_baseline(method, problem_of(model, axes, target_sparsity=sparsity, **given), options)
+
+
+def score(*args, **given) -> Masks:
+    return score_and_update(*args, **given)[0]
 
 
 def loss(model: PreTrainedModel, windows: Tensor = WINDOWS) -> Tensor:
@@ -76,16 +104,16 @@ def one_unit(topology: Topology, axes: tuple[Axis, ...]) -> float:
 @pytest.mark.parametrize(("method", "axes"), CASES)
 def test_every_method_meets_the_budget_to_one_unit(method: str, axes: tuple[Axis, ...]) -> None:
     topology = Topology.of(tiny_model("llama").config)
-    masks = score(method, sparsity=0.15, axes=axes)
+    masks, update = score_and_update(method, sparsity=0.15, axes=axes)
     budget = 0.85 * dense_decoder_parameters(topology)
     assert budget - one_unit(topology, axes) < kept_decoder_parameters(topology, masks.keep) <= budget
     for axis in AXES:
         assert masks.keep[axis].shape == topology.gate_shape(axis)
         assert masks.keep[axis].dtype == torch.bool
-        assert masks.log_alpha[axis].dtype == masks.mu[axis].dtype == torch.float32
-        assert masks.log_alpha[axis].isfinite().all()
-        assert torch.equal(masks.keep[axis], masks.log_alpha[axis] > 0)
-        assert torch.equal(masks.mu[axis], torch.ones(topology.gate_shape(axis)))
+        assert masks.score[axis].dtype == update.scale[axis].dtype == torch.float32
+        assert masks.score[axis].isfinite().all()
+        assert torch.equal(masks.keep[axis], masks.score[axis] > 0)
+        assert torch.equal(update.scale[axis], torch.ones(topology.gate_shape(axis)))
         if axis not in axes:
             assert masks.keep[axis].all()
 
@@ -107,7 +135,7 @@ def test_the_same_seed_gives_the_same_masks_and_leaves_the_model_alone(method: s
     first, second = (score(method, model=model, seed=5) for _ in range(2))
     for axis in AXES:
         assert torch.equal(first.keep[axis], second.keep[axis])
-        assert torch.equal(first.log_alpha[axis], second.log_alpha[axis])
+        assert torch.equal(first.score[axis], second.score[axis])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0])
         assert parameter.requires_grad == before[name][1]
@@ -120,18 +148,22 @@ def test_the_same_seed_gives_the_same_masks_and_leaves_the_model_alone(method: s
 @pytest.mark.parametrize("method", ["random", "bonsai", "loraprune"])
 def test_another_seed_gives_other_masks(method: str) -> None:
     first, second = (score(method, seed=seed) for seed in (0, 1))
-    assert not torch.equal(first.log_alpha["intermediate"], second.log_alpha["intermediate"])
+    assert not torch.equal(first.score["intermediate"], second.score["intermediate"])
 
 
 @pytest.mark.parametrize("method", ["wanda_sp", "flap", "llm_pruner", "nirvana", "depth"])
 def test_the_order_of_the_windows_does_not_matter(method: str) -> None:
-    options = BaselineOptions(flap_bias=True)
-    given, turned = (score(method, windows=windows, options=options) for windows in (WINDOWS, WINDOWS.flip(0)))
+    options = BASELINE_OPTIONS[method]()
+    given, turned = (
+        score_and_update(method, windows=windows, options=options) for windows in (WINDOWS, WINDOWS.flip(0))
+    )
     for axis in AXES:
-        assert torch.equal(given.keep[axis], turned.keep[axis])
-        torch.testing.assert_close(given.log_alpha[axis], turned.log_alpha[axis])
-    for name, bias in given.bias.items():
-        torch.testing.assert_close(bias, turned.bias[name])
+        assert torch.equal(given[0].keep[axis], turned[0].keep[axis])
+        torch.testing.assert_close(given[0].score[axis], turned[0].score[axis])
+    assert bool(given[1].bias) == (method == "flap")
+    assert given[1].bias.keys() == turned[1].bias.keys()
+    for name, bias in given[1].bias.items():
+        torch.testing.assert_close(bias, turned[1].bias[name])
 
 
 def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
@@ -148,13 +180,32 @@ def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
     with pytest.raises(UnreachableSparsityError):
         score("magnitude", sparsity=0.9, axes=("intermediate",))
     with pytest.raises(ValueError, match="protects the first 2 and the last 1"):
-        score("llm_pruner", options=BaselineOptions(protect_first=2, protect_last=1))
+        score("llm_pruner", options=LlmPrunerOptions(protect_first=2, protect_last=1))
     with pytest.raises(ValueError, match="candidates"):
-        score("nirvana", options=BaselineOptions(nirvana_candidates=7))
+        score("nirvana", options=NirvanaOptions(candidates=7))
     with pytest.raises(ValueError, match="submodels = 3"):
-        score("bonsai", options=BaselineOptions(bonsai_submodels=3))
+        score("bonsai", options=BonsaiOptions(submodels=3))
     with pytest.raises(ValueError, match="bias"):
-        score("flap", "llama_bias", options=BaselineOptions())
+        score("flap", "llama_bias", options=FlapOptions())
+    with pytest.raises(ValueError, match=r"learn_masks\.bonsai\.windows = 0"):
+        score("bonsai", options=BonsaiOptions(windows=0))
+    with pytest.raises(ValueError, match="no windows"):
+        score("depth", windows=WINDOWS[:0])
+    with pytest.raises(ValueError, match=r"learn_masks\.flap: expected FlapOptions"):
+        score("flap", options=MagnitudeOptions())
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_options_are_described_and_validated_by_pydantic(method: str) -> None:
+    adapter = TypeAdapter(BASELINE_OPTIONS[method])
+    assert adapter.validate_python({}) == BASELINE_OPTIONS[method]()
+    for name, field in adapter.json_schema().get("properties", {}).items():
+        assert field["description"], name
+        if field.get("type") in ("integer", "number"):
+            with pytest.raises(ValidationError, match=name):
+                adapter.validate_python({name: -1})
+    with pytest.raises(ValidationError, match="unknown"):
+        adapter.validate_python({"unknown": 1})
 
 
 # ---- allocation
@@ -165,7 +216,7 @@ def test_uniform_keeps_the_same_share_everywhere() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in AXES}
     for axes in (AXES, UNITS):
-        masks = allocate_uniform(topology, scores, 0.4, axes)
+        masks = allocate_uniform(topology, {axis: scores[axis] for axis in axes}, 0.4)
         widths = masks.widths()
         shares = widths["intermediate"] / 200
         assert widths["kv_heads"].unique().numel() == 1
@@ -185,14 +236,16 @@ def test_the_budget_is_met_within_a_tenth_of_a_point_though_heads_are_coarse(all
     for axes in (AXES, UNITS):
         for sparsity in (0.2, 0.33, 0.5):
             scores = {axis: torch.randn(topology.gate_shape(axis), generator=generator) for axis in axes}
-            masks = allocate(topology, scores, sparsity, axes)
+            masks = allocate(topology, scores, sparsity)
             removed = 1 - kept_decoder_parameters(topology, masks.keep) / dense_decoder_parameters(topology)
             assert sparsity - 1e-9 <= removed < sparsity + 2e-5
 
 
 def test_protected_layers_stay_whole_and_the_others_pay() -> None:
-    for method in ("llm_pruner", "loraprune"):
-        options = BaselineOptions(protect_first=1, protect_last=1, loraprune_steps=4, loraprune_prune_every=2)
+    for method, options in (
+        ("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1)),
+        ("loraprune", LoraPruneOptions(steps=4, prune_every=2, protect_first=1, protect_last=1)),
+    ):
         masks = score(method, sparsity=0.2, options=options)
         topology = Topology.of(tiny_model("llama").config)
         budget = 0.8 * dense_decoder_parameters(topology)
@@ -205,13 +258,13 @@ def test_percentiles_give_ties_to_the_lower_index() -> None:
     assert percentiles(torch.tensor([1.0, 3.0, 1.0, 2.0])).tolist() == [0.375, 0.875, 0.125, 0.625]
 
 
-def test_agreement_keeps_the_ranking() -> None:
+def test_scores_that_match_the_mask_keep_their_ranking() -> None:
     values = torch.tensor([[0.5, -0.2, -0.1, 0.3, -0.4]])
     keep = torch.tensor([[True, True, True, True, False]])
-    masks = Masks(dict.fromkeys(AXES, keep), dict.fromkeys(AXES, values), dict.fromkeys(AXES, values))
-    agreed = agree(masks, AXES).log_alpha["intermediate"]
-    assert torch.equal(agreed > 0, keep)
-    assert torch.equal(agreed.argsort(), values.argsort())
+    matched = make_scores_match_mask(dict.fromkeys(AXES, keep), {"intermediate": values}).score
+    assert torch.equal(matched["intermediate"] > 0, keep)
+    assert torch.equal(matched["intermediate"].argsort(), values.argsort())
+    assert torch.equal(matched["kv_heads"], torch.ones(keep.shape))
 
 
 def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
@@ -224,8 +277,8 @@ def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
         stages.prune({axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNITS}, sparsity)
         assert not (stages.keep["intermediate"] & ~before).any()
         dropped.append(before & ~stages.keep["intermediate"])
-    log_alpha = stages.masks().log_alpha["intermediate"]
-    levels = [log_alpha[units] for units in (*dropped, stages.keep["intermediate"])]
+    scores = stages.masks().score["intermediate"]
+    levels = [scores[units] for units in (*dropped, stages.keep["intermediate"])]
     for lower, higher in pairwise(levels):
         assert lower.max() < higher.min()
 
@@ -255,10 +308,10 @@ def _pool_heads(topology: Topology, per_input: Tensor) -> Tensor:
 def test_wanda_and_flap_scores_by_their_formulas(family: str) -> None:
     model = tiny_model(family)
     topology = Topology.of(model.config)
-    statistics = input_statistics(model, topology, WINDOWS, progress=False)
-    wanda = activation_scores.wanda_scores(model, topology, statistics, UNITS)
-    flap = activation_scores.flap_scores(model, topology, statistics, UNITS)
-    plain = activation_scores.magnitude_scores(model, topology, UNITS)
+    problem = problem_of(model)
+    statistics = input_statistics(problem)
+    wanda, flap = wanda_scores(problem, statistics), flap_scores(problem, statistics)
+    plain = magnitude_scores(model, topology, UNITS)
     for layer in range(topology.layers):
         for axis, name in (("kv_heads", "self_attn.o_proj"), ("intermediate", "mlp.down_proj")):
             path = f"model.layers.{layer}.{name}"
@@ -278,7 +331,7 @@ def test_wanda_and_flap_scores_by_their_formulas(family: str) -> None:
 def test_magnitude_of_a_residual_dimension_is_every_weight_it_owns(family: str) -> None:
     model = tiny_model(family)
     topology = Topology.of(model.config)
-    scores = activation_scores.magnitude_scores(model, topology, ("hidden",))["hidden"]
+    scores = magnitude_scores(model, topology, ("hidden",))["hidden"]
     for unit in (0, 17, 63):
         total = model.model.embed_tokens.weight[:, unit].square().sum() + model.model.norm.weight[unit] ** 2
         if family != "llama_tied":
@@ -298,8 +351,8 @@ def test_magnitude_of_a_residual_dimension_is_every_weight_it_owns(family: str) 
 def test_the_bias_of_flap_keeps_the_mean_of_every_projection() -> None:
     model = tiny_model("llama")
     topology = Topology.of(model.config)
-    masks = score("flap", model=model, sparsity=0.5, options=BaselineOptions())
-    assert set(masks.bias) <= {
+    masks, update = score_and_update("flap", model=model, sparsity=0.5, options=FlapOptions())
+    assert set(update.bias) <= {
         f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")
     }
     seen = 0
@@ -308,16 +361,16 @@ def test_the_bias_of_flap_keeps_the_mean_of_every_projection() -> None:
         for name, keep in (("self_attn.o_proj", heads), ("mlp.down_proj", masks.keep["intermediate"][layer])):
             path = f"model.layers.{layer}.{name}"
             if keep.all():
-                assert path not in masks.bias
+                assert path not in update.bias
                 continue
             seen += 1
             x, w = _inputs(model, path), model.get_submodule(path).weight.double()
-            masked = (x * keep) @ w.T + masks.bias[path].double()
+            masked = (x * keep) @ w.T + update.bias[path].double()
             torch.testing.assert_close(masked.mean(0), (x @ w.T).mean(0), rtol=1e-5, atol=1e-6)
-            assert masks.bias[path].dtype == torch.float32
+            assert update.bias[path].dtype == torch.float32
     assert seen >= 3
-    without = score("flap", model=model, sparsity=0.5)
-    assert without.bias == {}
+    without, unchanged = score_and_update("flap", model=model, sparsity=0.5)
+    assert unchanged.bias == {}
     assert torch.equal(without.keep["intermediate"], masks.keep["intermediate"])
 
 
@@ -325,9 +378,7 @@ def test_flap_has_one_threshold_over_layers_and_axes() -> None:
     model = tiny_model("llama")
     topology = Topology.of(model.config)
     masks = score("flap", model=model)
-    scores = activation_scores.flap_scores(
-        model, topology, input_statistics(model, topology, WINDOWS, progress=False), UNITS
-    )
+    scores = flap_scores(problem_of(model), input_statistics(problem_of(model)))
     kept = torch.cat([scores[axis][masks.keep[axis]] for axis in UNITS])
     dropped = torch.cat([scores[axis][~masks.keep[axis]] for axis in UNITS])
     # But for the units that filled what a head was too large for.
@@ -382,7 +433,7 @@ FAMILIES = ["llama", "llama_tied", "llama_bias", "qwen3"]
 def test_llm_pruner_scores_equal_full_autograd(family: str) -> None:
     model = tiny_model(family)
     topology = Topology.of(model.config)
-    scores = gradient_scores.llm_pruner_scores(model, topology, WINDOWS, AXES, progress=False)
+    scores = llm_pruner_scores(problem_of(model, AXES))
     model.requires_grad_(True)
     gradients = weight_gradients(model, loss(model))
     products = {name: (p * gradients[name]).detach() for name, p in model.named_parameters()}
@@ -396,9 +447,9 @@ def test_llm_pruner_scores_equal_full_autograd(family: str) -> None:
 def test_nirvana_scores_equal_full_autograd(family: str, objective: str) -> None:
     model = tiny_model(family)
     topology = Topology.of(model.config)
-    arguments = (model, topology, WINDOWS, AXES, objective)
-    scores = gradient_scores.nirvana_scores(*arguments, progress=False)
-    by_layer = gradient_scores.nirvana_scores(*arguments, layers_at_once=2, progress=False)
+    problem = problem_of(model, AXES)
+    scores = nirvana_scores(problem, NirvanaOptions(objective=objective))
+    by_layer = nirvana_scores(problem, NirvanaOptions(objective=objective, layers_at_once=2))
     model.requires_grad_(True)
     outputs = {"loss": loss, "logits": lambda model: model(input_ids=WINDOWS.long()).logits.max(dim=1).values.mean()}
     gradients = weight_gradients(model, outputs[objective](model))
@@ -412,7 +463,7 @@ def test_nirvana_scores_equal_full_autograd(family: str, objective: str) -> None
 def test_nirvana_drops_the_same_share_of_heads_and_units_and_empties_no_layer() -> None:
     model = tiny_model("llama_mha", layers=5)
     for ratio in (1.0, 3.0):
-        options = BaselineOptions(nirvana_mlp_to_attention=ratio)
+        options = NirvanaOptions(mlp_to_attention=ratio)
         masks = score("nirvana", model=model, sparsity=0.5, options=options)
         dropped = {axis: float((~masks.keep[axis]).float().mean()) for axis in UNITS}
         assert dropped["intermediate"] == pytest.approx(ratio * dropped["kv_heads"], abs=ratio * 0.05 + 0.05)
@@ -422,10 +473,10 @@ def test_nirvana_drops_the_same_share_of_heads_and_units_and_empties_no_layer() 
 def test_nirvana_takes_the_candidate_nearest_to_the_dense_model() -> None:
     model = tiny_model("llama")
     topology = Topology.of(model.config)
-    chosen = score("nirvana", model=model, options=BaselineOptions(nirvana_candidates=3, nirvana_kl_windows=4))
+    chosen = score("nirvana", model=model, options=NirvanaOptions(candidates=3, kl_windows=4))
     divergences = []
     for windows in WINDOWS.tensor_split(3):
-        masks = score("nirvana", model=model, windows=windows, options=BaselineOptions())
+        masks = score("nirvana", model=model, windows=windows, options=NirvanaOptions())
         with GatedModel(model, topology).inserted() as gated:
             dense = model(input_ids=WINDOWS.long()).logits[:, :-1].log_softmax(-1)
             gated.set(hard_gates(masks.keep), kept_hidden=topology.hidden)
@@ -438,11 +489,10 @@ def test_nirvana_takes_the_candidate_nearest_to_the_dense_model() -> None:
 
 def test_the_importance_of_loraprune_by_full_autograd() -> None:
     model = tiny_model("llama")
-    topology = Topology.of(model.config)
     generator = torch.Generator().manual_seed(0)
     name = "model.layers.1.mlp.up_proj"
     module = model.get_submodule(name)
-    adapter = loraprune.Adapter(module, 4, 8.0, generator)
+    adapter = Adapter(module, 4, 8.0, generator)
     with torch.no_grad():
         adapter.b.normal_(0, 0.1, generator=generator)
     handle = module.register_forward_hook(adapter)
@@ -450,7 +500,7 @@ def test_the_importance_of_loraprune_by_full_autograd() -> None:
     handle.remove()
     merged = (module.weight + 2.0 * adapter.b @ adapter.a).detach().requires_grad_()
     importance = adapter.importance()
-    pooled = loraprune.step_scores(topology, {f"{name}.weight": adapter}, ("intermediate",))["intermediate"]
+    pooled = step_scores(problem_of(model, ("intermediate",)), {f"{name}.weight": adapter})["intermediate"]
     module.weight = torch.nn.Parameter(merged.detach())
     model.requires_grad_(True)
     gradient = weight_gradients(model, loss(model))[f"{name}.weight"]
@@ -492,7 +542,7 @@ def test_bonsai_runs_as_many_forwards_as_it_says_and_drops_dead_units_first() ->
         layer.mlp.down_proj.weight[:, dead] = 0
     forwards = []
     handle = model.model.register_forward_hook(lambda *_: forwards.append(1))
-    options = BaselineOptions(bonsai_rounds=2, bonsai_submodels=6, bonsai_windows=2, bonsai_prior_windows=3)
+    options = BonsaiOptions(rounds=2, submodels=6, submodel_windows=2, prior_windows=3)
     masks = score("bonsai", model=model, sparsity=0.05, axes=("intermediate",), options=options)
     handle.remove()
     assert len(forwards) == 2 * (3 + 6 * 2)
@@ -523,7 +573,7 @@ def test_depth_drops_the_most_similar_layers(contiguous: bool, sparsity: float) 
     topology = Topology.of(model.config)
     count = math.ceil(sparsity * 5)
     streams = _streams(model)
-    influence, angles = similarities(model, topology, WINDOWS, count, progress=False)
+    influence, angles = similarities(problem_of(model, target_sparsity=sparsity), count)
     expected = []
     for index in range(5):
         cosines = [
@@ -541,7 +591,7 @@ def test_depth_drops_the_most_similar_layers(contiguous: bool, sparsity: float) 
     start = distances.index(min(distances))
     layers = range(start, start + count) if contiguous else sorted(range(5), key=lambda i: expected[i])[:count]
     last = max(layers, key=lambda i: expected[i])
-    masks = depth(model, topology, WINDOWS, sparsity, contiguous, progress=False)
+    masks = depth(problem_of(model, target_sparsity=sparsity), DepthOptions(contiguous=contiguous))
     for index in range(5):
         for axis in UNITS:
             keep = masks.keep[axis][index]
@@ -549,4 +599,4 @@ def test_depth_drops_the_most_similar_layers(contiguous: bool, sparsity: float) 
     budget = (1 - sparsity) * dense_decoder_parameters(topology)
     assert budget - 3 * topology.hidden - topology.hidden < kept_decoder_parameters(topology, masks.keep) <= budget
     for axis in UNITS:
-        assert torch.equal(masks.keep[axis], masks.log_alpha[axis] > 0)
+        assert torch.equal(masks.keep[axis], masks.score[axis] > 0)

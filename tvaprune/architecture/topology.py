@@ -32,6 +32,8 @@ AXIS_OF_UNITS: dict[Units, Axis] = {
     "kv": "kv_heads",
 }
 
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
 
 class UnsupportedModelError(ValueError):
     """The model has a structure that these axes do not describe."""
@@ -191,11 +193,16 @@ class Cut(NamedTuple):
     layer: int | None
     block: Literal["attention", "mlp"] | None
 
+    @property
+    def axes(self) -> tuple[Axis | None, ...]:
+        """The axis that each dimension shrinks with."""
+        return tuple(AXIS_OF_UNITS[units] if units else None for units in self.dims)
+
 
 _CUTS: dict[str, tuple[tuple[Units | None, ...], tuple[bool, ...], Literal["attention", "mlp"] | None]] = {
-    "model.embed_tokens.weight": ((None, "hidden"), (False, True), None),
-    "model.norm.weight": (("hidden",), (False,), None),
-    "lm_head.weight": ((None, "hidden"), (False, False), None),
+    EMBEDDING: ((None, "hidden"), (False, True), None),
+    FINAL_NORM: (("hidden",), (False,), None),
+    HEAD: ((None, "hidden"), (False, False), None),
     "input_layernorm.weight": (("hidden",), (False,), "attention"),
     "post_attention_layernorm.weight": (("hidden",), (False,), "mlp"),
     "self_attn.q_proj.weight": (("query", "hidden"), (False, False), "attention"),

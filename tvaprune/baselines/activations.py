@@ -1,15 +1,22 @@
-"""Statistics of the inputs of o_proj and down_proj over calibration windows, by hooks."""
+"""The linear modules that read heads and intermediate units: statistics of their inputs, sums of their columns.
 
+Key-value heads are read by o_proj, intermediate units by down_proj. The inputs of a head are all head_dim dimensions
+of all query heads in its group, contiguous.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from tvaprune.architecture.topology import Topology, decoder, layer_modules
+from tvaprune.architecture.topology import Axis, LayerModules, Topology, layer_modules
+from tvaprune.baselines.problem import Problem
 
-Projection = Literal["o_proj", "down_proj"]
+Inputs = Float[Tensor, "layers inputs"]
 
 
 @dataclass(frozen=True)
@@ -18,69 +25,70 @@ class InputStatistics:
 
     Attributes:
         tokens: how many.
-        total: sum of the inputs, float64 [layers, inputs].
-        squares: sum of their squares, float64 [layers, inputs].
+        total: sum of the inputs, float64.
+        squares: sum of their squares, float64.
     """
 
     tokens: int
-    total: Tensor
-    squares: Tensor
+    total: Inputs
+    squares: Inputs
 
     @property
-    def mean(self) -> Tensor:
-        """float64 [layers, inputs]."""
+    def mean(self) -> Inputs:
         return self.total / self.tokens
 
     @property
-    def variance(self) -> Tensor:
-        """Over tokens, divided by their number: float64 [layers, inputs], >= 0."""
+    def variance(self) -> Inputs:
+        """Over tokens, divided by their number; >= 0."""
         return (self.squares / self.tokens - self.mean.square()).clamp_min(0)
 
     @property
-    def norm(self) -> Tensor:
-        """Euclidean norm over tokens: float64 [layers, inputs]."""
+    def norm(self) -> Inputs:
+        """Euclidean norm over tokens."""
         return self.squares.sqrt()
 
 
+def readers(layer: LayerModules) -> dict[Axis, nn.Linear]:
+    """The module that reads the units of each axis."""
+    return {"kv_heads": layer.o_proj, "intermediate": layer.down_proj}
+
+
 @torch.no_grad()
-def input_statistics(
-    model: nn.Module, topology: Topology, input_ids: Tensor, progress: bool = True
-) -> dict[Projection, InputStatistics]:
-    """Run the windows through the decoder, one at a time, and sum what enters o_proj and down_proj.
+def input_statistics(problem: Problem) -> dict[Axis, InputStatistics]:
+    """Run the windows through the decoder, one at a time, and sum what enters the readers of each axis.
 
-    Gates that are in place are seen: a dropped unit's input is 0.
-
-    Args:
-        input_ids: int32 or int64 [windows, seq_len].
-
-    Returns:
-        o_proj's inputs are [layers, kv_heads · group_size · head_dim], heads of a group contiguous; down_proj's
-        are [layers, intermediate].
+    The gates of a `GatedModel` apply: a dropped unit's input is 0.
     """
-    device = next(model.parameters()).device
-    widths: dict[Projection, int] = {
-        "o_proj": topology.kv_heads * topology.query_rows,
-        "down_proj": topology.intermediate,
+    layers = list(layer_modules(problem.model))
+    total = {
+        axis: torch.zeros(len(layers), module.in_features, dtype=torch.float64, device=problem.device)
+        for axis, module in readers(layers[0]).items()
     }
-    total = {p: torch.zeros(topology.layers, w, dtype=torch.float64, device=device) for p, w in widths.items()}
-    squares = {p: torch.zeros_like(t) for p, t in total.items()}
+    squares = {axis: torch.zeros_like(zeros) for axis, zeros in total.items()}
 
-    def add(projection: Projection, layer: int) -> Any:
+    def add(axis: Axis, index: int) -> Any:
         def hook(_: nn.Module, args: Any) -> None:
             x = args[0].flatten(0, -2).double()
-            total[projection][layer] += x.sum(0)
-            squares[projection][layer] += x.square_().sum(0)
+            total[axis][index] += x.sum(0)
+            squares[axis][index] += x.square().sum(0)
 
         return hook
 
-    handles = []
-    for index, layer in enumerate(layer_modules(model)):
-        handles.append(layer.o_proj.register_forward_pre_hook(add("o_proj", index)))
-        handles.append(layer.down_proj.register_forward_pre_hook(add("down_proj", index)))
-    try:
-        for window in tqdm(input_ids.unbind(), desc="activations", disable=not progress):
-            decoder(model)(input_ids=window[None].long().to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {p: InputStatistics(input_ids.numel(), total[p], squares[p]) for p in widths}
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            for axis, module in readers(layer).items():
+                hooks.enter_context(module.register_forward_pre_hook(add(axis, index)))
+        for window in problem.each_window("activations"):
+            problem.forward(window)
+    return {axis: InputStatistics(problem.windows.numel(), total[axis], squares[axis]) for axis in total}
+
+
+@torch.no_grad()
+def column_sums(model: nn.Module, axis: Axis, element: Callable[[Tensor], Tensor]) -> Inputs:
+    """Sum a function of the reader's weights over each column."""
+    return torch.stack([element(readers(layer)[axis].weight).sum(0) for layer in layer_modules(model)])
+
+
+def per_unit(topology: Topology, axis: Axis, per_input: Inputs) -> Float[Tensor, "layers units"]:
+    """Sum the inputs of each unit."""
+    return per_input.view(topology.layers, topology.width(axis), -1).sum(-1)

@@ -1,34 +1,26 @@
 """Bonsai: which units matter, by regressing the loss of random sub-models on what they keep. Forward passes only."""
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 from tqdm import tqdm
 
-from tvaprune.architecture.parameter_counts import unit_costs
-from tvaprune.architecture.topology import AXES, Axis, Topology, decoder, lm_head
-from tvaprune.baselines.activation_scores import wanda_scores
+from tvaprune.architecture.parameter_counts import dense_unit_costs
+from tvaprune.architecture.topology import Axis
 from tvaprune.baselines.activations import input_statistics
-from tvaprune.baselines.allocation import Scores, Stages, percentiles
-from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.baselines.allocation import Keep, Scores, Stages, percentiles
+from tvaprune.baselines.problem import Problem, drop_units
+from tvaprune.baselines.wanda_sp import wanda_scores
+from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import UnreachableSparsityError, project
+from tvaprune.options.baselines import BonsaiOptions
 
 
-def bonsai(
-    model: nn.Module,
-    topology: Topology,
-    input_ids: Tensor,
-    target_sparsity: float,
-    axes: tuple[Axis, ...],
-    rounds: int = 4,
-    submodels: int = 32,
-    windows_per_submodel: int = 1,
-    prior_windows: int = 8,
-    ridge: float = 1.0,
-    seed: int = 0,
-    progress: bool = True,
-) -> Masks:
+@torch.no_grad()
+def bonsai(problem: Problem, options: BonsaiOptions) -> Masks:
     """Prune in rounds by perturbation (Dery et al. 2024, sections 3.1 to 3.3).
 
     A round takes an equal part of the target. Of the units left, those with the lowest prior (Wanda-sp, the same
@@ -36,55 +28,50 @@ def bonsai(
     of them and the next its complement; ridge regression of minus the loss on the candidates kept gives each one's
     utility; the lowest go.
 
-    Departures: utilities are compared per parameter, because heads and intermediate units meet in one budget (the
-    published code prunes the two apart); a sub-model is masks on the model, not another model.
+    Departures: utilities are compared per parameter, because heads and intermediate units share one budget (the
+    published code prunes the two separately); a sub-model is masks on the model, not another model.
 
-    Cost in forward passes: rounds · (prior_windows + submodels · windows_per_submodel).
-
-    Args:
-        submodels: per round, complements counted; even.
-        ridge: strength, in units of the mean square of a centred row of the design.
+    Cost in forward passes: rounds · (prior_windows + submodels · submodel_windows).
     """
+    submodels = options.submodels
     if submodels < 2 or submodels % 2:
         raise ValueError(f"learn_masks: bonsai's submodels = {submodels}: pairs of complements need an even number")
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    windows = input_ids.long().to(device)
-    costs = _costs(topology, axes)
-    stages = Stages(topology, axes)
-    bar = tqdm(total=rounds * submodels, desc="sub-models", disable=not progress)
-    with GatedModel(model, topology).inserted() as gated, bar:
-        for index in range(rounds):
-            before, after = (target_sparsity * part / rounds for part in (index, index + 1))
-            _set(gated, stages.keep, device)
-            statistics = input_statistics(model, topology, _draw(windows, prior_windows, generator), progress=False)
-            prior = wanda_scores(model, topology, statistics, axes)
-            ranked = {axis: percentiles(prior[axis].cpu().where(stages.keep[axis], -torch.inf)) for axis in axes}
-            candidates = _candidates(topology, stages.keep, ranked, before + 2 * (after - before), axes)
-            chosen = _draw(windows, windows_per_submodel, generator)
+    generator = torch.Generator().manual_seed(problem.seed)
+    stages = Stages(problem.topology, problem.axes)
+    bar = tqdm(total=options.rounds * submodels, desc="sub-models", disable=not problem.progress)
+    with GatedModel(problem.model, problem.topology).inserted() as gated, bar:
+        for index in range(options.rounds):
+            before, after = (problem.target_sparsity * part / options.rounds for part in (index, index + 1))
+            drop_units(gated, stages.keep)
+            of_prior = _draw(problem, options.prior_windows, generator)
+            prior = wanda_scores(of_prior, input_statistics(of_prior))
+            ranked = {axis: percentiles(prior[axis].cpu().where(stages.keep[axis], -torch.inf)) for axis in prior}
+            candidates = _candidates(problem, stages.keep, ranked, before + 2 * (after - before))
+            of_submodels = _draw(problem, options.submodel_windows, generator)
             designs, losses = [], []
             for _ in range(submodels // 2):
                 half = _half(candidates, generator)
                 for design in (half, ~half):
-                    _set(gated, _submodel(topology, stages.keep, candidates, design, axes), device)
+                    drop_units(gated, _submodel(stages.keep, candidates, design))
                     designs.append(design)
-                    losses.append(_loss(model, chosen))
+                    losses.append(_mean_loss(of_submodels))
                     bar.update()
-            utility = ridge_utility(torch.stack(designs), -torch.tensor(losses, dtype=torch.float64), ridge)
-            stages.prune(_scores(candidates, utility, costs, ranked, axes), after)
+            utility = ridge_utility(torch.stack(designs), -torch.tensor(losses, dtype=torch.float64), options.ridge)
+            stages.prune(_scores(problem, candidates, utility, ranked), after)
     return stages.masks()
 
 
-def ridge_utility(kept: Tensor, utility: Tensor, ridge: float) -> Tensor:
+def ridge_utility(
+    kept: Bool[Tensor, "submodels units"], utility: Float[Tensor, " submodels"], ridge: float
+) -> Float[Tensor, " units"]:
     """beta of min ‖y - Z beta‖² + c ‖beta‖², both centred, in the dual form (sub-models are fewer than units).
 
     Args:
-        kept: bool [submodels, units].
-        utility: float64 [submodels].
+        utility: float64, minus the loss of each sub-model.
         ridge: c in units of the mean diagonal of Z Zᵀ.
 
     Returns:
-        float64 [units]; higher = its presence lowers the loss more.
+        float64; higher = the unit's presence lowers the loss more.
     """
     design = kept.double() - kept.double().mean(0)
     target = utility - utility.mean()
@@ -93,21 +80,19 @@ def ridge_utility(kept: Tensor, utility: Tensor, ridge: float) -> Tensor:
     return design.T @ torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), target)
 
 
-def _candidates(
-    topology: Topology, keep: dict[Axis, Tensor], ranked: Scores, sparsity: float, axes: tuple[Axis, ...]
-) -> dict[Axis, Tensor]:
+def _candidates(problem: Problem, keep: Keep, ranked: Scores, sparsity: float) -> Keep:
     """The units left whose prior a threshold at this sparsity would drop: bool per axis in play."""
-    dense = Masks.dense(topology)
-    scores = {axis: ranked[axis].where(keep[axis], -torch.inf) for axis in axes}
+    dense = Masks.dense(problem.topology)
+    scores = {axis: rank.where(keep[axis], -torch.inf) for axis, rank in ranked.items()}
     try:
-        lower = project(topology, Masks(keep, {**dense.score, **scores}), sparsity, axes).keep
+        lower = project(problem.topology, Masks(keep, {**dense.score, **scores}), sparsity, problem.axes).keep
     except UnreachableSparsityError:
-        return {axis: keep[axis] for axis in axes}
-    return {axis: keep[axis] & ~lower[axis] for axis in axes}
+        return {axis: keep[axis] for axis in ranked}
+    return {axis: keep[axis] & ~lower[axis] for axis in ranked}
 
 
-def _half(candidates: dict[Axis, Tensor], generator: torch.Generator) -> Tensor:
-    """A random half of each axis's candidates: bool [units], axes in order."""
+def _half(candidates: Keep, generator: torch.Generator) -> Bool[Tensor, " candidates"]:
+    """A random half of each axis's candidates."""
     halves = []
     for mask in candidates.values():
         count = int(mask.sum())
@@ -117,55 +102,40 @@ def _half(candidates: dict[Axis, Tensor], generator: torch.Generator) -> Tensor:
     return torch.cat(halves)
 
 
-def _submodel(
-    topology: Topology, keep: dict[Axis, Tensor], candidates: dict[Axis, Tensor], design: Tensor, axes: tuple[Axis, ...]
+def _by_axis(
+    candidates: Keep, values: Float[Tensor, " candidates"] | Bool[Tensor, " candidates"]
 ) -> dict[Axis, Tensor]:
-    """What is left, with the candidates as in the design."""
-    parts = design.split([int(candidates[axis].sum()) for axis in axes])
-    changed = {axis: keep[axis].clone() for axis in AXES}
-    for axis, part in zip(axes, parts, strict=True):
+    """Split one value a candidate into the axes."""
+    parts = values.split([int(mask.sum()) for mask in candidates.values()])
+    return dict(zip(candidates, parts, strict=True))
+
+
+def _submodel(keep: Keep, candidates: Keep, design: Bool[Tensor, " candidates"]) -> Keep:
+    """The units left, with the candidates as in the design."""
+    changed = {axis: mask.clone() for axis, mask in keep.items()}
+    for axis, part in _by_axis(candidates, design).items():
         changed[axis][candidates[axis]] = part
     return changed
 
 
-def _scores(
-    candidates: dict[Axis, Tensor], utility: Tensor, costs: dict[Axis, Tensor], ranked: Scores, axes: tuple[Axis, ...]
-) -> Scores:
+def _scores(problem: Problem, candidates: Keep, utility: Float[Tensor, " candidates"], ranked: Scores) -> Scores:
     """Candidates by utility per parameter in (0, 1), all others above them by their prior in (1, 2)."""
-    parts = utility.split([int(candidates[axis].sum()) for axis in axes])
+    costs = dense_unit_costs(problem.topology)
     per_parameter = [
-        part / costs[axis].expand_as(candidates[axis])[candidates[axis]] for axis, part in zip(axes, parts, strict=True)
+        part / getattr(costs, axis)[:, None].expand_as(candidates[axis])[candidates[axis]]
+        for axis, part in _by_axis(candidates, utility).items()
     ]
-    places = percentiles(torch.cat(per_parameter)).split([len(part) for part in parts])
-    scores = {axis: 1 + ranked[axis] for axis in axes}
-    for axis, place in zip(axes, places, strict=True):
-        scores[axis][candidates[axis]] = place
+    scores = {axis: 1 + rank for axis, rank in ranked.items()}
+    for axis, part in _by_axis(candidates, percentiles(torch.cat(per_parameter))).items():
+        scores[axis][candidates[axis]] = part
     return scores
 
 
-def _costs(topology: Topology, axes: tuple[Axis, ...]) -> dict[Axis, Tensor]:
-    """Parameters of one unit of a dense layer: float64 [layers, 1] per axis in play."""
-    full = [torch.tensor(float(topology.hidden))]
-    full += [torch.full((topology.layers,), float(topology.width(axis))) for axis in AXES[1:]]
-    costs = dict(zip(AXES, unit_costs(topology, *full), strict=True))
-    return {axis: costs[axis][:, None] for axis in axes}
+def _draw(problem: Problem, count: int, generator: torch.Generator) -> Problem:
+    """The problem on some of its windows, without a progress bar of its own."""
+    drawn = torch.randperm(len(problem.windows), generator=generator)[:count]
+    return replace(problem, windows=problem.windows[drawn], progress=False)
 
 
-def _draw(windows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return windows[torch.randperm(len(windows), generator=generator)[:count].to(windows.device)]
-
-
-def _set(gated: GatedModel, keep: dict[Axis, Tensor], device: torch.device) -> None:
-    gates = {axis: gate.to(device) for axis, gate in hard_gates(keep).items()}
-    gated.set(gates, kept_hidden=gated.topology.hidden)
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, windows: Tensor) -> float:
-    """Mean cross-entropy per token, nats."""
-    head = lm_head(model).weight.detach()
-    total = 0.0
-    for window in windows.split(1):
-        hidden = decoder(model)(input_ids=window, use_cache=False).last_hidden_state[0]
-        total += float(cross_entropy(hidden, head, next_token_labels(window)))
-    return total / len(windows)
+def _mean_loss(problem: Problem) -> float:
+    return sum(float(problem.loss(window)) for window in problem.each_window("")) / len(problem.windows)

@@ -1,113 +1,100 @@
 """Whole layers dropped by how little they change the residual stream: ShortGPT and PruneMe."""
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import AXES, Axis, Topology, decoder, final_norm, layer_modules
-from tvaprune.baselines.activation_scores import magnitude_scores
-from tvaprune.baselines.allocation import make_scores_match_mask, percentiles
+from tvaprune.architecture.topology import Axis, Topology, final_norm, layer_modules
+from tvaprune.baselines.allocation import Keep, Scores, make_scores_match_mask, percentiles
+from tvaprune.baselines.magnitude import magnitude_scores
+from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
+from tvaprune.options.baselines import DepthOptions
 
 AXES_OF_LAYERS: tuple[Axis, ...] = ("intermediate", "kv_heads")
 
 
-def depth(
-    model: nn.Module,
-    topology: Topology,
-    input_ids: Tensor,
-    target_sparsity: float,
-    contiguous: bool = False,
-    progress: bool = True,
-) -> Masks:
+def depth(problem: Problem, options: DepthOptions) -> Masks:
     """Drop the layers whose input and output are the most alike, whole.
 
     contiguous False: the lowest block influence, 1 - E[cos(x_l, x_l+1)] (ShortGPT, Men et al. 2024).
     contiguous True: the n adjacent layers with the least angular distance arccos(cos(x_l, x_l+n)) / π between what
     enters and what leaves them (PruneMe, Gromov et al. 2024).
 
-    Departures: n is the first count of layers at or past the target, and the least similar of them gives units back
-    until the budget is met: as few key-value heads as leave the rest to intermediate units, the largest by
-    magnitude, so the budget is exact to one intermediate unit. Angular distances are averaged over all tokens, where
-    Gromov et al. take each sequence's last.
+    Departures: n is the first count of layers at or past the target. The least similar of them gets units back up to
+    the budget: as few key-value heads as leave the rest to intermediate units, the largest by magnitude, so the
+    budget is exact to one intermediate unit. Angular distances are averaged over all tokens, where Gromov et al. take
+    each sequence's last.
     """
-    count = math.ceil(round(target_sparsity * topology.layers, 9))
-    influence, angles = similarities(model, topology, input_ids, count, progress)
-    if contiguous and count:
+    topology = problem.topology
+    count = math.ceil(round(problem.target_sparsity * topology.layers, 9))
+    influence, angles = similarities(problem, count)
+    by_influence = torch.sort(influence, stable=True).indices.tolist()
+    dropped = by_influence[:count]
+    if options.contiguous and count:
         first = int(angles.argmin())
-        dropped = sorted(range(first, first + count), key=lambda index: (float(influence[index]), index))
-    else:
-        dropped = torch.sort(influence, stable=True).indices[:count].tolist()
-    magnitudes = magnitude_scores(model, topology, AXES_OF_LAYERS)
-    keep = {axis: torch.ones(topology.gate_shape(axis), dtype=torch.bool) for axis in AXES}
+        dropped = [index for index in by_influence if first <= index < first + count]
+    scores = magnitude_scores(problem.model, topology, AXES_OF_LAYERS)
+    keep = Masks.dense(topology).keep
     for axis in AXES_OF_LAYERS:
         keep[axis][dropped] = False
     if dropped:
-        _give_back(topology, keep, dropped[-1], {axis: magnitudes[axis][dropped[-1]].cpu() for axis in AXES_OF_LAYERS},
-                   target_sparsity)  # fmt: skip
+        _give_back(topology, keep, dropped[-1], scores, problem.target_sparsity)
     # Layers in order of influence, a level each, dropped ones below 0; magnitude orders the units within a layer.
-    kept = [index for index in torch.sort(influence, stable=True).indices.tolist() if index not in dropped]
     level = torch.empty(topology.layers)
-    level[dropped + kept] = torch.arange(topology.layers) - float(len(dropped))
-    score = {axis: level[:, None] + percentiles(magnitudes[axis]).cpu() for axis in AXES_OF_LAYERS}
-    ones = Masks.dense(topology)
-    return make_scores_match_mask(Masks(keep, {**ones.score, **score}), AXES_OF_LAYERS)
+    kept = [index for index in by_influence if index not in dropped]
+    level[dropped + kept] = torch.arange(topology.layers) - float(count)
+    leveled = {axis: level[:, None] + percentiles(score).cpu() for axis, score in scores.items()}
+    return make_scores_match_mask(keep, leveled)
 
 
 @torch.no_grad()
-def similarities(
-    model: nn.Module, topology: Topology, input_ids: Tensor, block: int, progress: bool = True
-) -> tuple[Tensor, Tensor]:
+def similarities(problem: Problem, block: int) -> tuple[Float[Tensor, " layers"], Float[Tensor, " blocks"]]:
     """How much layers change the residual stream, means over all tokens.
 
     Args:
         block: layers in a contiguous block; 0 = none.
 
     Returns:
-        block influence, float64 [layers], and the angular distance over π of each block by its first layer,
-        float64 [layers - block + 1]; both on the CPU.
+        Block influence, and the angular distance over π of each block by its first layer ([layers - block + 1]);
+        both float64 on the CPU.
     """
-    device = next(model.parameters()).device
     stream: list[Tensor] = []
 
-    def keep(_: nn.Module, args: Any) -> None:
-        stream.append(args[0].detach().flatten(0, 1).float())
+    def collect(_: nn.Module, args: Any) -> None:
+        stream.append(args[0].flatten(0, 1).float())
 
-    norms = [layer.input_norm for layer in layer_modules(model)] + [final_norm(model)]
-    handles = [norm.register_forward_pre_hook(keep) for norm in norms]
-    influence = torch.zeros(topology.layers, dtype=torch.float64)
-    angles = torch.zeros(topology.layers - block + 1, dtype=torch.float64)
-    try:
-        for window in tqdm(input_ids.unbind(), desc="similarities", disable=not progress):
+    influence = torch.zeros(problem.topology.layers, dtype=torch.float64)
+    angles = torch.zeros(problem.topology.layers - block + 1, dtype=torch.float64)
+    with ExitStack() as hooks:
+        for norm in [*(layer.input_norm for layer in layer_modules(problem.model)), final_norm(problem.model)]:
+            hooks.enter_context(norm.register_forward_pre_hook(collect))
+        for window in problem.each_window("similarities"):
             stream.clear()
-            decoder(model)(input_ids=window[None].long().to(device), use_cache=False)
-            for index in range(topology.layers):
+            problem.forward(window)
+            for index in range(len(influence)):
                 cosine = F.cosine_similarity(stream[index], stream[index + 1], dim=-1)
                 influence[index] += float(1 - cosine.double().mean())
             for index in range(len(angles)):
                 cosine = F.cosine_similarity(stream[index], stream[index + block], dim=-1).double()
                 angles[index] += float(cosine.clamp(-1, 1).arccos().mean()) / math.pi
-    finally:
-        for handle in handles:
-            handle.remove()
-    return influence / len(input_ids), angles / len(input_ids)
+    return influence / len(problem.windows), angles / len(problem.windows)
 
 
-def _give_back(
-    topology: Topology, keep: dict[Axis, Tensor], layer: int, scores: dict[Axis, Tensor], target_sparsity: float
-) -> None:
-    """Return units to one dropped layer, in place, until the next would break the budget."""
+def _give_back(topology: Topology, keep: Keep, layer: int, scores: Scores, target_sparsity: float) -> None:
+    """Return units to one dropped layer, in place, until the next would exceed the budget."""
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
 
     def parameters(heads: int, units: int) -> int:
-        keep["kv_heads"][layer] = keep_best(scores["kv_heads"], heads)
-        keep["intermediate"][layer] = keep_best(scores["intermediate"], units)
+        keep["kv_heads"][layer] = keep_best(scores["kv_heads"][layer].cpu(), heads)
+        keep["intermediate"][layer] = keep_best(scores["intermediate"][layer].cpu(), units)
         return kept_decoder_parameters(topology, keep)
 
     best = (-1, 0, 0)
@@ -118,8 +105,7 @@ def _give_back(
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if parameters(heads, middle) <= budget else (low, middle - 1)
-        if parameters(heads, low) > best[0]:
-            best = (parameters(heads, low), heads, low)
+        best = max(best, (parameters(heads, low), heads, low), key=lambda found: found[0])
         if low < topology.intermediate:
             break
     parameters(best[1], best[2])

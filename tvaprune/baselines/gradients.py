@@ -8,27 +8,22 @@ and, where single elements matter, ∂L/∂W = Σ_t gy_t x_tᵀ, one matrix at a
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from tvaprune.architecture.topology import AXES, Axis, Topology, Units, cut, decoder, embedding, layer_modules, lm_head
+from tvaprune.architecture.topology import EMBEDDING, FINAL_NORM, HEAD, Axis, cut, decoder_layers, embedding, lm_head
 from tvaprune.baselines.allocation import Scores
-from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.baselines.problem import Problem
+from tvaprune.losses import next_token_labels
+from tvaprune.options.baselines import Objective
 
-Objective = Literal["loss", "logits"]
-
-AXIS_OF_UNITS: dict[Units, Axis] = {
-    "hidden": "hidden",
-    "intermediate": "intermediate",
-    "query": "kv_heads",
-    "kv": "kv_heads",
-}
-_EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+# One value for each row or column that a unit owns, by parameter name and dimension (0 rows, 1 columns).
+Products = dict[tuple[str, int], Float[Tensor, " length"]]
 
 
 @dataclass(frozen=True)
@@ -39,23 +34,22 @@ class Seen:
         name: of its weight, as in a checkpoint.
         module: with its weight, and bias if any.
         x: input; [tokens, in], or token ids int64 [tokens] for the embedding.
-        y: output [tokens, out].
-        gradient: of the objective with respect to y, [tokens, out].
+        y: output.
+        gradient: of the objective with respect to y.
     """
 
     name: str
     module: Any
     x: Tensor
-    y: Tensor
-    gradient: Tensor
+    y: Float[Tensor, "tokens out"]
+    gradient: Float[Tensor, "tokens out"]
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient while the context lasts."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     try:
         yield
     finally:
@@ -65,11 +59,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watched(model: nn.Module, names: set[str], observe: Callable[[Seen], None]) -> Iterator[None]:
-    """Call `observe` in each backward with what the modules that own these weights did; embeddings ask for gradients.
+    """Call `observe` in each backward with what the modules that own these weights did.
 
-    Memory: inputs and outputs of the watched modules live until the backward reaches them.
+    Memory: inputs and outputs of the watched modules are kept until the backward reaches them.
     """
-    handles = []
 
     def hook(name: str) -> Any:
         def after(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -78,125 +71,101 @@ def watched(model: nn.Module, names: set[str], observe: Callable[[Seen], None]) 
 
         return after
 
-    handles.append(embedding(model).register_forward_hook(lambda _, args, out: out.requires_grad_()))
-    for module_name, module in model.named_modules():
-        if f"{module_name}.weight" in names:
-            handles.append(module.register_forward_hook(hook(f"{module_name}.weight")))
-    try:
-        with frozen(model), torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, frozen(model), torch.enable_grad():
+        # With all weights frozen, the embedding's output is what the backward starts from.
+        hooks.enter_context(embedding(model).register_forward_hook(lambda _, args, out: out.requires_grad_()))
+        for module_name, module in model.named_modules():
+            if f"{module_name}.weight" in names:
+                hooks.enter_context(module.register_forward_hook(hook(f"{module_name}.weight")))
+        yield
 
 
 def owned_weights(model: nn.Module, axes: tuple[Axis, ...]) -> list[str]:
     """Names of the module weights in which a unit of the axes owns rows or columns; lm_head last, tied or not."""
     names = [f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "weight")]
-    return [name for name in names if any(units and AXIS_OF_UNITS[units] in axes for units in cut(name).dims)]
+    return [name for name in names if any(axis in axes for axis in cut(name).axes)]
 
 
-def signed_products(
-    model: nn.Module, topology: Topology, input_ids: Tensor, axes: tuple[Axis, ...], progress: bool = True
-) -> dict[tuple[str, int], Tensor]:
-    """Σ w·∂L/∂w over each row and column that a unit owns, L the mean cross-entropy over all windows.
+def signed_products(problem: Problem) -> Products:
+    """Σ w·∂L/∂w over each row (with its bias) and column, L the mean cross-entropy over all windows; float64.
 
-    Returns:
-        float64 [rows or columns] by weight name and dimension (0 rows with their biases, 1 columns). Of a tied head
-        both uses are summed under the embedding's name.
+    The products of a tied head are added to the embedding's.
     """
-    products: dict[tuple[str, int], Tensor] = {}
+    model, axes = problem.model, problem.axes
+    products: Products = {}
 
-    def add(key: tuple[str, int], values: Tensor) -> None:
-        products[key] = products.get(key, 0) + values.double()
+    def add(name: str, dim: int, values: Tensor) -> None:
+        products[name, dim] = products.get((name, dim), 0) + values.double()
 
     def observe(seen: Seen) -> None:
-        dims = cut(seen.name).dims
         gradient = seen.gradient.float()
         along_rows = (gradient * seen.y.float()).sum(0)
         if isinstance(seen.module, nn.Linear):
-            if _asked(dims[0], axes):
-                add((seen.name, 0), along_rows)
-            if _asked(dims[1], axes):
+            rows, columns = cut(seen.name).axes
+            if rows in axes:
+                add(seen.name, 0, along_rows)
+            if columns in axes:
                 back = (seen.gradient @ seen.module.weight).float()
-                add((seen.name, 1), (seen.x.float() * back).sum(0))
+                add(seen.name, 1, (seen.x.float() * back).sum(0))
         else:
             # An embedding's column or a norm's weight: its product is seen at the output.
-            add((seen.name, len(dims) - 1), along_rows)
-        if seen.name == _FINAL_NORM:
+            add(seen.name, len(cut(seen.name).dims) - 1, along_rows)
+        if seen.name == FINAL_NORM:
             # The head reads the norm's output h: Σ over its column of w·∂L/∂w = Σ_t h·∂L/∂h.
-            tied = lm_head(model).weight is embedding(model).weight
-            add((_EMBEDDING if tied else _HEAD, 1), along_rows)
+            add(_head_parameter(model), 1, along_rows)
 
-    names = set(owned_weights(model, axes)) - {_HEAD}
-    with watched(model, names, observe):
-        for window in tqdm(_windows(model, input_ids), desc="gradients", disable=not progress):
-            hidden = _hidden(model, window)
-            loss = cross_entropy(hidden, lm_head(model).weight, next_token_labels(window))
-            (loss / len(input_ids)).backward()
+    with watched(model, set(owned_weights(model, axes)) - {HEAD}, observe):
+        for window in problem.each_window("gradients"):
+            (problem.loss(window) / len(problem.windows)).backward()
     return products
 
 
-def absolute_products(
-    model: nn.Module,
-    input_ids: Tensor,
-    axes: tuple[Axis, ...],
-    objective: Objective,
-    layers_at_once: int | None = None,
-    progress: bool = True,
-) -> dict[tuple[str, int], Tensor]:
-    """Σ abs(w·g) over each row and column that a unit owns, g the gradient of the mean objective over all windows.
+def absolute_products(problem: Problem, objective: Objective, layers_at_once: int | None = None) -> Products:
+    """Σ abs(w·g) over each row and column, g the gradient of the mean objective over all windows; float32.
+
+    A tied head is counted with the embedding.
 
     Args:
         objective: "loss", the cross-entropy; "logits", the mean over the vocabulary of each token's largest logit in
             the window.
         layers_at_once: layers whose full gradients (fp32) are in memory together; the windows run once for each
             such group. None = all.
-
-    Returns:
-        float32 [rows or columns] by parameter name and dimension. A tied head is counted with the embedding.
     """
-    layers = len(list(layer_modules(model)))
+    layers = len(decoder_layers(problem.model))
     step = layers_at_once or layers
-    products: dict[tuple[str, int], Tensor] = {}
+    parameters = dict(problem.model.named_parameters(remove_duplicate=False))
+    products: Products = {}
     for first in range(0, layers, step):
-        group = [
+        # The tensors of the whole model go with the first layers.
+        group = {
             name
-            for name in owned_weights(model, axes)
-            if (cut(name).layer or 0) in range(first, first + step) and (cut(name).layer is not None or first == 0)
-        ]
-        gradients = _full_gradients(model, input_ids, set(group), objective, progress)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, gradient in gradients.items():
+            for name in owned_weights(problem.model, problem.axes)
+            if (cut(name).layer or 0) in range(first, first + step)
+        }
+        for name, gradient in _full_gradients(problem, group, objective).items():
             product = gradient.mul_(parameters[name].detach().float()).abs_()
-            for dim, units in enumerate(cut(name).dims):
-                if _asked(units, axes):
+            for dim, axis in enumerate(cut(name).axes):
+                if axis in problem.axes:
                     products[name, dim] = product if product.dim() == 1 else product.sum(1 - dim)
     return products
 
 
-def pool(topology: Topology, products: dict[tuple[str, int], Tensor], axes: tuple[Axis, ...]) -> Scores:
+def pool(problem: Problem, products: Products) -> Scores:
     """Sum what each unit owns over rows, columns and matrices: float32 per axis in play, shapes of gates."""
-    scores: Scores = {axis: torch.zeros(topology.gate_shape(axis)) for axis in AXES if axis in axes}
+    topology = problem.topology
+    scores: Scores = {axis: torch.zeros(topology.gate_shape(axis)) for axis in problem.axes}
     for (name, dim), values in products.items():
         where = cut(name)
-        units = where.dims[dim]
-        if units is None or AXIS_OF_UNITS[units] not in axes:
-            continue
-        axis = AXIS_OF_UNITS[units]
-        pooled = values.float().cpu().view(topology.width(axis), -1).sum(1)
-        if axis == "hidden":
-            scores[axis] += pooled
-        else:
-            assert where.layer is not None
-            scores[axis][where.layer] += pooled
+        axis = where.axes[dim]
+        if axis in scores:
+            pooled = values.float().cpu().view(topology.width(axis), -1).sum(1)
+            scores[axis][... if axis == "hidden" else where.layer] += pooled
     return scores
 
 
-def _full_gradients(
-    model: nn.Module, input_ids: Tensor, names: set[str], objective: Objective, progress: bool
-) -> dict[str, Tensor]:
+def _full_gradients(problem: Problem, names: set[str], objective: Objective) -> dict[str, Tensor]:
     """∂/∂W of the mean objective: float32 by parameter name, biases of the named weights too."""
+    model = problem.model
     gradients: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -206,66 +175,57 @@ def _full_gradients(
             gradients[name] = gradient.float()
 
     def observe(seen: Seen) -> None:
-        g = seen.gradient.float()
+        g, weight = seen.gradient.float(), seen.module.weight.detach()
         if isinstance(seen.module, nn.Linear):
             add(seen.name, g.T @ seen.x.float())
             if seen.module.bias is not None:
                 add(seen.name.removesuffix("weight") + "bias", g.sum(0))
         elif isinstance(seen.module, nn.Embedding):
             if seen.name not in gradients:
-                gradients[seen.name] = torch.zeros_like(seen.module.weight, dtype=torch.float32)
+                gradients[seen.name] = torch.zeros_like(weight, dtype=torch.float32)
             gradients[seen.name].index_add_(0, seen.x, g)
         else:
             # A norm's output is weight · normed input; where the weight is 0, so is the product asked for.
-            add(seen.name, ((g * seen.y.float()).sum(0) / seen.module.weight.detach().float()).nan_to_num_(0, 0, 0))
+            add(seen.name, ((g * seen.y.float()).sum(0) / weight.float()).nan_to_num_(0, 0, 0))
 
     head = lm_head(model).weight.detach()
-    tied = lm_head(model).weight is embedding(model).weight
-    share = 1 / len(input_ids)
-    with watched(model, names - {_HEAD}, observe):
-        for window in tqdm(_windows(model, input_ids), desc="gradients", disable=not progress):
-            hidden = _hidden(model, window)
-            with torch.no_grad():
-                labels = next_token_labels(window)
-                on_hidden, on_head = _objective_gradients(hidden.detach(), head, labels, objective, _HEAD in names)
-                if on_head is not None:
-                    add(_EMBEDDING if tied else _HEAD, on_head.mul_(share))
+    share = 1 / len(problem.windows)
+    with watched(model, names - {HEAD}, observe):
+        for window in problem.each_window("gradients"):
+            hidden = problem.forward(window)
+            labels = next_token_labels(window)
+            on_hidden, on_head = _objective_gradients(hidden.detach(), head, labels, objective, HEAD in names)
+            if on_head is not None:
+                add(_head_parameter(model), on_head.mul_(share))
             hidden.backward((on_hidden * share).to(hidden.dtype))
     return gradients
 
 
+def _head_parameter(model: nn.Module) -> str:
+    """The name under which the head's weight counts: the embedding's where the two are tied."""
+    return EMBEDDING if lm_head(model).weight is embedding(model).weight else HEAD
+
+
 def _objective_gradients(
-    hidden: Tensor, head: Tensor, labels: Tensor, objective: Objective, want_head: bool, chunk: int = 128
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of one window's objective: float32 [tokens, width], and [vocab, width] if wanted."""
+    hidden: Float[Tensor, "tokens width"],
+    head: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, " tokens"],
+    objective: Objective,
+    want_head: bool,
+) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "vocab width"] | None]:
+    """Gradients of one window's objective with respect to hidden states and, if wanted, the head: float32."""
+    on_hidden = torch.zeros_like(hidden, dtype=torch.float32)
     on_head = torch.zeros_like(head, dtype=torch.float32) if want_head else None
     if objective == "logits":
         peak = torch.cat([(hidden @ rows.T).float().argmax(0) for rows in head.split(8192)])
-        on_hidden = torch.zeros_like(hidden, dtype=torch.float32).index_add_(0, peak, head.float() / len(head))
+        on_hidden.index_add_(0, peak, head.float() / len(head))
         return on_hidden, None if on_head is None else on_head.add_(hidden[peak].float() / len(head))
     counted = (labels >= 0).sum()
-    on_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-    for start in range(0, len(hidden), chunk):
-        rows = hidden[start : start + chunk]
-        target = labels[start : start + chunk]
+    for rows, target, out in zip(hidden.split(128), labels.split(128), on_hidden.split(128), strict=True):
         on_logits = (rows @ head.T).float().softmax(-1)
         on_logits.scatter_add_(1, target.clamp_min(0)[:, None], torch.full_like(on_logits[:, :1], -1))
         on_logits *= ((target >= 0) / counted)[:, None]
-        on_hidden[start : start + chunk] = on_logits.to(head.dtype) @ head
+        out.copy_(on_logits.to(head.dtype) @ head)
         if on_head is not None:
             on_head.addmm_(on_logits.T, rows.float())
     return on_hidden, on_head
-
-
-def _asked(units: Units | None, axes: tuple[Axis, ...]) -> bool:
-    return units is not None and AXIS_OF_UNITS[units] in axes
-
-
-def _windows(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
-    """int64 [1, seq_len] each, on the model's device."""
-    return list(input_ids.long().to(next(model.parameters()).device).split(1))
-
-
-def _hidden(model: nn.Module, window: Tensor) -> Tensor:
-    """[1, seq_len] to normed hidden states [seq_len, hidden]."""
-    return decoder(model)(input_ids=window, use_cache=False).last_hidden_state[0]

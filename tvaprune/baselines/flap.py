@@ -1,0 +1,64 @@
+"""FLAP: fluctuation of the inputs, with biases in place of what the dropped inputs contributed on average."""
+
+import torch
+from torch import Tensor
+
+from tvaprune.architecture.topology import Axis, layer_modules
+from tvaprune.baselines.activations import InputStatistics, column_sums, input_statistics, per_unit, readers
+from tvaprune.baselines.allocation import Scores, allocate_global, allocate_uniform
+from tvaprune.baselines.problem import Problem
+from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.baselines import FlapOptions
+
+
+def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
+    """Var(X_j) · ‖W_:,j‖², z-scored per layer, one threshold over all layers and both axes (An et al., AAAI 2024).
+
+    The published AL-AM structure with the WIFV metric: every input's score is standardised within its layer and
+    module, a head's score is the mean of its inputs', and the budget is counted in parameters. Dropped inputs are
+    replaced by their mean: b = W · (mean(X) ⊙ (1 - m)) on o_proj and down_proj.
+
+    Departures: the variance is over all tokens together; the published running update scales it by the tokens of a
+    window, which standardising undoes. Heads are pooled over whole groups.
+
+    Raises:
+        ValueError: with `bias`, the model's projections have biases of their own, which a compact model would lose.
+    """
+    topology = problem.topology
+    if options.bias and (topology.output_bias or topology.mlp_bias):
+        raise ValueError(
+            "learn_masks: flap's bias takes the place of o_proj's and down_proj's, and this model has them; "
+            "set the flap bias option to false"
+        )
+    statistics = input_statistics(problem)
+    allocate = allocate_global if options.allocation == "adaptive" else allocate_uniform
+    masks = allocate(topology, flap_scores(problem, statistics), problem.target_sparsity)
+    biases = _mean_biases(problem, statistics, masks) if options.bias else {}
+    return masks, WeightUpdate.none(topology, biases)
+
+
+def flap_scores(problem: Problem, statistics: dict[Axis, InputStatistics]) -> Scores:
+    """float32 [layers, units] per axis in play, mean 0 over a layer."""
+    scores: Scores = {}
+    for axis in problem.axes:
+        metric = statistics[axis].variance * column_sums(problem.model, axis, lambda w: w.double().square())
+        standard = (metric - metric.mean(-1, keepdim=True)) / metric.std(-1, keepdim=True)
+        inputs = problem.topology.query_rows if axis == "kv_heads" else 1
+        scores[axis] = (per_unit(problem.topology, axis, standard) / inputs).float()
+    return scores
+
+
+@torch.no_grad()
+def _mean_biases(problem: Problem, statistics: dict[Axis, InputStatistics], masks: Masks) -> dict[str, Tensor]:
+    """b = W · (mean(X) ⊙ (1 - m)) for every module that lost inputs: float32 [hidden] by its name, on the CPU."""
+    names = {module: name for name, module in problem.model.named_modules()}
+    biases = {}
+    for index, layer in enumerate(layer_modules(problem.model)):
+        for axis, module in readers(layer).items():
+            keep = masks.keep[axis][index]
+            if not keep.all():
+                kept_inputs = keep.repeat_interleave(module.in_features // len(keep)).to(module.weight.device)
+                lost = statistics[axis].mean[index].masked_fill(kept_inputs, 0)
+                biases[names[module]] = (module.weight.double() @ lost).float().cpu()
+    return biases

@@ -1,0 +1,111 @@
+"""Options of the baselines: one class a method, each field with its type, range, default and description."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+Baseline = Literal["random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai", "loraprune", "depth"]
+Objective = Literal["logits", "loss"]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class RandomOptions:
+    """The method has none."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class MagnitudeOptions:
+    """The method has none."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class CalibratedOptions:
+    """What every method that runs calibration windows has."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    windows: Annotated[Count, Field(description="Calibration windows to use, spread evenly over those given.")] = 64
+
+
+@dataclass(frozen=True)
+class ProtectingOptions(CalibratedOptions):
+    """What every method that can leave layers whole has."""
+
+    protect_first: Annotated[int, Field(ge=0, description="Layers to leave whole at the start.")] = 0
+    protect_last: Annotated[int, Field(ge=0, description="Layers to leave whole at the end.")] = 0
+
+
+@dataclass(frozen=True)
+class WandaSpOptions(CalibratedOptions):
+    pass
+
+
+@dataclass(frozen=True)
+class FlapOptions(CalibratedOptions):
+    allocation: Annotated[
+        Literal["adaptive", "uniform"],
+        Field(description="One threshold over all layers (published AL-AM), or the same share in each (UL-UM)."),
+    ] = "adaptive"
+    bias: Annotated[bool, Field(description="Add the mean of what dropped inputs contributed, as biases.")] = True
+
+
+@dataclass(frozen=True)
+class LlmPrunerOptions(ProtectingOptions):
+    pass
+
+
+@dataclass(frozen=True)
+class NirvanaOptions(CalibratedOptions):
+    objective: Annotated[Objective, Field(description="What is differentiated; logits is published.")] = "logits"
+    mlp_to_attention: Annotated[
+        Positive, Field(description="gamma, share of intermediate units dropped over share of kv heads dropped.")
+    ] = 1.0
+    candidates: Annotated[Count, Field(description="Calibration sets to choose among by KL; 1 = no choice.")] = 1
+    kl_windows: Annotated[Count, Field(description="Windows that the KL is measured on.")] = 8
+    layers_at_once: Annotated[
+        Count | None, Field(description="Layers whose fp32 gradients are in memory at once; null = all.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class BonsaiOptions(CalibratedOptions):
+    rounds: Annotated[Count, Field(description="Rounds of pruning.")] = 4
+    submodels: Annotated[int, Field(ge=2, multiple_of=2, description="Random sub-models a round; even.")] = 32
+    submodel_windows: Annotated[Count, Field(description="Windows that a sub-model's loss is measured on.")] = 1
+    prior_windows: Annotated[Count, Field(description="Windows of the activation prior in each round.")] = 8
+    ridge: Annotated[Positive, Field(description="Ridge penalty, relative to the design's mean square.")] = 1.0
+
+
+@dataclass(frozen=True)
+class LoraPruneOptions(ProtectingOptions):
+    steps: Annotated[Count, Field(description="Optimizer steps, one window each.")] = 64
+    rank: Annotated[Count, Field(description="LoRA rank.")] = 8
+    alpha: Annotated[Positive, Field(description="LoRA alpha.")] = 16.0
+    lr: Annotated[Positive, Field(description="Learning rate.")] = 1e-4
+    decay: Annotated[float, Field(ge=0, lt=1, description="Decay of the moving average of importance.")] = 0.9
+    prune_every: Annotated[Count, Field(description="Steps between two prunings; the last step always prunes.")] = 4
+
+
+@dataclass(frozen=True)
+class DepthOptions(CalibratedOptions):
+    contiguous: Annotated[bool, Field(description="Drop adjacent layers (PruneMe), or any (ShortGPT).")] = False
+
+
+BASELINE_OPTIONS: dict[str, type] = {
+    "random": RandomOptions,
+    "magnitude": MagnitudeOptions,
+    "wanda_sp": WandaSpOptions,
+    "flap": FlapOptions,
+    "llm_pruner": LlmPrunerOptions,
+    "nirvana": NirvanaOptions,
+    "bonsai": BonsaiOptions,
+    "loraprune": LoraPruneOptions,
+    "depth": DepthOptions,
+}

@@ -14,13 +14,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvaluationDocument:
-    """One document or row, in the pieces that a model is scored on.
+    """One document or row, in the pieces that a model is scored on."""
 
-    Attributes:
-        name: unique in its set.
-    """
-
-    name: str
+    name: str  # unique in its set
     pieces: list[str]
 
 

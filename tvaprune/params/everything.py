@@ -1,4 +1,4 @@
-"""All sections at once, so that a mistake in the last stage's section shows before the first stage runs."""
+"""Check all sections at once, so that a mistake in the last stage's section stops the run before the first stage."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 
 def check_everything(path: Path) -> None:
-    """Read every section, and see that they fit together where one speaks of another.
+    """Read every section, and check what one section requires of another.
 
     Raises:
         ParameterError: all problems of all sections, a line each.
@@ -58,7 +58,7 @@ def check_everything(path: Path) -> None:
     if isinstance(texts, FetchInputsParams) and isinstance(sampling, SampleCalibrationParams):
         problems += _unknown_sources(texts, sampling)
     if isinstance(masks, LearnMasksParams) and isinstance(sampling, SampleCalibrationParams):
-        problems += _broken_stretches(masks, sampling)
+        problems += _uneven_token_blocks(masks, sampling)
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
@@ -67,17 +67,17 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
     labels = [source.label for source in texts.calibration.sources]
     return [
         f"{sampling.section}.{key}: names {', '.join(unknown)}, but the sources of fetch_inputs.calibration are "
-        f"{', '.join(labels)}; take it out"
+        f"{', '.join(labels)}; remove it"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
     ]
 
 
-def _broken_stretches(masks: LearnMasksParams, sampling: SampleCalibrationParams) -> list[str]:
-    stretch = masks.used()[masks.section].get("gates", {}).get("curvature_tokens")  # None where it has no influence
-    if stretch is None or sampling.seq_len % stretch == 0:
+def _uneven_token_blocks(masks: LearnMasksParams, sampling: SampleCalibrationParams) -> list[str]:
+    block = masks.used()[masks.section].get("gates", {}).get("curvature_tokens")  # None where it has no effect
+    if block is None or sampling.seq_len % block == 0:
         return []
     return [
-        f"{masks.section}.gates.curvature_tokens = {stretch}: does not divide {sampling.section}.seq_len = "
+        f"{masks.section}.gates.curvature_tokens = {block}: does not divide {sampling.section}.seq_len = "
         f"{sampling.seq_len}; use a divisor, or null for whole windows"
     ]

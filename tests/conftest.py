@@ -20,6 +20,7 @@ CHECKED = (
     "checkpoint",
     "export",
     "gates",
+    "inputs",
     "masks",
     "measures",
     "proof",

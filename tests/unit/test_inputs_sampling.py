@@ -53,14 +53,15 @@ def source_of(folder: Path, kind: str, documents: int = 60, seed: int = 0) -> Te
 
 
 def taken(source: TextHub | TextLocal, read: list[int] | None = None, **options: Any) -> list[Document]:
-    def to_document(row: dict[str, str], number: int) -> Document:
+    def document_of(row: dict[str, str], field: str, where: str, number: str) -> Document:
         if read is not None:
-            read.append(number)
-        return Document(str(number), row["text"])
+            read.append(int(number))
+        return sampling_document_of(row, field, where, number)
 
-    files = sorted(source.path.iterdir()) if isinstance(source, TextLocal) else []
-    with ResumableRun("fetch_inputs", {}, []) as state:
-        return list(sample(source, files, to_document, state, **options))
+    sampling_document_of = sampling.document_of
+    with pytest.MonkeyPatch.context() as patch, ResumableRun("fetch_inputs", {}, []) as state:
+        patch.setattr(sampling, "document_of", document_of)
+        return list(sample(source, state, **options))
 
 
 def test_a_sample_is_seeded_and_reads_no_more_than_it_needs(tmp_path: Path, kind: str) -> None:
@@ -135,12 +136,11 @@ def test_other_shards_are_another_sample(tmp_path: Path) -> None:
     """A state of shards that changed meanwhile is not gone on from."""
     folder = write(tmp_path / "corpus", "jsonl")
     source = source_of(folder, "jsonl")
-    files = sorted(folder.iterdir())
     with ResumableRun("fetch_inputs", {}, []) as state:
-        first = list(sample(source, files, lambda row, n: Document(str(n), row["text"]), state, buffer=20))
-        for file in files:
+        first = list(sample(source, state, buffer=20))
+        for file in folder.iterdir():
             file.write_text(file.read_text().replace(".", ".new."))
-        second = list(sample(source, files, lambda row, n: Document(str(n), row["text"]), state, buffer=20))
+        second = list(sample(source, state, buffer=20))
     assert all("new" in document.text for document in second)
     assert not any("new" in document.text for document in first)
 

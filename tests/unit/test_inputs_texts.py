@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tvaprune.artifacts import ArtifactError
-from tvaprune.inputs.documents import Document, drop_known, load_documents, write_documents
+from tvaprune.inputs.documents import Document, clean, drop_known, load_documents, write_documents
 from tvaprune.inputs.sources import InputError, TextLocal
-from tvaprune.inputs.texts import clean, clean_transcript, read_documents
+from tvaprune.inputs.texts import clean_transcript, read_documents
 from tvaprune.inputs.wikipedia import plain_text, read_dump
 from tvaprune.resume import ResumableRun
 

@@ -28,14 +28,14 @@ def changed(tmp_path: Path) -> Callable[[str, Any], Path]:
 
     def write(key: str, value: Any) -> Path:
         content = copy.deepcopy(CONTENT)
-        place = content
+        keys = content
         *sections, name = key.split("/")
         for section in sections:
-            place = place[int(section) if section.isdigit() else section]
+            keys = keys[int(section) if section.isdigit() else section]
         if value is ...:
-            del place[name]
+            del keys[name]
         else:
-            place[name] = value
+            keys[name] = value
         path = tmp_path / "params.yaml"
         path.write_text(json.dumps(content))  # which is YAML
         return path
@@ -125,7 +125,7 @@ def test_a_mistake_is_refused_and_named(changed: Callable[[str, Any], Path], key
         (
             "sample_calibration/mix",
             {"tales": 2},
-            r"sample_calibration\.mix: names tales, but the sources .* are speeches, .*; take it out",
+            r"sample_calibration\.mix: names tales, but the sources .* are speeches, .*; remove it",
         ),
         (
             "fetch_inputs/calibration/sources/5/label",

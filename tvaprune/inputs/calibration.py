@@ -31,17 +31,12 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class WindowSet:
-    """How many windows of how many tokens a set has.
-
-    Attributes:
-        name: of its tensor, [samples, seq_len].
-        mix: source -> weight, in shares of windows; a source without one has weight 1.
-    """
+    """How many windows of how many tokens a set has, and from which sources."""
 
     name: str
     samples: int
     seq_len: int
-    mix: Mapping[str, float] = field(default_factory=dict)
+    mix: Mapping[str, float] = field(default_factory=dict)  # source -> weight in shares of windows; 1 if not named
 
     def shares(self, sources: Iterable[str]) -> dict[str, int]:
         """Source -> how many of the windows come from it.
@@ -62,10 +57,10 @@ class WindowSet:
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """A document as token ids, int32 [tokens], without special tokens."""
+    """A document as token ids, without special tokens."""
 
     id: str
-    tokens: np.ndarray
+    tokens: Int32[np.ndarray, " tokens"]
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -79,9 +74,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> list[TokenDocument]:
+def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> list[TokenDocument]:
     """Token ids of every document, no special tokens added; documents without tokens are left out."""
-    documents = list(documents)
     result: list[TokenDocument] = []
     for start in tqdm(range(0, len(documents), _BATCH), desc=f"tokenise {name}", unit=" batches"):
         batch = documents[start : start + _BATCH]
@@ -97,12 +91,7 @@ def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, 
 
 
 def sample_windows(
-    sources: Mapping[str, list[TokenDocument]],
-    sets: list[WindowSet],
-    *,
-    packing: Packing,
-    eos_token_id: int,
-    seed: int,
+    sources: Mapping[str, list[TokenDocument]], sets: list[WindowSet], *, packing: Packing, eos_token_id: int, seed: int
 ) -> dict[str, Int32[Tensor, "samples seq_len"]]:
     """Draw every set's windows from documents that no other set uses.
 
@@ -218,14 +207,16 @@ def _hash(seed: int, *parts: str) -> bytes:
 def _ordered(documents: list[TokenDocument], seed: int, source: str, longest: int) -> list[TokenDocument]:
     """By a seeded hash of their ids, so that the split does not depend on the order in the file."""
     if len(documents) < _FEW_DOCUMENTS:
-        documents = [part for document in documents for part in _parts(document, longest)]
+        documents = [
+            TokenDocument(f"{document.id}#{number}", part)
+            for document in documents
+            for number, part in enumerate(np.array_split(document.tokens, _parts(document, longest)))
+        ]
     return sorted(documents, key=lambda document: _hash(seed, source, document.id))
 
 
-def _parts(document: TokenDocument, longest: int) -> list[TokenDocument]:
-    count = max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest)))
-    parts = np.array_split(document.tokens, count)
-    return [TokenDocument(f"{document.id}#{number}", part) for number, part in enumerate(parts)]
+def _parts(document: TokenDocument, longest: int) -> int:
+    return max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest)))
 
 
 def _is_packed(document: TokenDocument, seq_len: int, packing: Packing) -> bool:

@@ -1,6 +1,7 @@
 """Documents of plain text, and the files that hold them."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +13,33 @@ from tvaprune.inputs.sources import InputError
 
 @dataclass(frozen=True)
 class Document:
-    """One text.
+    """One text."""
 
-    Attributes:
-        id: unique in its source.
-        title: of an article, where the source has one; by it two sources share an article.
-    """
-
-    id: str
+    id: str  # unique in its source
     text: str
-    title: str | None = None
+    title: str | None = None  # of an article, where the source has one
+
+
+def text_files(path: Path) -> list[Path]:
+    """A file, or all .txt, .jsonl and .parquet files below a directory, in name order."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if file.suffix in {".txt", ".jsonl", ".parquet"}]
+    if not files:
+        raise InputError(f"{path}: no .txt, .jsonl or .parquet file")
+    return files
 
 
 def read_rows(file: Path) -> Iterator[Any]:
     """The rows of a .jsonl, .jsonl.gz or .parquet file."""
-    if file.suffix != ".parquet":
-        yield from read_json_lines(file)
-        return
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
-    for batch in parquet.ParquetFile(file).iter_batches():
-        yield from batch.to_pylist()
+        for batch in parquet.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    else:
+        yield from read_json_lines(file)
 
 
 def field_of(row: Any, text_field: str, where: str) -> str:
@@ -41,6 +48,19 @@ def field_of(row: Any, text_field: str, where: str) -> str:
         known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
         raise InputError(f"{where}: no text in field {text_field!r}; it has {known}")
     return row[text_field]
+
+
+def document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:
+    """A row's text, cleaned; its `id` and `title` where it has them."""
+    text, title = field_of(row, text_field, where), row.get("title")
+    title = title if isinstance(title, str) else None
+    return Document(id=str(row.get("id", default_id)), text=clean(text), title=title)
+
+
+def clean(text: str) -> str:
+    """Plain line ends, single spaces, at most one empty line in a row."""
+    text = re.sub(r"[^\S\n]+", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return re.sub(r" *\n *", "\n", re.sub(r"\n\s*\n", "\n\n", text)).strip()
 
 
 def normalise_title(title: str) -> str:
@@ -87,10 +107,8 @@ def load_documents(directory: Path) -> dict[str, list[Document]]:
     files = sorted(directory.glob("*.jsonl"))
     if not files:
         raise InputError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
-    return {
-        file.stem: [
-            Document(id=field_of(row, "id", file.name), text=field_of(row, "text", file.name))
-            for row in read_json_lines(file)
-        ]
-        for file in files
-    }
+
+    def document(row: Any, where: str) -> Document:
+        return Document(id=field_of(row, "id", where), text=field_of(row, "text", where))
+
+    return {file.stem: [document(row, file.name) for row in read_json_lines(file)] for file in files}

@@ -3,24 +3,17 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.documents import load_documents
 from tvaprune.inputs.sources import InputError
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class EvaluationDocument:
-    """One document or row, in the pieces that a model is scored on.
+    """One document or row, in the pieces that a model is scored on."""
 
-    Attributes:
-        name: unique in its set.
-    """
-
-    name: str
+    name: str  # unique in its set
     pieces: list[str]
 
 
@@ -51,16 +44,12 @@ def _task_rows(path: Path) -> Iterator[EvaluationDocument]:
             raise InputError(message) from error
 
 
-def _arc(row: Row) -> list[str]:
-    return [f"{row['question']} {choice}" for choice in row["choices"]["text"]]
-
-
 # What a model reads of a row, once with each answer that is scored; without the prompt's own words.
 _PIECES = {
     "boolq": lambda row: [row["passage"], row["question"]],
     "piqa": lambda row: [f"{row['goal']} {row[solution]}" for solution in ("sol1", "sol2")],
     "hellaswag": lambda row: [f"{row['ctx_a']} {row['ctx_b']} {ending}" for ending in row["endings"]],
     "winogrande": lambda row: [row["sentence"].replace("_", row[option]) for option in ("option1", "option2")],
-    "arc_easy": _arc,
-    "arc_challenge": _arc,
+    "arc_easy": lambda row: [f"{row['question']} {choice}" for choice in row["choices"]["text"]],
 }
+_PIECES["arc_challenge"] = _PIECES["arc_easy"]

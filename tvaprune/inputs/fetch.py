@@ -93,18 +93,16 @@ def _fetch_texts(
 
 @contextmanager
 def _workspace(directory: Path) -> Iterator[tuple[Path, Path]]:
-    """Two folders beside `directory`: one replaces it when the block ends without error, one is deleted."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    """A folder that replaces `directory` when the block ends without error, and one in it for temporary files."""
     partial = directory.parent / f".{directory.name}.partial"
-    temporary = directory.parent / f".{directory.name}.download"
-    for folder in (partial, temporary):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        folder.mkdir()
+    temporary = partial / ".download"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
     try:
         yield partial, temporary
+        shutil.rmtree(temporary)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)
     finally:
-        for folder in (partial, temporary):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

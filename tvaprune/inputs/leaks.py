@@ -32,34 +32,21 @@ class LeakError(ValueError):
 
 @dataclass
 class Overlap:
-    """What a set of evaluation documents shares with the windows of one kind.
+    """What a set of evaluation documents shares with the windows of one kind."""
 
-    Attributes:
-        ngrams: shared n-grams, each counted once a document.
-        documents: number of documents with at least one of them.
-        examples: names of the first of those.
-    """
-
-    ngrams: int = 0
-    documents: int = 0
-    examples: list[str] = field(default_factory=list)
+    ngrams: int = 0  # each counted once a document
+    documents: int = 0  # those with a shared n-gram
+    examples: list[str] = field(default_factory=list)  # names of the first of those
 
 
 @dataclass
 class Compared:
-    """A set of evaluation documents, compared with the windows.
+    """A set of evaluation documents, compared with the windows."""
 
-    Attributes:
-        ngrams: of all documents, each counted once a document.
-        documents: number of documents.
-        judged: number of documents long enough to have an n-gram.
-        overlaps: by key of `LEARNED_FROM`.
-    """
-
-    ngrams: int = 0
+    ngrams: int = 0  # each counted once a document
     documents: int = 0
-    judged: int = 0
-    overlaps: dict[str, Overlap] = field(default_factory=dict)
+    judged: int = 0  # documents long enough to have an n-gram
+    overlaps: dict[str, Overlap] = field(default_factory=dict)  # by key of LEARNED_FROM
 
     def share(self, learned: str) -> float:
         """Share of the set's n-grams that are in these windows; 0 to 1."""
@@ -68,15 +55,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Leaks:
-    """What was found.
-
-    Attributes:
-        sets: every evaluation set, by name.
-        finetuning_in_calibration: share of the fine-tuning windows' n-grams that are in the calibration windows.
-            Not a leak: texts of one source quote the same.
-    """
+    """Every evaluation set, by name; and the fine-tuning windows compared with the calibration windows."""
 
     sets: dict[str, Compared]
+    # Share of the fine-tuning windows' n-grams. Not a leak: texts of one source share quotations.
     finetuning_in_calibration: float
 
     @property

@@ -20,15 +20,7 @@ from tvaprune.architecture.topology import FAMILIES
 from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import (
-    InputError,
-    LocalSource,
-    ModelHub,
-    ModelPackage,
-    ModelSource,
-    describe,
-    hub_errors,
-)
+from tvaprune.inputs.sources import InputError, LocalSource, ModelHub, ModelPackage, ModelSource, describe, hub_errors
 
 _SUPPORTED = f"supported families: {', '.join(FAMILIES)}"
 
@@ -76,7 +68,10 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
     else:
         model, tokenizer = _from_directory(source.path if isinstance(source, LocalSource) else _download(source))
     check_family(model.config)
-    _check_tokenizer(tokenizer, model.config.vocab_size)
+    if tokenizer.eos_token_id is None:
+        raise InputError("the model's tokenizer has no end-of-text token, which separates packed documents")
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
     model.config._name_or_path = ""  # a path of this machine
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -118,13 +113,11 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _download(source: ModelHub) -> Path:
     from huggingface_hub import snapshot_download
 
-    print(f"downloading {source.repo} at {source.revision} from the hub", flush=True)
+    print(f"downloading {source} from the hub", flush=True)
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    unwanted = ["original/*", "consolidated*"]  # the same weights once more
-    with hub_errors(f"{source.repo} at {source.revision}"):
-        folder = snapshot_download(
-            source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=unwanted
-        )
+    copies = ["original/*", "consolidated*"]  # the same weights in another format
+    with hub_errors(source):
+        folder = snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=copies)
     return Path(folder)
 
 
@@ -136,10 +129,3 @@ def _from_directory(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: cannot be loaded as a model with its tokenizer: {error}") from error
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    if tokenizer.eos_token_id is None:
-        raise InputError("the model's tokenizer has no end-of-text token, which separates packed documents")
-    if len(tokenizer) > vocab_size:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocab_size}")

@@ -7,24 +7,19 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from tvaprune.artifacts import read_json_lines
-from tvaprune.inputs.documents import Document
+from tvaprune.inputs.documents import Document, document_of, text_files
 from tvaprune.inputs.sources import InputError, TextHub, TextLocal, hub_errors
 from tvaprune.resume import SavedState
 
-# Rows in the shuffle buffer, or as many as are asked for, if those are fewer: so many more rows are read than taken.
-_BUFFER = 10_000
 # Shards that are read in turns: a data set's shards can each be of one kind.
 _SHARDS_AT_ONCE = 10
-_SAVE_EVERY = 2_000
-
-ToDocument = Callable[[Any, int], Document]
 
 
 def hub_rows(source: TextHub) -> Any:
@@ -43,17 +38,17 @@ def open_stream(source: TextHub | TextLocal, files: list[Path]) -> Any:
     Raises:
         InputError: the hub fails, or the files are not all .jsonl or all .parquet.
     """
-    from datasets import load_dataset
-
     if isinstance(source, TextHub):
-        with hub_errors(f"{source.repo} at {source.revision}"):
+        with hub_errors(source):
             rows = hub_rows(source)
     else:
+        from datasets import load_dataset
+
         kinds = {file.suffix for file in files}
         if kinds not in ({".jsonl"}, {".parquet"}):
             raise InputError(
-                f"{source.name}: documents = {source.documents} samples rows of .jsonl or of .parquet, but there "
-                f"is {', '.join(sorted(kinds))}; name a folder of one kind, or leave documents out to read all"
+                f"{source}: documents = {source.documents} samples rows of .jsonl or of .parquet, but there is "
+                f"{', '.join(sorted(kinds))}; name a folder of one kind, or leave documents out to read all"
             )
         builder = {".jsonl": "json", ".parquet": "parquet"}[kinds.pop()]
         rows = load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
@@ -63,12 +58,7 @@ def open_stream(source: TextHub | TextLocal, files: list[Path]) -> Any:
 
 
 def sample(
-    source: TextHub | TextLocal,
-    files: list[Path],
-    to_document: ToDocument,
-    state: SavedState,
-    buffer: int = _BUFFER,
-    save_every: int = _SAVE_EVERY,
+    source: TextHub | TextLocal, state: SavedState, buffer: int = 10_000, save_every: int = 2_000
 ) -> Iterator[Document]:
     """`source.documents` documents in a seeded random order; fewer where there are fewer.
 
@@ -76,29 +66,28 @@ def sample(
     number, which is written to a file in `state.directory`.
 
     Args:
-        files: of a local source; their names, sizes and times tell whether a saved state is of the same sample.
-        to_document: a row and its number in the stream.
-        buffer: rows to hold at most.
+        buffer: rows to hold at most, and never more than are asked for; so many more rows are read than taken.
         save_every: rows between two saved states.
+
+    Raises:
+        InputError: the hub fails, a row has no text, or the files are not all .jsonl or all .parquet.
     """
+    files = text_files(source.path) if isinstance(source, TextLocal) else []
+    # Other contents of local shards are another sample.
     identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((source, identity)).encode()).hexdigest()[:24]
     taken = state.directory / f"{key}.jsonl"
-    if not taken.exists():
-        stream = open_stream(source, files)
-        _take(source, stream, to_document, state, taken, min(buffer, source.documents), save_every)
+    try:
+        if not taken.exists():
+            _take(source, open_stream(source, files), state, taken, min(buffer, source.documents), save_every)
+    except OSError as error:
+        raise InputError(f"{source}: reading stopped ({error}); run it again, and it continues where it was") from error
     for row in read_json_lines(taken):
         yield Document(**row)
 
 
 def _take(
-    source: TextHub | TextLocal,
-    stream: Any,
-    to_document: ToDocument,
-    state: SavedState,
-    taken: Path,
-    buffer: int,
-    save_every: int,
+    source: TextHub | TextLocal, stream: Any, state: SavedState, taken: Path, buffer: int, save_every: int
 ) -> None:
     """Write the sample to `taken`, continuing from the state if it is this sample's."""
     key, unfinished = taken.stem, taken.with_suffix(".unfinished")
@@ -113,7 +102,8 @@ def _take(
     ):
         file.truncate(length)  # what was written after the state was saved comes again
         for row in stream:
-            document = vars(to_document(row, number))
+            where = f"{source}, row {number} of the sample"
+            document = vars(document_of(row, source.text_field, where, str(number)))
             index = random.Random(f"{source.seed} {number}").randrange(buffer)
             number += 1
             if len(held) < buffer:

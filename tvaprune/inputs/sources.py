@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: object) -> Iterator[None]:
     """Raise InputError with the repository's name when the hub fails or the machine is offline."""
     try:
         yield
@@ -67,8 +67,11 @@ class LocalSource(Record):
 
     @property
     def name(self) -> str:
-        """The path's last part: the only one that is not specific to this machine."""
+        """The path's last part, which is not specific to this machine."""
         return self.path.name
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class ModelPackage(PackageSource):
@@ -78,6 +81,9 @@ class ModelPackage(PackageSource):
 
 class ModelHub(HubSource):
     repo: str = Field(description="Repository on the hub, owner/name.", min_length=1)
+
+    def __str__(self) -> str:
+        return f"{self.repo} at {self.revision}"
 
 
 class TaskHub(HubSource):

@@ -4,14 +4,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from tvaprune.inputs.documents import Document, field_of, read_rows
+from tvaprune.inputs.documents import Document, clean, document_of, field_of, read_rows, text_files
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sampling import hub_rows, sample
-from tvaprune.inputs.sources import InputError, TextHub, TextLocal, TextPackage, TextSource, hub_errors
+from tvaprune.inputs.sources import TextHub, TextPackage, TextSource, hub_errors
 from tvaprune.inputs.wikipedia import read_dump
 from tvaprune.resume import SavedState
 
@@ -29,12 +28,6 @@ def clean_transcript(text: str) -> str:
     return clean(_CORRECTION.sub(r"\1", _MARK.sub("", text)))
 
 
-def clean(text: str) -> str:
-    """Plain line ends, single spaces, at most one empty line in a row."""
-    text = re.sub(r"[^\S\n]+", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return re.sub(r" *\n *", "\n", re.sub(r"\n\s*\n", "\n\n", text)).strip()
-
-
 def read_documents(source: TextSource, folder: Path, state: SavedState) -> Iterator[Document]:
     """The documents of a source: all in its own order, or as many as it says to sample.
 
@@ -48,7 +41,7 @@ def read_documents(source: TextSource, folder: Path, state: SavedState) -> Itera
     if isinstance(source, TextPackage):
         return _read_package(source, folder)
     if source.documents:
-        return _sample(source, state)
+        return sample(source, state)
     return _read_hub(source) if isinstance(source, TextHub) else _read_files(source.path, source.text_field)
 
 
@@ -71,43 +64,20 @@ def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
 
 
 def _read_hub(source: TextHub) -> Iterator[Document]:
-    with hub_errors(f"{source.repo} at {source.revision}"):
+    with hub_errors(source):
         for number, row in enumerate(tqdm(hub_rows(source), desc=source.repo, unit=" documents")):
-            yield _document_of(row, source.text_field, f"{source.repo} row {number}", str(number))
-
-
-def _sample(source: TextHub | TextLocal, state: SavedState) -> Iterator[Document]:
-    files, name = (_text_files(source.path), source.name) if isinstance(source, TextLocal) else ([], source.repo)
-
-    def to_document(row: Any, number: int) -> Document:
-        return _document_of(row, source.text_field, f"{name}, row {number} of the sample", str(number))
-
-    try:
-        yield from sample(source, files, to_document, state)
-    except OSError as error:
-        raise InputError(f"{name}: reading stopped ({error}); run it again, and it continues where it was") from error
-
-
-def _text_files(path: Path) -> list[Path]:
-    """A file, or all .txt, .jsonl and .parquet files below a directory, in name order."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file or directory")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.suffix in {".txt", ".jsonl", ".parquet"}]
-    if not files:
-        raise InputError(f"{path}: no .txt, .jsonl or .parquet file")
-    return files
+            yield document_of(row, source.text_field, f"{source} row {number}", str(number))
 
 
 def _read_files(path: Path, text_field: str) -> Iterator[Document]:
     """Documents of a file, or of all files below a directory, in name order."""
-    for file in _text_files(path):
+    for file in text_files(path):
         name = file.name if file == path else file.relative_to(path).as_posix()
         if file.suffix == ".txt":
             yield Document(id=name.removesuffix(".txt"), text=clean(file.read_text(encoding="utf-8")))
             continue
         for number, row in enumerate(read_rows(file)):
-            yield _document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")
+            yield document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")
 
 
 def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
@@ -127,12 +97,3 @@ def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
         if text not in seen:
             seen.add(text)
             yield Document(id=str(request.get("native_id", number)), text=text)
-
-
-def _document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:
-    """A row's text; its `id` and `title` where it has them."""
-    text = field_of(row, text_field, where)
-    title = row.get("title")
-    return Document(
-        id=str(row.get("id", default_id)), text=clean(text), title=title if isinstance(title, str) else None
-    )

@@ -17,7 +17,7 @@ _SKIPPED_SECTIONS = {
     "gallery", "notes", "notes and references", "references", "see also", "sources", "works", "works cited",
 }  # fmt: skip
 _DROPPED_TAGS = {"ref", "table", "gallery", "math", "timeline", "score", "imagemap", "li", "dd", "dt", "hr"}
-_LIST = "\ue000"  # stands for the mark of a list item, whose words are not inside its tag
+_LIST = "\ue000"  # replaces the mark of a list item, whose words are not inside its tag
 _DROPPED_NAMESPACES = ("file:", "image:", "category:", "media:")
 
 
@@ -28,10 +28,9 @@ def read_dump(path: Path) -> Iterator[tuple[str, str]]:
             if element.tag.rpartition("}")[2] != "page":
                 continue
             progress.update()
-            if element.findtext("{*}ns") == "0" and element.find("{*}redirect") is None:
-                text = plain_text(element.findtext("{*}revision/{*}text") or "")
-                if text:
-                    yield element.findtext("{*}title") or "", text
+            article = element.findtext("{*}ns") == "0" and element.find("{*}redirect") is None
+            if article and (text := plain_text(element.findtext("{*}revision/{*}text") or "")):
+                yield element.findtext("{*}title") or "", text
             element.clear()
 
 
@@ -63,7 +62,7 @@ def _paragraphs(section: mwparserfromhell.wikicode.Wikicode) -> list[str]:
 
 
 def _template_text(template: Template) -> str:
-    """The words a template puts into a sentence, for the few that carry some; nothing for all others."""
+    """The words that a template adds to a sentence; nothing for templates that are not listed here."""
     name = str(template.name).strip().lower()
     values = [str(parameter.value) for parameter in template.params if not parameter.showkey]
     if name in {"convert", "cvt"} and len(values) >= 2:
@@ -87,5 +86,5 @@ def _tidy(line: str) -> str:
 
 
 def _is_prose(line: str) -> bool:
-    """A sentence or more: long enough, ends as one, no markup left in it."""
+    """Whether a line is long enough, ends as a sentence does, and has no markup."""
     return len(line) >= 60 and line[-1] in '.!?"”)' and not re.search(rf"[{{}}|{_LIST}]|\[\[|\]\]", line)

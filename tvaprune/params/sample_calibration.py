@@ -13,17 +13,17 @@ class SampleCalibrationParams(StageParams):
     section = "sample_calibration"
     shared: ClassVar[tuple[str, ...]] = ("seed",)
 
-    seed: int = Field(description="Decides which documents go to which set, and the windows.", ge=0)
+    seed: int = Field(description="Of the documents in each set, and of the windows.", ge=0)
     samples: int = Field(description="Windows to learn masks on.", ge=1)
-    seq_len: int = Field(description="Tokens in each of them, and in the validation windows.", ge=2)
+    seq_len: int = Field(description="Tokens in each of these windows, and in the validation windows.", ge=2)
     validation_samples: int = Field(description="Windows to validate masks on.", ge=1)
     finetune_samples: int = Field(description="Windows to fine-tune on.", ge=1)
-    finetune_seq_len: int = Field(description="Tokens in each of them, and in their validation windows.", ge=2)
+    finetune_seq_len: int = Field(description="Tokens in each of these windows, and in their validation windows.", ge=2)
     finetune_validation_samples: int = Field(description="Windows to validate fine-tuning on.", ge=1)
     packing: Literal["auto", "documents", "packed"] = Field(
-        description="Windows inside long documents, short documents one after another, or each where it suits."
+        description="documents: cut out of long ones; packed: short ones in a row; auto: by a document's length."
     )
     mix: Weights = Field(
-        description="Source -> its weight in shares of the windows to learn masks on; 1 for a source that is not named."
+        description="Source -> its weight in shares of the windows to learn masks on; 1 if not listed."
     )
     finetune_mix: Weights | None = Field(description="The same for the windows to fine-tune on; null: as mix.")

@@ -96,9 +96,23 @@ def test_a_second_writer_is_refused_and_told_what_to_do(code: Path) -> None:
         pytest.fail("two writers of the same outputs")
 
 
-def test_other_stages_run_beside(code: Path) -> None:
-    with ResumableRun("one", {}, [code]), ResumableRun("two", {}, [code]) as run:
-        run.save({"step": 1})
+def test_stages_that_run_at_the_same_time_keep_their_own_states(code: Path) -> None:
+    with suppress(KeyboardInterrupt), ResumableRun("one", {}, [code]) as one, ResumableRun("two", {}, [code]) as two:
+        one.save({"step": 1})
+        two.save({"step": 2})
+        raise KeyboardInterrupt
+    with ResumableRun("one", {}, [code]) as one, ResumableRun("two", {}, [code]) as two:
+        assert (one.load(), two.load()) == ({"step": 1}, {"step": 2})
+
+
+def test_a_process_that_does_not_write_reads_the_state_and_leaves_it(code: Path) -> None:
+    interrupted({}, code, {"step": 1})
+    with ResumableRun("stage", {}, [code]) as writer:
+        with ResumableRun("stage", {}, [code], writer=False) as reader:
+            assert reader.load() == {"step": 1}
+            with pytest.raises(AssertionError, match="only the writer"):
+                reader.save({"step": 2})
+        assert writer.load() == {"step": 1}
 
 
 def test_the_lock_of_a_killed_process_does_not_stay(code: Path) -> None:

@@ -7,10 +7,11 @@ then copies as many bytes as that process read and wrote.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -102,8 +103,8 @@ def main(
     try:
         write_noise(load_config(config), dense)
         drop_from_page_cache(dense)
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            figures = process.apply(compaction, (dense, out, sparsity))
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            figures = process.submit(compaction, dense, out, sparsity).result()
         drop_from_page_cache(dense)
         drop_from_page_cache(out)
         shutil.rmtree(out)

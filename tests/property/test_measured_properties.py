@@ -45,15 +45,12 @@ def table(topology: Topology, seed: int, step: int = 16) -> LatencyTable:
 
     hidden = list(range(16, topology.hidden + 1, 16))
     intermediate, kv_heads = list(range(0, 49, step)), list(range(topology.kv_heads + 1))
-    return LatencyTable(
-        hidden,
-        intermediate,
-        kv_heads,
-        {phase: steps.flatten() for phase, steps in stairs(len(hidden), 1).items()},
-        stairs(len(hidden), len(kv_heads)),
-        stairs(len(hidden), len(intermediate)),
-        made_on={"decode_tokens": 3},
-    )
+    ms = {
+        "rest": {phase: steps.flatten() for phase, steps in stairs(len(hidden), 1).items()},
+        "attention": stairs(len(hidden), len(kv_heads)),
+        "mlp": stairs(len(hidden), len(intermediate)),
+    }
+    return LatencyTable(hidden, intermediate, kv_heads, ms, {}, {"decode_tokens": 3})  # type: ignore[arg-type]
 
 
 def lost(topology: Topology, masks: Masks) -> float:

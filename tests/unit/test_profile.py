@@ -16,7 +16,7 @@ from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
-from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table, write_table
+from tvaprune.masks.latency_table import BLOCKS, PHASES, LatencyTable, read_table, write_table
 from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.projection import project
 from tvaprune.measures.block_times import Candidates, candidates, layers_to_time, table_of, time_blocks
@@ -25,6 +25,7 @@ from tvaprune.runtime.packed import Runtime, prepare
 
 CPU = torch.device("cpu")
 TOPOLOGY = Topology(layers=3, hidden=64, intermediate=96, kv_heads=2, group_size=2, head_dim=16)
+MADE_ON = {"layers": 3, "decode_tokens": 4, "device": "cpu", "processor": "some", "threads": 1}
 WIDTHS = Candidates([48, 64], [0, 32, 64, 96], [0, 1, 2])
 
 
@@ -34,11 +35,8 @@ def table(seed: int = 0) -> LatencyTable:
     def random(*shape: int) -> dict:
         return {phase: torch.rand(shape, generator=generator, dtype=torch.float64) for phase in PHASES}
 
-    blocks = {"rest": random(2), "attention": random(2, 3), "mlp": random(2, 4)}
-    where = {"layers": 3, "decode_tokens": 4, "device": "cpu", "processor": "some", "threads": 1}
-    return LatencyTable(
-        *WIDTHS, **blocks, iqr={"rest": random(2), "attention": random(2, 3), "mlp": random(2, 4)}, made_on=where
-    )
+    ms, iqr_ms = ({"rest": random(2), "attention": random(2, 3), "mlp": random(2, 4)} for _ in range(2))
+    return LatencyTable(*WIDTHS, ms, iqr_ms, MADE_ON)  # type: ignore[arg-type]
 
 
 def test_candidates_are_multiples_and_the_dense_widths() -> None:
@@ -90,10 +88,10 @@ def test_medians_by_width_leave_out_what_slowed_a_whole_round() -> None:
     times = {phase: {h: slowed * one for h, one in for_hidden.items()} for phase in PHASES}
     found = table_of(times, WIDTHS, {"layers": 3})  # type: ignore[arg-type]
     hidden = torch.tensor(WIDTHS.hidden, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(found.rest["decode"], 7 * hidden[:, 0])
-    torch.testing.assert_close(found.attention["prefill"], hidden * torch.tensor([1.0, 2.0, 3.0]))
-    torch.testing.assert_close(found.mlp["prefill"], hidden * torch.tensor([5.0, 37.0, 69.0, 101.0]))
-    assert float(found.iqr["mlp"]["decode"].max()) < 1e-9
+    torch.testing.assert_close(found.ms["rest"]["decode"], 7 * hidden[:, 0])
+    torch.testing.assert_close(found.ms["attention"]["prefill"], hidden * torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(found.ms["mlp"]["prefill"], hidden * torch.tensor([5.0, 37.0, 69.0, 101.0]))
+    assert float(found.iqr_ms["mlp"]["decode"].max()) < 1e-9
     predicted = found.predict("decode", 64, [96, 32, 0], [2, 1, 0])
     assert predicted == pytest.approx(64 * (7 + 101 + 37 + 5 + 3 + 2 + 1))
     assert found.predict("decode", 56, [48] * 3, [2] * 3) == pytest.approx(56 * (7 + 3 * (53 + 3)))
@@ -104,9 +102,10 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     found = read_table(tmp_path, TOPOLOGY)
     assert Candidates(found.hidden, found.intermediate, found.kv_heads) == WIDTHS
     assert found.made_on == table().made_on
-    for name in ("rest", "attention", "mlp"):
+    for block in BLOCKS:
         for phase in PHASES:
-            assert torch.equal(getattr(found, name)[phase], getattr(table(), name)[phase])
+            assert torch.equal(found.ms[block][phase], table().ms[block][phase])
+            assert torch.equal(found.iqr_ms[block][phase], table().iqr_ms[block][phase])
 
 
 def test_a_table_that_does_not_serve_is_refused(tmp_path: Path) -> None:
@@ -192,8 +191,7 @@ def test_a_latency_far_from_the_sparsity_that_was_learned_is_met_with_a_warning(
     def by_phase() -> dict:
         return {name: {phase: value.double().clone() for phase in PHASES} for name, value in by_width.items()}
 
-    where = {"layers": 3, "decode_tokens": 4, "device": "cpu", "processor": "some", "threads": 1}
-    write_table(pipeline / "profile", LatencyTable(*WIDTHS, **by_phase(), iqr=by_phase(), made_on=where))
+    write_table(pipeline / "profile", LatencyTable(*WIDTHS, by_phase(), by_phase(), MADE_ON))
     output = adapted(pipeline)
     found = json.loads((pipeline / "adapt.json").read_text())
     assert 0.7 < found["decode"]["predicted_share"] <= 0.9  # the widths are a third apart

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from tvaprune.architecture.topology import Topology, block_norms, final_norm
 from tvaprune.checkpoint.random_model import LayerWidths
 from tvaprune.device import synchronise
-from tvaprune.masks.latency_table import PHASES, LatencyTable, Phase
+from tvaprune.masks.latency_table import BLOCKS, PHASES, Block, LatencyTable, Phase, Times
 from tvaprune.measures.latency import Benchmark, interleave, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name
 from tvaprune.runtime.packed import Runtime, prepare
@@ -143,23 +143,26 @@ def table_of(
     shares are then scaled to the median round: the table adds up to what the models took.
     """
     intermediate, kv_heads = (torch.tensor(layers) for layers in layers_to_time(widths))
-    blocks = {"attention": (0, kv_heads, widths.kv_heads), "mlp": (1, intermediate, widths.intermediate)}
-    result: dict[str, dict[Phase, Tensor]] = {name: {} for name in ("rest", *blocks)}
-    iqr: dict[str, dict[Phase, Tensor]] = {name: {} for name in result}
+    blocks: dict[Block, tuple[int, Tensor, list[int]]] = {
+        "attention": (0, kv_heads, widths.kv_heads),
+        "mlp": (1, intermediate, widths.intermediate),
+    }
+    ms: Times = {block: {} for block in BLOCKS}
+    iqr_ms: Times = {block: {} for block in BLOCKS}
     for phase, by_hidden in times.items():
-        rows: dict[str, list[Tensor]] = {name: [] for name in result}
+        rows: dict[Block, list[Tensor]] = {block: [] for block in BLOCKS}
         for rounds in by_hidden.values():
             total = rounds.sum(1, keepdim=True)
             even = rounds / total * total.median()
             even = even * total.median() / even.median(0).values.sum()
             rows["rest"].append(_quartiles(even[:, -1:]))
             pairs = even[:, :-1].view(len(even), -1, 2)
-            for name, (index, of_layer, axis) in blocks.items():
-                rows[name].append(torch.stack([_quartiles(pairs[:, of_layer == width, index]) for width in axis], -1))
-        for name, found in rows.items():
+            for block, (index, of_layer, axis) in blocks.items():
+                rows[block].append(torch.stack([_quartiles(pairs[:, of_layer == width, index]) for width in axis], -1))
+        for block, found in rows.items():
             quartiles = torch.stack(found, 1)  # [3, hidden, ...]
-            result[name][phase], iqr[name][phase] = quartiles[1], quartiles[2] - quartiles[0]
-    return LatencyTable(*widths, result["rest"], result["attention"], result["mlp"], iqr, made_on)
+            ms[block][phase], iqr_ms[block][phase] = quartiles[1], quartiles[2] - quartiles[0]
+    return LatencyTable(*widths, ms, iqr_ms, made_on)
 
 
 def _quartiles(values: Tensor) -> Float[Tensor, "3"]:

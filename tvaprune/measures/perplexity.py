@@ -19,14 +19,14 @@ from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_ev
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model makes of a set of windows.
+    """Perplexity on a set of windows.
 
     Attributes:
         ppl: exp(nll_per_token); lower is better.
         nll_per_token: mean negative log-likelihood, in nats.
-        ppl_stderr: standard error of ppl over windows (delta method: ppl times the standard error of the
-            windows' mean nll); NaN for a single window, which has none.
-        tokens: tokens predicted; the first of each window is only read.
+        ppl_stderr: standard error of ppl over windows, by the delta method: ppl times the standard error of the
+            windows' mean nll. NaN for a single window.
+        tokens: predicted tokens: all but the first of each window.
     """
 
     ppl: float
@@ -56,10 +56,9 @@ def read_texts(directory: Path) -> list[str]:
 def heldout_windows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int, windows: int
 ) -> Int[Tensor, "windows window"]:
-    """Cut texts into windows of equal length, and take some that are spread evenly over them.
+    """Cut the texts into windows without overlap, and take some that are spread evenly over them.
 
-    The texts are joined with the end-of-sequence token after each (no other special token), and cut
-    without overlap; the rest that fills no window is dropped.
+    An end-of-sequence token follows each text; there are no other special tokens.
 
     Returns:
         int64 token ids, the same for every model of this tokenizer.
@@ -70,7 +69,7 @@ def heldout_windows(
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end-of-sequence token to join documents with")
-    # verbose=False: a document longer than the model's context is cut below, no reason to warn.
+    # verbose=False: no warning of documents longer than the model's context, which are cut below.
     documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     stream = torch.tensor([token for document in documents for token in (*document, end)])
     available = len(stream) // window
@@ -90,38 +89,34 @@ def evaluate(
     progress: str | None = None,
     world: World = ALONE,
 ) -> Perplexity:
-    """Perplexity of a causal model, each token but a window's first predicted from those before it.
+    """Perplexity of a causal model: each token of a window but the first is predicted from those before it.
 
-    The model runs in its own dtype and on its own device; log-softmax is in float32, sums in float64.
+    The model runs in its own dtype on its own device; log-softmax is in float32, sums are in float64.
 
     Args:
         input_ids: at least 2 tokens a window.
         batch_size: windows in one forward; changes speed and memory, not the result.
-        progress: what a progress bar says; none is shown without.
+        progress: the progress bar's text; None shows no bar.
         world: processes that share the windows; all get the result.
     """
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(input_ids), desc=progress, unit="window", disable=progress is None or not world.is_main)
     nll = torch.zeros(len(input_ids), dtype=torch.float64, device=model.device)
-    places = torch.arange(len(input_ids)).split(batch_size)
-    for index, counts in world.turns(len(places)):
-        batch = input_ids[places[index]].long().to(model.device)
-        window_nll = token_nll(model, batch).double().mean(dim=1)
+    batches = torch.arange(len(input_ids)).split(batch_size)
+    for turn, counts in world.turns(len(batches)):
+        indices = batches[turn]
+        window_nll = token_nll(model, input_ids[indices].long().to(model.device)).double().mean(dim=1)
         if counts:
-            nll[places[index]] = window_nll
-        bar.update(min(len(batch) * world.size, len(input_ids) - bar.n))
+            nll[indices] = window_nll
+        bar.update(min(len(indices) * world.size, len(input_ids) - bar.n))
     bar.close()
     model.train(was_training)
     world.sum_(nll)
-    mean = nll.mean().item()  # all windows are of equal length, so this is the mean over tokens
+    mean = nll.mean().item()  # windows have equal lengths, so this is the mean over tokens
     stderr = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else math.nan
-    return Perplexity(
-        ppl=math.exp(mean),
-        nll_per_token=mean,
-        ppl_stderr=math.exp(mean) * stderr,
-        tokens=input_ids.shape[0] * (input_ids.shape[1] - 1),
-    )
+    ppl = math.exp(mean)
+    return Perplexity(ppl, mean, ppl * stderr, tokens=input_ids.shape[0] * (input_ids.shape[1] - 1))
 
 
 def token_nll(
@@ -129,8 +124,8 @@ def token_nll(
 ) -> Float[Tensor, "batch window-1"]:
     """Negative log-likelihood of each next token, float32 nats.
 
-    The vocabulary's logits are made for a few positions at a time: all at once they would be the
-    largest tensor by far (4 windows of 1024 tokens: 1.5 GiB in float32 at a vocabulary of 49,152).
+    The logits exist for a few positions at a time. All at once they would be the largest tensor by far: 1.5 GiB for 4
+    windows of 1024 tokens in float32 at a vocabulary of 49,152.
     """
     hidden = hidden_states(model, input_ids)[:, :-1]
     lm_head = model.get_output_embeddings()
@@ -146,13 +141,10 @@ def token_nll(
 
 
 def report(results: dict[str, Perplexity], window: int) -> dict[str, object]:
-    """The metrics file: every model's perplexity, and the pruned ones' ratio to the dense one's."""
+    """The metrics file: each model's perplexity, and its ratio to the dense model's."""
     metrics: dict[str, object] = {"window": window, "tokens": results["dense"].tokens}
     for name, result in results.items():
-        metrics[name] = {
-            "ppl": result.ppl,
-            "nll_per_token": result.nll_per_token,
-            "ppl_stderr": result.ppl_stderr,
-            **({} if name == "dense" else {"ratio_to_dense": result.ppl / results["dense"].ppl}),
-        }
+        own = {"ppl": result.ppl, "nll_per_token": result.nll_per_token, "ppl_stderr": result.ppl_stderr}
+        ratio = {} if name == "dense" else {"ratio_to_dense": result.ppl / results["dense"].ppl}
+        metrics[name] = own | ratio
     return metrics

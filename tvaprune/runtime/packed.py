@@ -1,8 +1,8 @@
-"""How a loaded model runs; on a CPU packed: the same computation in fewer calls, its weights laid out anew.
+"""How a loaded model runs: as it is, compiled, or packed for a CPU, with reordered weights and fewer operations.
 
-Decoding one token reads every weight once and computes little, so on a CPU its time is that of reading, and of
-starting some 2,500 operations. Stock modules hide a pruned model's gain in both: torch reads rows of a bfloat16
-matrix at half the speed at which oneDNN reads its own layout, and no operation gets cheaper to start by being smaller.
+Decoding one token reads every weight once and computes little, so on a CPU its time goes into reading and into calling
+some 2,500 operations. With stock modules, pruning gains little in either: torch reads the rows of a bfloat16 matrix at
+half the speed at which oneDNN reads its own format, and calling a smaller operation takes as long.
 """
 
 from typing import Any, Literal
@@ -20,8 +20,8 @@ from tvaprune.runtime.single_token import DecoderForward
 Runtime = Literal["eager", "packed", "graphs", "compile"]
 
 
-def pick_runtime(name: Literal["auto", "eager", "packed", "graphs", "compile"], device: torch.device) -> Runtime:
-    """What `auto` stands for: graphs on CUDA, packed on a CPU whose torch has oneDNN, else eager.
+def pick_runtime(name: Runtime | Literal["auto"], device: torch.device) -> Runtime:
+    """Resolve `auto`: graphs on CUDA, packed on a CPU with oneDNN, else eager.
 
     Raises:
         ValueError: graphs on another device than CUDA.
@@ -36,13 +36,13 @@ def pick_runtime(name: Literal["auto", "eager", "packed", "graphs", "compile"], 
 
 
 def prepare(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
-    """Change a loaded model, dense or compact, for inference; its logits stay, to the dtype's rounding.
+    """Change a loaded model, dense or compact, for inference; its logits change only by rounding.
 
     Args:
-        model: in evaluation mode, on the device and in the dtype that it is to run in; changed in place.
-        runtime: eager and graphs leave it as it is; graphs are recorded where it is called (`measures.passes`).
-            packed lays its weights out anew: it can neither be trained nor saved afterwards, and `parameters()` no
-            longer holds them. compile is torch.compile, at the first calls.
+        model: in evaluation mode, on its device and in its dtype; changed in place.
+        runtime: eager and graphs change nothing; CUDA graphs are captured by the caller (`runtime.passes`). packed
+            reorders the weights: the model can no longer be trained or saved, and `parameters()` no longer yields them.
+            compile is torch.compile, at the first calls.
 
     Returns:
         The same model.
@@ -53,26 +53,26 @@ def prepare(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
     if runtime == "compile":
         model.compile()
     elif runtime == "packed":
-        _refuse(model)
+        _check_packable(model)
         model.requires_grad_(False)
         _pack(model)
     return model
 
 
-def _refuse(model: PreTrainedModel) -> None:
+def _check_packable(model: PreTrainedModel) -> None:
+    attention = model.config._attn_implementation
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         raise ValueError(f"runtime packed: needs a CPU and torch with oneDNN, not {model.device}; use eager or compile")
     if model.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"runtime packed: no kernels for {model.dtype}; load the model as float32 or bfloat16")
-    if model.config._attn_implementation != "sdpa":
-        attention = model.config._attn_implementation
+    if attention != "sdpa":
         raise ValueError(f"runtime packed: replaces sdpa attention, not {attention!r}; load the model with sdpa")
 
 
 def _pack(model: PreTrainedModel) -> None:
     body = decoder(model)
     for layer in decoder_layers(model):
-        # A block without units, or of one bias, has nothing to pack.
+        # A block without units, or only a bias, has nothing to pack.
         if hasattr(layer.self_attn, "q_proj"):
             layer.self_attn = PackedAttention(layer.self_attn)
             layer.input_layernorm = PackedNorm(layer.input_layernorm)
@@ -86,11 +86,10 @@ def _pack(model: PreTrainedModel) -> None:
 
 
 class PackedLinear(nn.Module):
-    """Linear layers of one input as one product, their outputs side by side.
+    """Linear layers with the same input as one product; their outputs are concatenated.
 
-    bfloat16 weights are in oneDNN's own layout, which it reads at 1.6 times the speed; it has none for a processor
-    without AVX-512, where they stay as they are. In float32 the library is MKL, which reads wide outputs faster down
-    the columns, and others along the rows.
+    bfloat16 weights are in oneDNN's own format, which it reads 1.6 times as fast; processors without AVX-512 have none.
+    In float32 the library is MKL, which is faster with column-major weights for wide outputs and row-major for others.
     """
 
     def __init__(self, *linears: Any) -> None:
@@ -170,7 +169,7 @@ class PackedAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if length == 1 and attention_mask is None:
-            # A group's heads read the same keys: as rows of one product, or torch's kernel is 4 times slower here.
+            # The heads of a group as rows of one product with their keys: torch's kernel is 4 times slower otherwise.
             query = query.reshape(batch, kv_heads, self.num_key_value_groups, self.head_dim)
             attended = functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
         else:
@@ -179,7 +178,7 @@ class PackedAttention(nn.Module):
 
 
 class SignedRotary(nn.Module):
-    """The model's rotary embedding; the sine's first half negated, so that rotating is a roll and two products."""
+    """The model's rotary embedding with the first half of the sine negated: rotating is a roll and two products."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
@@ -193,7 +192,7 @@ class SignedRotary(nn.Module):
 
 
 class PackedNorm(nn.Module):
-    """Root-mean-square norm; of single tokens by torch's LayerNorm, which is one operation where the former is eight.
+    """RMSNorm; for single tokens by torch's LayerNorm, which is one operation instead of eight.
 
     [x, -x] has mean 0 and variance mean(x^2), so the first half of its LayerNorm is x / sqrt(mean(x^2) + eps).
     """
@@ -206,7 +205,7 @@ class PackedNorm(nn.Module):
         self.signs = norm.weight.new_tensor([[1.0], [-1.0]])
 
     def forward(self, inputs: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """The normed inputs; two dimensions mean single tokens."""
+        """Two dimensions mean single tokens."""
         if inputs.dim() > 2:
             return functional.rms_norm(inputs, (self.width,), self.weight, self.eps)
         mirrored = (inputs.unsqueeze(1) * self.signs).view(-1, 2 * self.width)

@@ -1,6 +1,6 @@
-"""Decoding one token with a packed model: the stock forward's computation, called operation by operation.
+"""Decoding one token with a packed model: the computation of the stock forward with fewer Python calls.
 
-Stock modules spend more time calling each other than a narrow layer takes to compute, and that time does not shrink
+Stock modules spend more time on calling each other than a narrow layer takes to compute, and that time does not shrink
 with the widths.
 """
 
@@ -14,9 +14,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# What `DecoderForward` computes itself; with any other input it calls the stock forward.
+_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+
 
 class DecoderForward:
-    """The forward of a packed decoder: here for tokens that come singly to a growing cache, else the stock one."""
+    """The forward of a packed decoder: the stock one, except for single tokens with a growing cache."""
 
     def __init__(self, body: Any) -> None:
         self.config, self.stock = body.config, body.forward
@@ -24,59 +27,38 @@ class DecoderForward:
         self.layers = [LayerStep(layer) for layer in body.layers]
         self.cached = 1 + max((layer.index for layer in self.layers if layer.has_heads), default=0)
 
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        **others: Any,
-    ) -> Any:
-        if (
-            input_ids is None
-            or input_ids.shape[1] != 1
-            or not self._grows(past_key_values)
-            or not (attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all())))
-            or self._asks_for_more(others)
-        ):
-            return self.stock(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **others,
-            )
+    def __call__(self, input_ids: Tensor | None = None, **inputs: Any) -> Any:
+        if input_ids is None or input_ids.shape[1] != 1 or not self._handles(inputs):
+            return self.stock(input_ids=input_ids, **inputs)
+        cache, position_ids = inputs["past_key_values"], inputs.get("position_ids")
         if position_ids is None:
-            position_ids = torch.full_like(input_ids[:1], past_key_values.get_seq_length())
+            position_ids = torch.full_like(input_ids[:1], cache.get_seq_length())
         hidden = self.embed(input_ids[:, 0])
         cos, sin = self.rotary(hidden, position_ids)
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden).unsqueeze(1),
-            past_key_values=past_key_values,
-        )
+            hidden = layer(hidden, cos, sin, cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden).unsqueeze(1), past_key_values=cache)
 
-    def _grows(self, cache: Any) -> bool:
-        """Whether the cache holds the whole past of every layer, and holds it here."""
+    def _handles(self, inputs: dict[str, Any]) -> bool:
+        """Whether nothing is padded, nothing else is asked for, and the cache holds all past tokens of each layer."""
+        cache: Any = inputs.get("past_key_values")
+        mask = inputs.get("attention_mask")
         return (
             type(cache) is DynamicCache
             and not cache.offloading
             and len(cache.layers) >= self.cached
             and all(type(layer) is DynamicLayer for layer in cache.layers)
+            and (mask is None or (mask.dim() == 2 and bool(mask.all())))
+            and not (self.config.output_attentions or self.config.output_hidden_states)
+            and all(value is None for name, value in inputs.items() if name not in _HANDLED)
         )
-
-    def _asks_for_more(self, others: dict[str, Any]) -> bool:
-        if self.config.output_attentions or self.config.output_hidden_states:
-            return True
-        return any(value is not None for name, value in others.items() if name not in ("use_cache", "return_dict"))
 
 
 class LayerStep:
     """A packed decoder layer for one token a sequence.
 
-    What it calls are attributes of its own: looking up a module's submodules costs as much as a small operation. The
-    norms alone are called as modules, so that hooks on them mark where the blocks start.
+    It keeps the submodules' functions as attributes, because looking up a submodule costs as much as a small operation.
+    Only the norms are called as modules, so that hooks on them can time the blocks.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -129,7 +111,7 @@ class LayerStep:
         keys, values = cache.layers[self.index].update(
             turned.narrow(1, heads, kv_heads), projected.narrow(1, heads + kv_heads, kv_heads)
         )
-        # A group's heads read the same keys: as rows of one product, or torch's kernel is 4 times slower here.
+        # The heads of a group as rows of one product with their keys: torch's kernel is 4 times slower otherwise.
         query = turned.narrow(1, 0, heads).view(self.stacked)
         attended = functional.scaled_dot_product_attention(query, keys, values, scale=self.scaling)
         return attended.reshape(-1, heads * width)

@@ -54,7 +54,7 @@ def prune(
     axes = SUPPORTED_AXES.get(method, AXES)  # type: ignore[call-overload]
     request = MaskRequest(method, options or METHOD_OPTIONS.get(method, dict)(), sparsity, axes)
     seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
-    documents = tokenise((Document(str(i), text) for i, text in enumerate(texts)), tokenizer, "texts")
+    documents = tokenise([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, "texts")
     sets = [WindowSet("texts", windows, seq_len), WindowSet("validation", VALIDATION_WINDOWS, seq_len)]
     ids = sample_windows({"texts": documents}, sets, packing="auto", eos_token_id=tokenizer.eos_token_id, seed=0)
     attention, asked = model.config._attn_implementation, [p for p in model.parameters() if p.requires_grad]

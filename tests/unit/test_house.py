@@ -28,9 +28,6 @@ DVC_STAGES: dict[str, dict[str, Any]] = YAML(typ="safe").load(REPOSITORY / "dvc.
 STAGES = sorted(path.stem for path in (REPOSITORY / "stages").glob("[!_]*.py"))
 
 
-LOCKED: dict[str, dict[str, Any]] = YAML(typ="safe").load(REPOSITORY / "dvc.lock")["stages"]
-
-
 def tracked(pattern: str = "*") -> list[Path]:
     """Files that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", pattern]
@@ -55,7 +52,7 @@ def value_at(content: dict[str, Any], key: str) -> Any:
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_lock_file_is_of_this_pipeline(stage: str) -> None:
     """What a clone pulls was made by these commands with these parameters: run `make repro` and commit dvc.lock."""
-    entry, locked = DVC_STAGES[stage], LOCKED[stage]
+    entry, locked = DVC_STAGES[stage], YAML(typ="safe").load(REPOSITORY / "dvc.lock")["stages"][stage]
     assert locked["cmd"] == entry["cmd"]
     assert {dep["path"] for dep in locked["deps"]} == paths(entry["deps"])
     written = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]

@@ -11,11 +11,11 @@ from tests.tiny_models import random_masks
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.adapt import Layout, adapt
-from tvaprune.masks.importance import SLOPE, lost_by_width
+from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.latency_table import PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.measured import AIM, keep_chosen, widths_within_latency, widths_within_parameters
-from tvaprune.masks.projection import project
+from tvaprune.masks.measured import AIM, widths_within_latency, widths_within_parameters
+from tvaprune.masks.projection import keep_widths, project
 
 LAYOUTS: tuple[Layout, ...] = ("uneven", "uniform", "padded")
 topologies = st.builds(
@@ -56,7 +56,7 @@ def table(topology: Topology, seed: int, step: int = 16) -> LatencyTable:
 def lost(topology: Topology, masks: Masks) -> float:
     total = 0.0
     for axis, kept in masks.widths().items():
-        by_width = lost_by_width(topology, masks, axis, SLOPE)
+        by_width = lost_by_width(topology, masks, axis, STEEP)
         total += sum(float(row[n]) for row, n in zip(by_width, kept.reshape(-1).tolist(), strict=True))
     return total
 
@@ -78,7 +78,7 @@ def test_the_parameters_are_met_and_the_widths_are_the_tables(
     except ValueError:
         assert layout != "uneven", "without heads and units nothing is left to count"
         return
-    after = keep_chosen(masks, chosen)
+    after = keep_widths(masks, chosen.hidden, chosen.intermediate, chosen.kv_heads)
     kept = kept_decoder_parameters(topology, after.keep)
     assert kept <= (1 - target) * dense_decoder_parameters(topology)
     assert kept == pytest.approx(chosen.parameters)

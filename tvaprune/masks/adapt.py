@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 import torch
 
-from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, sparsity
+from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters, sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_best
-from tvaprune.masks.uniform import Widths, keep_uniform, uniform_widths
+from tvaprune.masks.projection import keep_widths
+from tvaprune.masks.uniform import Widths, uniform_widths
 
 Rounding = Literal["nearest", "budget"]
 Layout = Literal["uneven", "uniform", "padded"]
@@ -68,75 +68,59 @@ def adapt(
         ValueError: a multiple that does not divide its width; a budget that one multiple a layer exceeds.
     """
     check_multiples(topology, hidden_multiple, intermediate_multiple)
-    keep = {axis: mask.clone() for axis, mask in masks.keep.items()}
-    kept = keep["intermediate"].sum(-1).tolist()
+    widths = masks.widths()
+    hidden, intermediate, kv_heads = int(widths["hidden"]), widths["intermediate"].tolist(), widths["kv_heads"].tolist()
     if layout == "uniform":
         if rounding == "budget":
-            widths = uniform_widths(topology, masks, target_sparsity, hidden_multiple, intermediate_multiple)
+            same = uniform_widths(topology, masks, target_sparsity, hidden_multiple, intermediate_multiple)
         else:
-            kv_heads = max(1, round(float(keep["kv_heads"].sum(-1).double().mean())))
-            intermediate = nearest_multiple(round(sum(kept) / len(kept)), intermediate_multiple, topology.intermediate)
-            widths = Widths(_nearest_hidden(topology, keep, hidden_multiple, kv_heads), intermediate, kv_heads)
-        return keep_uniform(masks, widths)
-    widest = 0 if layout == "uneven" else max(1, int(keep["kv_heads"].sum(-1).max()))
-    keep["hidden"] = keep_best(masks.score["hidden"], _nearest_hidden(topology, keep, hidden_multiple, kv_heads=widest))
+            heads = max(1, round(sum(kv_heads) / topology.layers))
+            mean = round(sum(intermediate) / topology.layers)
+            units = nearest_multiple(mean, intermediate_multiple, topology.intermediate)
+            same = Widths(_nearest_hidden(topology, hidden, hidden_multiple, heads), units, heads)
+        return keep_widths(masks, same.hidden, [same.intermediate] * topology.layers, [same.kv_heads] * topology.layers)
+    hidden = _nearest_hidden(topology, hidden, hidden_multiple, 0 if layout == "uneven" else max(1, *kv_heads))
     if rounding == "nearest":
-        counts = [nearest_multiple(n, intermediate_multiple, topology.intermediate) if n else 0 for n in kept]
+        counts = [nearest_multiple(n, intermediate_multiple, topology.intermediate) if n else 0 for n in intermediate]
     else:
-        present = [n > 0 for n in kept]
-        counts = _share_budget(topology, masks, keep, present, target_sparsity, intermediate_multiple)
-    keep["intermediate"] = torch.stack(
-        [keep_best(score, count) for score, count in zip(masks.score["intermediate"], counts, strict=True)]
-    )
-    return masks.with_keep(keep)
+        budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+        counts = _share_budget(topology, masks, hidden, intermediate_multiple, budget)
+    # Heads stay those of the masks, which need not be a layer's best by score.
+    return masks.with_keep({**keep_widths(masks, hidden, counts, kv_heads).keep, "kv_heads": masks.keep["kv_heads"]})
 
 
-def _nearest_hidden(topology: Topology, keep: dict, multiple: int, kv_heads: int) -> int:
-    """The nearest multiple to the kept hidden width that a config with so many heads takes; 0 heads: any multiple."""
+def _nearest_hidden(topology: Topology, hidden: int, multiple: int, kv_heads: int) -> int:
+    """The nearest multiple to a hidden width that a config with so many heads takes; 0 heads: any multiple."""
     step = lcm(multiple, topology.hidden_divisor(kv_heads)) if kv_heads else multiple
     if step > topology.hidden:
         raise ValueError(
             f"adapt_dimensions.multiple.hidden = {multiple}: no multiple of it is a hidden width that the model's "
             f"config takes with {kv_heads * topology.group_size} heads; use a smaller one, or compact.layout uneven"
         )
-    return nearest_multiple(int(keep["hidden"].sum()), step, topology.hidden // step * step)
+    return nearest_multiple(hidden, step, topology.hidden // step * step)
 
 
-def _share_budget(
-    topology: Topology,
-    masks: Masks,
-    keep: dict,
-    present: list[bool],
-    target_sparsity: float,
-    multiple: int,
-) -> list[int]:
+def _share_budget(topology: Topology, masks: Masks, hidden: int, multiple: int, budget: float) -> list[int]:
     """Intermediate widths per layer, in multiples, that fill the parameter budget with the best groups."""
     ranked = torch.sort(masks.score["intermediate"], dim=-1, descending=True).values
     groups = ranked.view(topology.layers, -1, multiple).double().mean(-1)
+    present = masks.keep["intermediate"].any(-1)
     order = sorted(
         (-float(groups[layer, group]), group, layer)
-        for layer in range(topology.layers)
-        if present[layer]
+        for layer in present.nonzero().flatten().tolist()
         for group in range(1, groups.shape[1])
     )
-    counts = [multiple if there else 0 for there in present]
-    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
-
-    def parameters() -> int:
-        widths = torch.tensor(counts)
-        masked = torch.arange(topology.intermediate)[None] < widths[:, None]
-        return kept_decoder_parameters(topology, {**keep, "intermediate": masked})
-
-    used = parameters()
+    counts = (multiple * present).tolist()
+    kv_heads = masks.widths()["kv_heads"]
+    used = float(decoder_parameters(topology, torch.tensor(hidden), torch.tensor(counts), kv_heads))
     if used > budget:
         raise ValueError(
-            f"sparsity = {target_sparsity}: one multiple of {multiple} a layer already exceeds the budget; "
-            "use a smaller adapt_dimensions.multiple"
+            f"sparsity = {1 - budget / dense_decoder_parameters(topology):.4g}: one multiple of {multiple} a layer "
+            "already exceeds the budget; use a smaller adapt_dimensions.multiple"
         )
-    group_parameters = (3 * int(keep["hidden"].sum()) + 2 * topology.mlp_bias) * multiple
-    room = int((budget - used) // group_parameters)
+    group_parameters = (3 * hidden + 2 * topology.mlp_bias) * multiple
     # Groups of a layer come in order, since their means descend; ties go to the earlier group.
-    for _, _, layer in order[:room]:
+    for _, _, layer in order[: int((budget - used) // group_parameters)]:
         counts[layer] += multiple
     return counts
 

@@ -13,11 +13,11 @@ import torch
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
 from tvaprune.architecture.topology import Axis, Topology
 from tvaprune.masks.adapt import Layout
-from tvaprune.masks.importance import SLOPE, lost_by_width
+from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.knapsack import Knapsack, Limits
 from tvaprune.masks.latency_table import LATENCIES, Latency, LatencyTable
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_best
+from tvaprune.masks.projection import keep_widths
 
 # Predictions are right to a few percent, and a latency target is a ceiling: aim at this share of it.
 AIM = 0.95
@@ -43,7 +43,7 @@ def adapt_measured(
         chosen = widths_within_parameters(topology, masks, table, of, layout, target_sparsity, slack)
     else:
         chosen = widths_within_latency(topology, masks, table, of, layout, latency_target)
-    return keep_chosen(masks, chosen)
+    return keep_widths(masks, chosen.hidden, chosen.intermediate, chosen.kv_heads)
 
 
 def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, layout: Layout) -> dict[str, Any]:
@@ -162,21 +162,6 @@ def widths_within_latency(
     )
 
 
-def keep_chosen(masks: Masks, chosen: Chosen) -> Masks:
-    """Every vector's best units, as many as were chosen."""
-
-    def by_layer(axis: Axis, counts: list[int]) -> torch.Tensor:
-        return torch.stack([keep_best(score, n) for score, n in zip(masks.score[axis], counts, strict=True)])
-
-    return masks.with_keep(
-        {
-            "hidden": keep_best(masks.score["hidden"], chosen.hidden),
-            "intermediate": by_layer("intermediate", chosen.intermediate),
-            "kv_heads": by_layer("kv_heads", chosen.kv_heads),
-        }
-    )
-
-
 class _Program(NamedTuple):
     """The choices at one hidden width.
 
@@ -251,7 +236,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
         ("intermediate", table.intermediate, mlp[row]),
     )
     for axis, widths, latency in blocks:
-        lost = lost_by_width(topology, masks, axis, SLOPE)[:, widths]
+        lost = lost_by_width(topology, masks, axis, STEEP)[:, widths]
         own = [_parameters(topology, hidden, **{axis: n}) - _parameters(topology, hidden) for n in widths]
         parts["width"].append(np.tile(widths, groups))
         parts["lost"].append((lost.sum(0, keepdim=True) if merged else lost).flatten().numpy())
@@ -259,7 +244,7 @@ def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency,
         parts["latency_ms"].append(layers * np.tile(latency.numpy(), groups))
     costs = {name: np.concatenate(found) for name, found in parts.items()}
     fixed = {
-        "lost": float(lost_by_width(topology, masks, "hidden", SLOPE)[0, hidden]),
+        "lost": float(lost_by_width(topology, masks, "hidden", STEEP)[0, hidden]),
         "parameters": topology.layers * _parameters(topology, hidden),
         "latency_ms": float(rest[row]),
     }

@@ -1,5 +1,6 @@
 """Masks that meet a parameter budget: one threshold over all axes, then the best units that still fit."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,21 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[order[:count]] = True
     return keep
+
+
+def keep_widths(masks: Masks, hidden: int, intermediate: Sequence[int], kv_heads: Sequence[int]) -> Masks:
+    """Masks of these widths, the latter two by layer: every vector's best units."""
+
+    def by_layer(axis: Axis, counts: Sequence[int]) -> Tensor:
+        return torch.stack([keep_best(score, n) for score, n in zip(masks.score[axis], counts, strict=True)])
+
+    return masks.with_keep(
+        {
+            "hidden": keep_best(masks.score["hidden"], hidden),
+            "intermediate": by_layer("intermediate", intermediate),
+            "kv_heads": by_layer("kv_heads", kv_heads),
+        }
+    )
 
 
 def solve_threshold(

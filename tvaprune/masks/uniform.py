@@ -3,13 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.importance import lost_by_width
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_best
 
 
 class Widths(NamedTuple):
@@ -59,21 +57,6 @@ def _fitting(topology: Topology, budget: float, candidates: dict[Axis, range]) -
                     found.append(Widths(hidden, intermediate, kv_heads))
                     break
     return found
-
-
-def keep_uniform(masks: Masks, widths: Widths) -> Masks:
-    """Every layer's best units, as many in each."""
-
-    def in_each_layer(axis: Axis, count: int) -> Tensor:
-        return torch.stack([keep_best(score, count) for score in masks.score[axis]])
-
-    return masks.with_keep(
-        {
-            "hidden": keep_best(masks.score["hidden"], widths.hidden),
-            "intermediate": in_each_layer("intermediate", widths.intermediate),
-            "kv_heads": in_each_layer("kv_heads", widths.kv_heads),
-        }
-    )
 
 
 def _parameters(topology: Topology, hidden: int, intermediate: int, kv_heads: int) -> float:

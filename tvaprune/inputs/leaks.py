@@ -100,11 +100,10 @@ def window_texts(windows: Int32[Tensor, "windows tokens"], tokenizer: PreTrained
 
     Special tokens (such as the unknown word) are left out, so an n-gram around one is not found.
     """
-    end = tokenizer.eos_token_id
     for start in range(0, len(windows), _BATCH):
         pieces: list[np.ndarray] = []
         for row in windows[start : start + _BATCH].numpy():
-            pieces += np.split(row, np.flatnonzero(row == end))
+            pieces += np.split(row, np.flatnonzero(row == tokenizer.eos_token_id))
         yield from tokenizer.batch_decode(pieces, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

@@ -97,8 +97,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     print(f"dequantising {path.name}", flush=True)
     pre = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    check_family(config)
+    check_family(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )

@@ -1,7 +1,6 @@
 """The contract between stages: a directory with tensors.safetensors and meta.json.
 
-Nothing that varies between two equal runs goes in (no times, hosts or absolute paths), because the
-directory's hash decides what reruns.
+Its hash decides what reruns, so it holds nothing that differs between equal runs: no times, hosts or absolute paths.
 """
 
 import gzip
@@ -19,33 +18,27 @@ SOURCE_FILE = "tvaprune_source.json"  # in a model's directory: where the dense 
 
 
 class ArtifactError(ValueError):
-    """An artifact is absent, damaged, or not of the kind that was asked for."""
+    """An artifact is absent, damaged, or of another kind than expected."""
 
 
 def write_artifact(directory: Path, kind: str, tensors: dict[str, Tensor], **meta: Any) -> None:
     """Write tensors and their description.
 
     Args:
-        directory: made if absent.
+        directory: created if absent.
         kind: the contract's name, for example "masks".
         tensors: any dtype and shape that safetensors stores.
         meta: JSON values; must be the same for the same inputs.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {name: _describe(tensor) for name, tensor in sorted(tensors.items())}
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
-        directory / "tensors.safetensors",
-    )
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    save_file(stored, directory / "tensors.safetensors")
+    contents = {name: _describe(tensor) for name, tensor in stored.items()}
     write_json(directory / "meta.json", {"schema": SCHEMA_VERSION, "kind": kind, **meta, "tensors": contents})
 
 
 def read_artifact(directory: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_artifact` wrote, and check it against its own description.
-
-    Raises:
-        ArtifactError: names the file and says which stage's output to make again.
-    """
+    """Read what `write_artifact` wrote. Raises ArtifactError, which names the file, if it is not as described."""
     meta_path = directory / "meta.json"
     try:
         meta = json.loads(meta_path.read_text())

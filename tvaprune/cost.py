@@ -1,4 +1,4 @@
-"""What work cost: memory of the process or the device."""
+"""Memory that the process or the device has used."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory so far: resident set of the process, or allocated memory of a CUDA device."""
+    """Peak so far: resident set of the process, or allocated memory of a CUDA device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Where to compute and in which dtype; the environment decides, never a stage's command."""
+"""The device and dtype to compute in: chosen by the environment, never by a stage's command."""
 
 import ctypes
 import os
@@ -6,14 +6,14 @@ import sys
 
 import torch
 
-# mallopt's names for them, in malloc.h.
+# M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, each process its own, else CPU; TVAPRUNE_DEVICE overrides."""
+    """CUDA if available (each process its own device), else CPU; TVAPRUNE_DEVICE overrides."""
     name = os.environ.get("TVAPRUNE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -26,19 +26,14 @@ def pick_device() -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; "
-            "TVAPRUNE_NPROC may be no more, and TVAPRUNE_DEVICE has to be one of them"
+            "TVAPRUNE_NPROC must be no larger, and TVAPRUNE_DEVICE one of them"
         )
     return device
 
 
 def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
-    """What was asked for; for auto bfloat16 where the device multiplies it natively, else float32.
-
-    TVAPRUNE_DTYPE overrides auto, and nothing else.
-    """
-    if asked != "auto":
-        return DTYPES[asked]
-    name = os.environ.get("TVAPRUNE_DTYPE")
+    """The dtype `asked` for; for auto TVAPRUNE_DTYPE, or bfloat16 where the device multiplies it, or float32."""
+    name = os.environ.get("TVAPRUNE_DTYPE") if asked == "auto" else asked
     if name:
         if name not in DTYPES:
             raise ValueError(f"TVAPRUNE_DTYPE={name!r}: use one of {', '.join(DTYPES)}")
@@ -50,16 +45,16 @@ def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until all work given to the device is done, so that a clock read after it is honest."""
+    """Wait until the device has finished its queued work, so that times include it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep the large blocks that are freed, for the next that is asked for; False where there is no glibc.
+    """Make glibc reuse large freed blocks instead of returning them to the system; False where there is no glibc.
 
-    A loss over a large vocabulary allocates and frees tens of megabytes again and again. By default each goes back to
-    the system, which hands it out anew a page at a time, zeroed: 5% of a training step on two cores.
+    A loss over a large vocabulary allocates and frees tens of megabytes repeatedly. By default the system zeroes them
+    page by page each time: 5% of a training step on two cores.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))

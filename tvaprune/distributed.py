@@ -57,7 +57,7 @@ class World:
             repeats another process's item.
         """
         rounds = -(-count // self.size)
-        indices = [turn * self.size + self.rank for turn in range(rounds)]
+        indices = range(self.rank, rounds * self.size, self.size)
         return [(min(index, count - 1), index < count) for index in indices]
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
@@ -98,8 +98,8 @@ class Process:
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
     """Connect to the other processes that torchrun started; `ALONE` without torchrun."""
-    size = int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
-    if size == 1:
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    if size == 1 or "RANK" not in os.environ:
         yield ALONE
         return
     _end_with_parent()
@@ -135,7 +135,8 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
     if nodes > 1 and not endpoint:
         raise ValueError(f"TVAPRUNE_NNODES={nodes}: set TVAPRUNE_RENDEZVOUS to the host:port where they connect")
     # By default every process would use every core.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(_cores()) // processes)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -178,10 +179,6 @@ def _whole(variable: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"{variable}={value!r}: give a whole number, at least 1")
     return int(value)
-
-
-def _cores() -> Sequence[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _end_with_parent() -> None:

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -49,9 +49,9 @@ def finetuning_memory(
         student_bytes, teacher_bytes = _bytes(pruned), _bytes(dense)
         dense.requires_grad_(False)
         add_lora(pruned, options)
-    with FakeTensorMode(), LiveBytes() as live:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         for model in (pruned, dense):
-            _make_fake(model)
+            model.to_empty(device="cpu")  # fake tensors, for which the CPU's kernels are counted
             if device_type == "cpu":
                 use_training_attention(model, torch.device("cpu"))
         adapter_bytes = sum(parameter.nbytes for parameter in pruned.parameters() if parameter.requires_grad)
@@ -90,17 +90,6 @@ class _KeptStates(Teacher):
 
     def hidden(self, windows: Sequence[int]) -> Float[Tensor, "tokens width"]:
         return self._states.clone()
-
-
-def _make_fake(model: PreTrainedModel) -> None:
-    """Replace meta tensors by fake ones on a CPU, so that the CPU's kernels are counted."""
-    for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _bytes(model: PreTrainedModel) -> int:

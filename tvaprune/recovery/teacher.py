@@ -4,6 +4,7 @@ Hidden states, not logits, because they serve every temperature, kind and top_k,
 numbers per token. The loss applies the teacher's lm_head.
 """
 
+import math
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -60,18 +61,17 @@ class CachedTeacher:
     def __init__(self, teacher: Teacher, windows: Collection[int], batch_size: int, path: Path) -> None:
         self.head = teacher.head.clone()  # a copy, because the teacher's will leave the device
         self._row = {window: row for row, window in enumerate(sorted(set(windows)))}
-        size = (len(self._row), teacher.window_tokens, self.head.shape[1])
+        shape = (len(self._row), teacher.window_tokens, self.head.shape[1])
         done = path.with_suffix(".done")
         if not done.exists():
             path.unlink(missing_ok=True)
-        self._states = torch.from_file(
-            str(path), shared=True, size=size[0] * size[1] * size[2], dtype=self.head.dtype
-        ).view(size)
+        states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.head.dtype)
+        self._states = states.view(shape)
         if not done.exists():
             ordered = list(self._row)
             for start in tqdm(range(0, len(ordered), batch_size), desc="caching the teacher", unit="batch"):
                 batch = ordered[start : start + batch_size]
-                self._states[start : start + len(batch)] = teacher.hidden(batch).view(len(batch), *size[1:]).cpu()
+                self._states[start : start + len(batch)] = teacher.hidden(batch).view(len(batch), *shape[1:]).cpu()
             with path.open("rb+") as file:
                 os.fsync(file.fileno())  # the pages reach the disk before the mark that they are complete
             done.touch()

@@ -29,7 +29,7 @@ from tvaprune.recovery.schedule import learning_rate_at, mix_seed, step_windows,
 from tvaprune.recovery.teacher import CachedTeacher, Teacher, frozen_head
 from tvaprune.resume import SavedState
 
-# What a saved state has of a `_Trainer`, beside tensors and the curve.
+# Attributes of a `_Trainer` that a saved state holds as they are.
 _SAVED = ("step", "seconds", "step_seconds", "best", "best_step", "best_nll", "teacher_nll")
 
 
@@ -261,13 +261,11 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, train_ids: Tensor
     for name, ids in (("finetune_ids", train_ids), ("finetune_validation_ids", validation_ids)):
         if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
             raise ValueError(f"{name}: expected [windows >= 1, tokens >= 2], found {list(ids.shape)}")
-    vocabulary = frozen_head(student).shape[0]
-    if frozen_head(teacher).shape[0] != vocabulary:
-        raise ValueError(f"vocabularies differ: student {vocabulary}, teacher {frozen_head(teacher).shape[0]}")
+    vocabulary, taught = (frozen_head(model).shape[0] for model in (student, teacher))
+    if vocabulary != taught:
+        raise ValueError(f"vocabularies differ: student {vocabulary}, teacher {taught}")
     largest = int(torch.maximum(train_ids.max(), validation_ids.max()))
     if largest >= vocabulary:
         raise ValueError(f"finetune_ids: token {largest} is outside the model's vocabulary of {vocabulary}")
     if frozen_head(student).dtype == torch.float16:
-        raise ValueError(
-            "fine-tuning in float16 underflows without a loss scale: use TVAPRUNE_DTYPE=bfloat16 or float32"
-        )
+        raise ValueError("fine-tuning underflows in float16: use TVAPRUNE_DTYPE=bfloat16 or float32")

@@ -19,6 +19,7 @@ from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.masks.latency_table import BLOCKS, PHASES, LatencyTable, read_table, write_table
 from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.projection import project
+from tvaprune.measures import block_times
 from tvaprune.measures.block_times import Candidates, candidates, layers_to_time, table_of, time_blocks
 from tvaprune.measures.latency import Benchmark
 from tvaprune.runtime.packed import Runtime, prepare
@@ -64,8 +65,12 @@ def test_random_models_have_the_widths_and_share_memory(family: str, dtype: torc
             assert model(torch.arange(9)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("runtime", ["eager", "packed"])
-def test_every_block_is_timed_and_the_table_adds_up_to_the_passes(runtime: Runtime) -> None:
+@pytest.mark.parametrize("runtime", ["eager", "packed", "graphs"])
+def test_every_block_is_timed_and_the_table_adds_up_to_the_passes(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """graphs without a GPU: the work that a CUDA graph would capture runs as it is."""
+    monkeypatch.setattr(block_times, "Recording", lambda work: work)
     benchmark = Benchmark(prefill_tokens=8, decode_prompt_tokens=4, decode_tokens=3, repeats=3, max_warmup=2)
     config = tiny_model("llama").config
     models = random_models(config, WIDTHS.by_model(), torch.float32, CPU)

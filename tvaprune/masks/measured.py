@@ -108,12 +108,7 @@ def widths_within_parameters(
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
     for programs in _programs(topology, masks, table, of, layout):
         least = [(program, program.least("lost", {"parameters": (0, budget)})) for program in programs]
-        # A config without layers of its own takes a hidden width that fits the most heads of any layer.
-        found = [
-            (program, chosen)
-            for program, chosen in least
-            if chosen and (layout == "uneven" or chosen.hidden % topology.hidden_divisor(max(1, *chosen.kv_heads)) == 0)
-        ]
+        found = [(program, chosen) for program, chosen in least if chosen and _fits(topology, chosen, layout)]
         if not found:
             continue
         best = min((chosen for _, chosen in found), key=lambda chosen: chosen.lost)
@@ -121,11 +116,8 @@ def widths_within_parameters(
             return best
         limit = (1 + slack) * (1 + _ROUNDING) * best.lost
         limits = {"lost": (0.0, limit), "parameters": (SAME_PARAMETERS * best.parameters, budget)}
-        fast = [
-            program.with_heads(best.kv_heads).least("latency_ms", limits)
-            for program, chosen in found
-            if chosen.lost <= limit
-        ]
+        near = [program.with_heads(best.kv_heads) for program, chosen in found if chosen.lost <= limit]
+        fast = [program.least("latency_ms", limits) for program in near]
         return min([best, *(chosen for chosen in fast if chosen)], key=lambda chosen: chosen.latency_ms)
     raise ValueError(
         f"sparsity = {target_sparsity}: no widths that profile_hardware timed meet it; "
@@ -160,6 +152,11 @@ def widths_within_latency(
         f"{fastest / dense / AIM:.2f} of the dense model's {of} latency; raise it, or lower "
         "profile_hardware.narrowest_hidden"
     )
+
+
+def _fits(topology: Topology, chosen: Chosen, layout: Layout) -> bool:
+    """Whether a config for all layers takes the hidden width with the most heads of any layer."""
+    return layout == "uneven" or chosen.hidden % topology.hidden_divisor(max(1, *chosen.kv_heads)) == 0
 
 
 class _Program(NamedTuple):
@@ -206,50 +203,52 @@ def _programs(
     """
     whole = bool(masks.keep["hidden"].all())
     for every in (False, True):
-        programs = []
+        programs: list[_Program] = []
         for row, hidden in enumerate(table.hidden):
             if whole and not every and hidden < topology.hidden:
                 continue
             program = _program(topology, masks, table, of, row, merged=layout == "uniform")
             if not every:
                 program = program.only(_as_the_masks(topology, masks, program))
-            if layout == "uneven":
-                programs.append(program)
-                continue
-            attention, widths = program.is_attention(), program.choices.label
-            for heads in range(1, topology.kv_heads + 1):
-                if hidden % topology.hidden_divisor(heads) == 0:
-                    allowed = widths == heads if layout == "uniform" else widths <= heads
-                    mlp = ~attention & ((widths > 0) | (layout == "padded"))
-                    programs.append(program.only(mlp | (attention & allowed)))
+            programs += [program] if layout == "uneven" else _by_heads(topology, program, layout)
         yield programs
+
+
+def _by_heads(topology: Topology, program: _Program, layout: Layout) -> Iterator[_Program]:
+    """One program for each number of heads that fits the hidden width: that of all layers, or the most if padded."""
+    attention, width = program.is_attention(), program.choices.label
+    for heads in range(1, topology.kv_heads + 1):
+        if program.hidden % topology.hidden_divisor(heads) == 0:
+            allowed, mlp = (width == heads, width > 0) if layout == "uniform" else (width <= heads, width >= 0)
+            yield program.only(np.where(attention, allowed, mlp))
 
 
 def _program(topology: Topology, masks: Masks, table: LatencyTable, of: Latency, row: int, merged: bool) -> _Program:
     """All choices at one hidden width; merged: one group for all attention blocks and one for all MLPs."""
     hidden = table.hidden[row]
     layers, groups = (topology.layers, 1) if merged else (1, topology.layers)
-    rest, attention, mlp = table.parts(of)
-    parts: dict[str, list[np.ndarray]] = {"width": [], "lost": [], "parameters": [], "latency_ms": []}
-    blocks: tuple[tuple[Axis, list[int], torch.Tensor], ...] = (
-        ("kv_heads", table.kv_heads, attention[row]),
-        ("intermediate", table.intermediate, mlp[row]),
+    rest, attention, mlp = (part[row].numpy() for part in table.parts(of))
+    without_units = _parameters(topology, hidden)
+    blocks: tuple[tuple[Axis, list[int], np.ndarray], ...] = (
+        ("kv_heads", table.kv_heads, attention),
+        ("intermediate", table.intermediate, mlp),
     )
+    columns = []
     for axis, widths, latency in blocks:
-        lost = lost_by_width(topology, masks, axis, STEEP)[:, widths]
-        own = [_parameters(topology, hidden, **{axis: n}) - _parameters(topology, hidden) for n in widths]
-        parts["width"].append(np.tile(widths, groups))
-        parts["lost"].append((lost.sum(0, keepdim=True) if merged else lost).flatten().numpy())
-        parts["parameters"].append(layers * np.tile(own, groups))
-        parts["latency_ms"].append(layers * np.tile(latency.numpy(), groups))
-    costs = {name: np.concatenate(found) for name, found in parts.items()}
+        by_layer = lost_by_width(topology, masks, axis, STEEP)[:, widths]
+        lost = (by_layer.sum(0, keepdim=True) if merged else by_layer).flatten().numpy()
+        own = [_parameters(topology, hidden, **{axis: n}) - without_units for n in widths]
+        columns.append(
+            [np.tile(widths, groups), lost, layers * np.tile(own, groups), layers * np.tile(latency, groups)]
+        )
+    label, *costs = (np.concatenate(both) for both in zip(*columns, strict=True))
+    group = np.repeat(np.arange(2 * groups), np.repeat([len(table.kv_heads), len(table.intermediate)], groups))
     fixed = {
         "lost": float(lost_by_width(topology, masks, "hidden", STEEP)[0, hidden]),
-        "parameters": topology.layers * _parameters(topology, hidden),
-        "latency_ms": float(rest[row]),
+        "parameters": topology.layers * without_units,
+        "latency_ms": float(rest),
     }
-    group = np.repeat(np.arange(2 * groups), np.repeat([len(table.kv_heads), len(table.intermediate)], groups))
-    return _Program(hidden, layers, Knapsack(group, costs.pop("width"), costs, fixed, 2 * groups))
+    return _Program(hidden, layers, Knapsack(group, label, dict(zip(fixed, costs, strict=True)), fixed, 2 * groups))
 
 
 def _parameters(topology: Topology, hidden: int, intermediate: int = 0, kv_heads: int = 0) -> float:
@@ -261,15 +260,13 @@ def _parameters(topology: Topology, hidden: int, intermediate: int = 0, kv_heads
 
 def _as_the_masks(topology: Topology, masks: Masks, program: _Program) -> np.ndarray:
     """Choices that keep whole the axes, and keep the blocks, that the masks keep: bool [choices]."""
-    choices = program.choices
-    groups = choices.groups // 2
-    allowed = np.ones(len(choices.group), dtype=bool)
+    group, width, groups = program.choices.group, program.choices.label, program.choices.groups // 2
+    allowed = np.ones(len(group), dtype=bool)
     axes: tuple[Axis, ...] = ("kv_heads", "intermediate")
     for index, axis in enumerate(axes):
-        other_axis = choices.group // groups != index
-        keep = masks.keep[axis]
+        other_axis, keep = group // groups != index, masks.keep[axis]
         if keep.all():
-            allowed &= other_axis | (choices.label == topology.width(axis))
+            allowed &= other_axis | (width == topology.width(axis))
         present = keep.any(-1).numpy() if groups > 1 else np.array([True])
-        allowed &= other_axis | (choices.label > 0) | ~present[choices.group % groups]
+        allowed &= other_axis | (width > 0) | ~present[group % groups]
     return allowed

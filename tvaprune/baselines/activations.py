@@ -21,17 +21,11 @@ Inputs = Float[Tensor, "layers inputs"]
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Sums over all tokens of all windows; the order of the windows does not matter.
-
-    Attributes:
-        tokens: how many.
-        total: sum of the inputs, float64.
-        squares: sum of their squares, float64.
-    """
+    """Sums over all tokens of all windows, float64; the order of the windows does not matter."""
 
     tokens: int
     total: Inputs
-    squares: Inputs
+    squares: Inputs  # sum of the squared inputs
 
     @property
     def mean(self) -> Inputs:

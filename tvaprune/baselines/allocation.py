@@ -54,24 +54,19 @@ def allocate_global(topology: Topology, scores: Scores, target_sparsity: float) 
 
 
 def allocate_balanced(
-    topology: Topology,
-    scores: Scores,
-    target_sparsity: float,
-    mlp_to_attention: float = 1.0,
-    keep_one: bool = False,
+    topology: Topology, scores: Scores, target_sparsity: float, mlp_to_attention: float = 1.0
 ) -> Masks:
-    """Rank each axis's units over all layers, and drop the same share of every axis.
+    """Rank each axis's units over all layers, and drop the same share of every axis; each layer keeps its best unit.
 
     Args:
         mlp_to_attention: share of intermediate units dropped over the share of kv heads dropped.
-        keep_one: the best unit of every layer stays, on every axis.
     """
     ranked = {axis: percentiles_over_layers(score).cpu() for axis, score in scores.items()}
     if "kv_heads" in ranked:
         ranked["kv_heads"] = ranked["kv_heads"] * mlp_to_attention
     protected = dict(ranked)
     for axis, rank in ranked.items():
-        if keep_one and axis != "hidden":
+        if axis != "hidden":
             protected[axis] = rank.scatter(-1, rank.argmax(-1, keepdim=True), torch.inf)
     keep, shifted = _on_budget(topology, protected, target_sparsity)
     threshold = _threshold(protected, shifted)
@@ -111,17 +106,13 @@ def allocate_uniform(
 
 
 class Stages:
-    """Pruning in stages: dropped units stay dropped, and rank below those that a later stage drops.
-
-    Attributes:
-        keep: bool per axis; the units left.
-    """
+    """Pruning in stages: dropped units stay dropped, and rank below those that a later stage drops."""
 
     def __init__(
         self, topology: Topology, axes: tuple[Axis, ...], protect_first: int = 0, protect_last: int = 0
     ) -> None:
         self.topology = topology
-        self.keep: Keep = Masks.dense(topology).keep
+        self.keep: Keep = Masks.dense(topology).keep  # the units left
         self._whole = _protected(topology, protect_first, protect_last)
         self._score: Scores = {axis: torch.ones(topology.gate_shape(axis)) for axis in axes}
 
@@ -165,11 +156,7 @@ def make_scores_match_mask(keep: Keep, scores: Scores) -> Masks:
 
 
 def _protected(topology: Topology, first: int, last: int) -> Bool[Tensor, " layers"]:
-    """Layers that stay whole.
-
-    Raises:
-        ValueError: they are all the layers.
-    """
+    """Layers that stay whole; a ValueError if all do."""
     if first + last >= topology.layers:
         raise ValueError(
             f"learn_masks protects the first {first} and the last {last} layers, and the model has {topology.layers}"
@@ -181,20 +168,16 @@ def _protected(topology: Topology, first: int, last: int) -> Bool[Tensor, " laye
 
 
 def _on_budget(topology: Topology, scores: Scores, target_sparsity: float) -> tuple[Keep, Scores]:
-    """`project`, and then the best dropped units of the cheapest axis, as many as the budget still has room for.
+    """What to keep on every axis, and the scores shifted so that the threshold is 0; on the CPU.
 
-    Where the threshold stops at a residual dimension or a head, the room left is worth hundreds of intermediate
-    units, more than `project` tries.
-
-    Returns:
-        What to keep on every axis, and the scores given, shifted so that the threshold is 0; on the CPU.
+    `project`, and then the best dropped units of the cheapest axis, as many as the budget still has room for: where
+    the threshold stops at a residual dimension or a head, they are hundreds, more than `project` tries.
     """
     dense, given = Masks.dense(topology), {axis: score.float().cpu() for axis, score in scores.items()}
     masks = project(topology, Masks(dense.keep, {**dense.score, **given}), target_sparsity, tuple(given))
-    finest = _finest(topology, given)
+    finest, widths = _finest(topology, given), masks.widths()
     keep = masks.keep[finest]
     room = (1 - target_sparsity) * dense_decoder_parameters(topology) - kept_decoder_parameters(topology, masks.keep)
-    widths = masks.widths()
     cost = getattr(unit_costs(topology, *(widths[axis] for axis in AXES)), finest).max()
     # A layer that lost all its units would bring back a norm too.
     open_to_more = ~keep & given[finest].isfinite() & keep.any(-1, keepdim=True)

@@ -93,19 +93,12 @@ def _candidates(problem: Problem, keep: Keep, ranked: Scores, sparsity: float) -
 
 def _half(candidates: Keep, generator: torch.Generator) -> Bool[Tensor, " candidates"]:
     """A random half of each axis's candidates."""
-    halves = []
-    for mask in candidates.values():
-        count = int(mask.sum())
-        half = torch.zeros(count, dtype=torch.bool)
-        half[torch.randperm(count, generator=generator)[: count // 2]] = True
-        halves.append(half)
-    return torch.cat(halves)
+    counts = [int(mask.sum()) for mask in candidates.values()]
+    return torch.cat([torch.randperm(count, generator=generator).argsort() < count // 2 for count in counts])
 
 
-def _by_axis(
-    candidates: Keep, values: Float[Tensor, " candidates"] | Bool[Tensor, " candidates"]
-) -> dict[Axis, Tensor]:
-    """Split one value a candidate into the axes."""
+def _by_axis(candidates: Keep, values: Tensor) -> dict[Axis, Tensor]:
+    """Split values [candidates] into the axes."""
     parts = values.split([int(mask.sum()) for mask in candidates.values()])
     return dict(zip(candidates, parts, strict=True))
 

@@ -18,7 +18,7 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
 from tvaprune.options.baselines import DepthOptions
 
-AXES_OF_LAYERS: tuple[Axis, ...] = ("intermediate", "kv_heads")
+UNIT_AXES: tuple[Axis, ...] = ("intermediate", "kv_heads")
 
 
 def depth(problem: Problem, options: DepthOptions) -> Masks:
@@ -41,9 +41,9 @@ def depth(problem: Problem, options: DepthOptions) -> Masks:
     if options.contiguous and count:
         first = int(angles.argmin())
         dropped = [index for index in by_influence if first <= index < first + count]
-    scores = magnitude_scores(problem.model, topology, AXES_OF_LAYERS)
+    scores = magnitude_scores(problem.model, topology, UNIT_AXES)
     keep = Masks.dense(topology).keep
-    for axis in AXES_OF_LAYERS:
+    for axis in UNIT_AXES:
         keep[axis][dropped] = False
     if dropped:
         _give_back(topology, keep, dropped[-1], scores, problem.target_sparsity)

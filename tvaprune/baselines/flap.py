@@ -28,8 +28,8 @@ def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
     topology = problem.topology
     if options.bias and (topology.output_bias or topology.mlp_bias):
         raise ValueError(
-            "learn_masks: flap's bias takes the place of o_proj's and down_proj's, and this model has them; "
-            "set the flap bias option to false"
+            "learn_masks: flap's bias replaces those of o_proj and down_proj, and this model has some; "
+            "set learn_masks.flap.bias to false"
         )
     statistics = input_statistics(problem)
     allocate = allocate_global if options.allocation == "adaptive" else allocate_uniform

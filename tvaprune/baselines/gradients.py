@@ -9,8 +9,7 @@ and, where single elements matter, ∂L/∂W = Σ_t gy_t x_tᵀ, one matrix at a
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,21 +25,12 @@ from tvaprune.options.baselines import Objective
 Products = dict[tuple[str, int], Float[Tensor, " length"]]
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one module did in one window.
+class Seen(NamedTuple):
+    """What one module did in one window: its input x, output y and the objective's gradient with respect to y."""
 
-    Attributes:
-        name: of its weight, as in a checkpoint.
-        module: with its weight, and bias if any.
-        x: input; [tokens, in], or token ids int64 [tokens] for the embedding.
-        y: output.
-        gradient: of the objective with respect to y.
-    """
-
-    name: str
+    name: str  # of its weight, as in a checkpoint
     module: Any
-    x: Tensor
+    x: Tensor  # [tokens, in], or token ids int64 [tokens] for the embedding
     y: Float[Tensor, "tokens out"]
     gradient: Float[Tensor, "tokens out"]
 
@@ -133,15 +123,12 @@ def absolute_products(problem: Problem, objective: Objective, layers_at_once: in
     """
     layers = len(decoder_layers(problem.model))
     step = layers_at_once or layers
+    owned = owned_weights(problem.model, problem.axes)
     parameters = dict(problem.model.named_parameters(remove_duplicate=False))
     products: Products = {}
     for first in range(0, layers, step):
         # The tensors of the whole model go with the first layers.
-        group = {
-            name
-            for name in owned_weights(problem.model, problem.axes)
-            if (cut(name).layer or 0) in range(first, first + step)
-        }
+        group = {name for name in owned if (cut(name).layer or 0) in range(first, first + step)}
         for name, gradient in _full_gradients(problem, group, objective).items():
             product = gradient.mul_(parameters[name].detach().float()).abs_()
             for dim, axis in enumerate(cut(name).axes):
@@ -169,10 +156,7 @@ def _full_gradients(problem: Problem, names: set[str], objective: Objective) -> 
     gradients: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
-        if name in gradients:
-            gradients[name] += gradient
-        else:
-            gradients[name] = gradient.float()
+        gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient.float()
 
     def observe(seen: Seen) -> None:
         g, weight = seen.gradient.float(), seen.module.weight.detach()

@@ -20,12 +20,7 @@ from tvaprune.options.baselines import LoraPruneOptions
 
 
 class Adapter:
-    """Low-rank factors of one linear module: W + scale · B A, scale = alpha / rank, B = 0 at first.
-
-    Attributes:
-        a: float32 [rank, in].
-        b: float32 [out, rank].
-    """
+    """Low-rank factors of a linear module, W + alpha / rank · B A: float32 a [rank, in], b [out, rank], 0 at first."""
 
     def __init__(self, module: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
         bound = 1 / math.sqrt(module.in_features)

@@ -14,8 +14,7 @@ from tvaprune.options.baselines import MagnitudeOptions, RandomOptions
 def random(problem: Problem, options: RandomOptions) -> Masks:
     """Uniform noise, the same share in every layer: the lowest bar for any score."""
     generator = torch.Generator().manual_seed(problem.seed)
-    shapes = {axis: problem.topology.gate_shape(axis) for axis in problem.axes}
-    scores = {axis: torch.rand(shape, generator=generator) for axis, shape in shapes.items()}
+    scores = {axis: torch.rand(problem.topology.gate_shape(axis), generator=generator) for axis in problem.axes}
     return allocate_uniform(problem.topology, scores, problem.target_sparsity)
 
 

@@ -22,7 +22,7 @@ def nirvana(problem: Problem, options: NirvanaOptions) -> Masks:
     dropped of the two are in the ratio gamma (`mlp_to_attention`); no layer loses its last unit. The windows can be
     divided into candidate sets; the set whose masks have the lowest KL to the dense model's predictions is used.
 
-    Departures: the gradient is that of the mean over windows in float32; `hidden` is ranked beside the two, over
+    Departures: the gradient is that of the mean over windows in float32; `hidden` is ranked as a third axis, over
     the embedding, the head and the norms too; KL is measured on windows spread over all candidates.
 
     Raises:
@@ -34,8 +34,7 @@ def nirvana(problem: Problem, options: NirvanaOptions) -> Masks:
     found = []
     for part in windows.tensor_split(candidates):
         scores = nirvana_scores(replace(problem, windows=part), options)
-        ratio = options.mlp_to_attention
-        found.append(allocate_balanced(problem.topology, scores, problem.target_sparsity, ratio, keep_one=True))
+        found.append(allocate_balanced(problem.topology, scores, problem.target_sparsity, options.mlp_to_attention))
     if candidates == 1:
         return found[0]
     spread = torch.linspace(0, len(windows) - 1, min(options.kl_windows, len(windows))).long()

@@ -8,7 +8,7 @@ import torch
 
 from tvaprune.architecture.topology import AXES, Axis
 from tvaprune.baselines.bonsai import bonsai
-from tvaprune.baselines.depth import AXES_OF_LAYERS, depth
+from tvaprune.baselines.depth import UNIT_AXES, depth
 from tvaprune.baselines.flap import flap
 from tvaprune.baselines.llm_pruner import llm_pruner
 from tvaprune.baselines.loraprune import loraprune
@@ -25,8 +25,7 @@ _FUNCTIONS = (random, magnitude, wanda_sp, flap, llm_pruner, nirvana, bonsai, lo
 _METHODS: dict[str, Callable[[Problem, Any], Any]] = {function.__name__: function for function in _FUNCTIONS}
 # The axes that a method has a score for; the others leave hidden whole.
 SUPPORTED_AXES: dict[Baseline, tuple[Axis, ...]] = {
-    method: AXES if method in ("random", "magnitude", "llm_pruner", "nirvana") else AXES_OF_LAYERS
-    for method in BASELINES
+    method: AXES if method in ("random", "magnitude", "llm_pruner", "nirvana") else UNIT_AXES for method in BASELINES
 }
 
 
@@ -72,9 +71,7 @@ def check_baseline(method: str, axes: tuple[Axis, ...], target_sparsity: float) 
     supported = SUPPORTED_AXES[method]
     if not axes or not set(axes) <= set(supported):
         raise ValueError(f"learn_masks.axes = {list(axes)}: {method} prunes {', '.join(supported)}")
-    if method == "depth" and set(axes) != set(AXES_OF_LAYERS):
-        raise ValueError(
-            f"learn_masks.axes = {list(axes)}: depth drops whole layers, so it needs {list(AXES_OF_LAYERS)}"
-        )
+    if method == "depth" and set(axes) != set(UNIT_AXES):
+        raise ValueError(f"learn_masks.axes = {list(axes)}: depth drops whole layers, so it needs {list(UNIT_AXES)}")
     if not 0 <= target_sparsity < 1:
         raise ValueError(f"sparsity = {target_sparsity}: must be at least 0 and below 1")

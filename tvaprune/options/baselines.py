@@ -7,37 +7,34 @@ from pydantic import ConfigDict, Field
 
 Baseline = Literal["random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai", "loraprune", "depth"]
 Objective = Literal["logits", "loss"]
+Allocation = Literal["adaptive", "uniform"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True)
-class RandomOptions:
-    """The method has none."""
+class MethodOptions:
+    """What all have in common: pydantic refuses unknown keys."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class MagnitudeOptions:
-    """The method has none."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
+class RandomOptions(MethodOptions):
+    pass
 
 
 @dataclass(frozen=True)
-class CalibratedOptions:
-    """What every method that runs calibration windows has."""
+class MagnitudeOptions(MethodOptions):
+    pass
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
+@dataclass(frozen=True)
+class CalibratedOptions(MethodOptions):
     windows: Annotated[Count, Field(description="Calibration windows to use, spread evenly over those given.")] = 64
 
 
 @dataclass(frozen=True)
 class ProtectingOptions(CalibratedOptions):
-    """What every method that can leave layers whole has."""
-
     protect_first: Annotated[int, Field(ge=0, description="Layers to leave whole at the start.")] = 0
     protect_last: Annotated[int, Field(ge=0, description="Layers to leave whole at the end.")] = 0
 
@@ -49,10 +46,8 @@ class WandaSpOptions(CalibratedOptions):
 
 @dataclass(frozen=True)
 class FlapOptions(CalibratedOptions):
-    allocation: Annotated[
-        Literal["adaptive", "uniform"],
-        Field(description="One threshold over all layers (published AL-AM), or the same share in each (UL-UM)."),
-    ] = "adaptive"
+    # adaptive is the published AL-AM, uniform the UL-UM.
+    allocation: Annotated[Allocation, Field(description="One threshold over layers, or one share each.")] = "adaptive"
     bias: Annotated[bool, Field(description="Add the mean of what dropped inputs contributed, as biases.")] = True
 
 
@@ -64,14 +59,10 @@ class LlmPrunerOptions(ProtectingOptions):
 @dataclass(frozen=True)
 class NirvanaOptions(CalibratedOptions):
     objective: Annotated[Objective, Field(description="What is differentiated; logits is published.")] = "logits"
-    mlp_to_attention: Annotated[
-        Positive, Field(description="gamma, share of intermediate units dropped over share of kv heads dropped.")
-    ] = 1.0
+    mlp_to_attention: Annotated[Positive, Field(description="gamma, share of units over share of heads dropped.")] = 1.0
     candidates: Annotated[Count, Field(description="Calibration sets to choose among by KL; 1 = no choice.")] = 1
     kl_windows: Annotated[Count, Field(description="Windows that the KL is measured on.")] = 8
-    layers_at_once: Annotated[
-        Count | None, Field(description="Layers whose fp32 gradients are in memory at once; null = all.")
-    ] = None
+    layers_at_once: Annotated[Count | None, Field(description="Layers with gradients in memory; null = all.")] = None
 
 
 @dataclass(frozen=True)

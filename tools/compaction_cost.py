@@ -12,12 +12,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from tqdm import tqdm
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from tools.dry_run import random_masks
@@ -26,7 +27,7 @@ from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.fold import weight_update
 from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.tensor_files import CheckpointWriter
+from tvaprune.checkpoint.tensor_files import write_checkpoint
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.masks.adapt import adapt
 
@@ -38,19 +39,16 @@ def write_noise(config: PreTrainedConfig, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = dense_tensors(config)
     noise = torch.randn(_COPY_BLOCK // 2, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(config.dtype)
-    size = sum(info.nbytes for info in tensors.values())
-    with (
-        CheckpointWriter(directory, tensors) as writer,
-        tqdm(desc="dense checkpoint", total=size, unit="B", unit_scale=True) as progress,
-    ):
-        for name, info in tensors.items():
-            writer.begin(name)
-            width = info.numel // info.shape[0]
-            rows = max(1, len(noise) // width)
-            for start in range(0, info.shape[0], rows):
-                count = min(rows, info.shape[0] - start)
-                writer.write(noise[: count * width].view(count, *info.shape[1:]))
-                progress.update(count * width * noise.itemsize)
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        shape = tensors[name].shape
+        width = tensors[name].numel // shape[0]
+        rows = max(1, len(noise) // width)
+        for start in range(0, shape[0], rows):
+            count = min(rows, shape[0] - start)
+            yield noise[: count * width].view(count, *shape[1:])
+
+    write_checkpoint(directory, tensors, blocks, progress="dense checkpoint")
     config.save_pretrained(directory)
 
 

@@ -15,8 +15,8 @@ from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.measured import adapt_measured, latency_metrics
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 
-# Gates order the units near the sparsity that they were learned for, and hardly further away.
-LEARNED_FOR = 0.05
+# The scores order the units well near the sparsity that they were learned at. Beyond this difference the stage warns.
+SPARSITY_TOLERANCE = 0.05
 
 
 def main(
@@ -65,10 +65,10 @@ def main(
             typer.echo(f"predicted of the dense latency on {table.made_on['processor']}: {', '.join(shares)}")
         write_json(metrics, report)
     reached = report["sparsity_decoder"]
-    if params.latency_target is not None and abs(reached - params.sparsity) > LEARNED_FOR:
+    if params.latency_target is not None and abs(reached - params.sparsity) > SPARSITY_TOLERANCE:
         typer.secho(
-            f"warning: this latency takes a sparsity of {reached:.2f}, but the gates were learned for sparsity = "
-            f"{params.sparsity}, and say little so far from it; set sparsity near {reached:.2f}",
+            f"warning: this latency needs a sparsity of {reached:.2f}, but the masks were learned for "
+            f"{params.sparsity}; set `sparsity` to {reached:.2f} in params.yaml and run again",
             fg="yellow",
             err=True,
         )

@@ -48,7 +48,7 @@ def main(
         reference = Reference("masked dense model", input_ids, masked_dense_logits(model, masks, folded, input_ids))
         bound, report = params.max_abs_logit_diff, sizes(topology, masks, size)
         parity = against_reference("masked = compact", reference, compact_logits(out, input_ids), bound)
-        write_json(metrics, {**report, **parity.figures, **cost._asdict()})
+        write_json(metrics, {**report, **parity.figures, **cost})
         _, meta = read_artifact(adapted, "masks")
         made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
         figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}

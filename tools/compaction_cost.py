@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import torch
 import typer
-from tqdm import tqdm
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from tools.dry_run import random_masks
@@ -25,7 +26,7 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.tensor_files import CheckpointWriter
+from tvaprune.checkpoint.tensor_files import write_checkpoint
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.update import WeightUpdate
@@ -38,14 +39,16 @@ def write_noise(config: PreTrainedConfig, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = dense_tensors(config)
     noise = torch.randn(_COPY_BLOCK // 2, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(config.dtype)
-    with CheckpointWriter(directory, tensors) as writer:
-        for name, info in tqdm(tensors.items(), desc="dense checkpoint", unit="tensor"):
-            writer.begin(name)
-            width = info.numel // info.shape[0]
-            rows = max(1, len(noise) // width)
-            for start in range(0, info.shape[0], rows):
-                count = min(rows, info.shape[0] - start)
-                writer.write(noise[: count * width].view(count, *info.shape[1:]))
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        shape = tensors[name].shape
+        width = tensors[name].numel // shape[0]
+        rows = max(1, len(noise) // width)
+        for start in range(0, shape[0], rows):
+            count = min(rows, shape[0] - start)
+            yield noise[: count * width].view(count, *shape[1:])
+
+    write_checkpoint(directory, tensors, blocks, progress="dense checkpoint")
     config.save_pretrained(directory)
 
 

@@ -1,7 +1,4 @@
-"""Repeat the proof of a model directory that someone was given: `python -m tvaprune.verify DIRECTORY`.
-
-Needs neither the dense model nor this repository's pipeline.
-"""
+"""Repeat the checks of a model directory, without the dense model: `python -m tvaprune.verify DIRECTORY`."""
 
 import json
 import re
@@ -16,21 +13,19 @@ from tvaprune.proof.checks import fresh_checks
 
 
 def verify(directory: Path, trust_remote_code: bool = False) -> list[Check]:
-    """Check the files against their hashes, then what they compute against what the certificate stores.
+    """Check the files against their hashes, then the logits against those that the certificate stores.
 
-    The directory's own modeling file is run only where it is this version's, byte for byte, or is trusted by name.
+    The directory's modeling file runs only if it is this version's, byte for byte, or `trust_remote_code` is set.
 
     Raises:
         FileNotFoundError: there is no certificate.
         DamagedDirectoryError: a file is absent, changed or added, or does not load.
         ValueError: the directory brings code that is not this version's.
     """
-    certificate = read_certificate(directory)
+    stored = read_certificate(directory)
     if not trust_remote_code:
         _refuse_unknown_code(directory)
-    return fresh_checks(
-        directory, certificate.reference, certificate.bound, trust_remote_code=certificate.trust_remote_code
-    )
+    return fresh_checks(directory, stored.reference, stored.bound, trust_remote_code=stored.trust_remote_code)
 
 
 def _refuse_unknown_code(directory: Path) -> None:
@@ -38,7 +33,7 @@ def _refuse_unknown_code(directory: Path) -> None:
     for path in sorted(directory.rglob("*.py")):
         if path.read_bytes() != MODELING_FILE.read_bytes():
             raise ValueError(f"{path}: code that is not this version's {MODELING_FILE.name}{read_it}")
-    # Both name places outside of the directory that transformers fetches code from.
+    # Both can name another directory or repository, from which transformers would load code.
     auto_map = json.loads((directory / "config.json").read_text()).get("auto_map", {})
     for reference in auto_map.values():
         if not re.fullmatch(rf"{MODELING_FILE.stem}\.\w+", str(reference)):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tvaprune.export.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
-from tvaprune.proof.gguf_runtime import greedy_steps, greedy_tokens, tokenize
+from tvaprune.proof.gguf_runtime import greedy_steps, start_server
 
 PROMPTS = [[5, 17, 99, 3], [120], [64, 64, 7, 31, 90, 12, 2]]
 TOKENS = 32
@@ -47,6 +48,22 @@ def pruned(family: str, directory: Path, masks: Masks, layout: str = "uneven", b
 
 def masks_of(family: str, empty_layer: int | None = None) -> Masks:
     return random_masks(Topology.of(tiny_model(family).config), seed=3, empty_layer=empty_layer)
+
+
+def greedy_tokens(file: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    return [[step.token for step in steps] for steps in greedy_steps(file, prompts, tokens)]
+
+
+def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids by the file's own tokenizer, with the special tokens that it adds and those named in the text."""
+    address = f"{start_server(file, context=32).listening_address}/tokenize"
+    ids = []
+    for text in texts:
+        content = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+        request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            ids.append(json.load(answer)["tokens"])
+    return ids
 
 
 @torch.inference_mode()

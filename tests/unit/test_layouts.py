@@ -17,7 +17,7 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load, load_config
-from tvaprune.checkpoint.tensor_files import Checkpoint, CheckpointWriter, TensorInfo, plan_shards
+from tvaprune.checkpoint.tensor_files import Checkpoint, TensorInfo, plan_shards, write_checkpoint
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
@@ -93,7 +93,9 @@ def test_flap_biases_fit_a_llama_config_and_no_other(tmp_path: Path) -> None:
         masks = adapted(topology, "padded")
         update = WeightUpdate(random_update(topology, seed=4).scale, {name: torch.randn(64) for name in names})
         if family == "mistral":
-            with pytest.raises(ValueError, match=r"no place for FLAP's biases: set learn_masks\.baseline\.flap_bias"):
+            with pytest.raises(
+                ValueError, match=r"does not support FLAP's biases: set learn_masks\.baseline\.flap_bias"
+            ):
                 compact(dense, masks, update, tmp_path / "out", layout="padded")
             continue
         compact(dense, masks, update, tmp_path / "out", layout="padded")
@@ -183,12 +185,9 @@ def test_streamed_files_hold_what_was_written(
     source = Checkpoint.of(directory)
     out = directory / "out"
     out.mkdir()
-    with pytest.MonkeyPatch.context() as patch, CheckpointWriter(out, described, limit) as writer:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tvaprune.checkpoint.tensor_files._BLOCK_BYTES", block)
-        for name in tensors:
-            writer.begin(name)
-            for _, rows in source.blocks(name):
-                writer.write(rows)
+        write_checkpoint(out, described, lambda name: (rows for _, rows in source.blocks(name)), "write", limit)
     found = {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
@@ -210,15 +209,10 @@ def test_a_checkpoint_in_shards_loads(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_tensor_that_was_announced_has_to_come(tmp_path: Path) -> None:
-    def write(name: str) -> None:
-        with CheckpointWriter(tmp_path, {"a": TensorInfo((2, 2), torch.float32)}) as writer:
-            writer.begin(name)
-            writer.write(torch.zeros(1, 2))
-
-    with pytest.raises(ValueError, match="announced was not written"):
-        write("a")
-    with pytest.raises(ValueError, match="'b' came where 'a' was due"):
-        write("b")
+    described = {"a": TensorInfo((2, 2), torch.float32)}
+    for rows, came in ((1, 8), (3, 24)):
+        with pytest.raises(ValueError, match=f"tensor 'a': {came} bytes came, 16 were announced"):
+            write_checkpoint(tmp_path, described, lambda _, rows=rows: [torch.zeros(rows, 2)], "write")
 
 
 def test_a_damaged_or_quantised_file_is_named(tmp_path: Path) -> None:

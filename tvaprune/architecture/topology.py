@@ -16,6 +16,8 @@ Axis = Literal["hidden", "intermediate", "kv_heads"]
 AXES: tuple[Axis, ...] = ("hidden", "intermediate", "kv_heads")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+# How the names of rotary frequencies end, which old Llama checkpoints hold and every version since computes.
+ROTARY_FREQUENCIES = "rotary_emb.inv_freq"
 
 # Where a gate's mean may differ from channel to channel: the attention output before o_proj, the outputs of o_proj
 # and of down_proj. (Before down_proj a gate is a channel already.)
@@ -237,3 +239,16 @@ def cut(name: str) -> Cut:
         raise UnsupportedModelError(f"tensor {name!r}: not known in any of {', '.join(FAMILIES)}")
     dims, scaled, block = _CUTS[local]
     return Cut(dims, scaled, layer, block)
+
+
+def site_of(name: str, units: Units) -> Site | None:
+    """The gate site whose channels a dimension of a tensor counts, or None."""
+    if ".self_attn.o_proj." in name:
+        return "attention_in" if units == "query" else "attention_out"
+    return "mlp_out" if ".mlp.down_proj." in name and units == "hidden" else None
+
+
+def bias_names(layer: int, outputs_only: bool) -> list[str]:
+    """A layer's biases: of o_proj and down_proj only, or of all its projections, whether the model has them or not."""
+    biases = [(name, dims) for name, (dims, _, _) in _CUTS.items() if name.endswith(".bias")]
+    return [f"model.layers.{layer}.{name}" for name, dims in biases if dims == ("hidden",) or not outputs_only]

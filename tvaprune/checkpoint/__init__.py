@@ -1,1 +1,1 @@
-"""The smaller model: folded weights, compaction, the modeling file, loading, parity."""
+"""The smaller model on disk: folded weights, compaction, layouts, the modeling file, loading."""

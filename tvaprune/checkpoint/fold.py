@@ -4,79 +4,65 @@ Departure from Eq. 6 read literally: the mean itself is folded, not a rescaled o
 multiplied in training.
 """
 
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from tvaprune.architecture.topology import Axis, Site, Topology, Units, cut
+from tvaprune.architecture.topology import AXIS_OF_UNITS, FINAL_NORM, Axis, Topology, Units, cut, site_of
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 
 
-def axis_of_dimension(units: str | None) -> Axis | None:
-    """The axis that a weight's dimension belongs to; query and kv rows follow the key-value heads."""
-    return {"hidden": "hidden", "intermediate": "intermediate", "query": "kv_heads", "kv": "kv_heads"}.get(units or "")  # type: ignore[return-value]
+def along_dimension(
+    topology: Topology, values: dict[Axis, Tensor], units: Units, layer: int | None
+) -> Shaped[Tensor, " length"]:
+    """Spread values, one a unit, over a dimension of a tensor: the rows of one unit are contiguous.
+
+    Args:
+        values: per axis, shapes of `Topology.gate_shape`.
+        units: what the dimension counts; query and kv rows follow the key-value heads.
+        layer: the tensor's; None for a tensor of the whole model.
+    """
+    axis = AXIS_OF_UNITS[units]
+    per_unit = values[axis] if axis == "hidden" else values[axis][layer]
+    rows = {"query": topology.query_rows, "kv": topology.head_dim}.get(units, 1)
+    return per_unit.repeat_interleave(rows)
 
 
-def per_row(topology: Topology, units: str, per_unit: Tensor) -> Tensor:
-    """Spread one value a unit over the rows the unit owns, contiguous (repeat_interleave)."""
-    if units == "query":
-        return per_unit.repeat_interleave(topology.query_rows, dim=-1)
-    if units == "kv":
-        return per_unit.repeat_interleave(topology.head_dim, dim=-1)
-    return per_unit
+def scales(topology: Topology, name: str, update: WeightUpdate, tied: bool) -> tuple[Float[Tensor, " _"] | None, ...]:
+    """The factors of a tensor along each of its dimensions, before cutting; None where nothing is multiplied.
 
-
-def scales(topology: Topology, name: str, update: WeightUpdate, tied: bool) -> tuple[Tensor | None, ...]:
-    """What multiplies a tensor along each of its dimensions, or None where nothing does.
-
-    Tied embeddings stay tied: the embedding's columns take mu, and the final norm takes 1/mu, so that the head,
-    which is the same matrix, sees what it saw before. Exact wherever mu is not 0.
+    Tied embeddings stay tied: the embedding's columns are multiplied by mu and the final norm by 1/mu, so the head,
+    which is the same matrix, gets the same input as before. Exact wherever mu is not 0.
 
     Args:
         name: of the tensor in the checkpoint.
         tied: the head is the embedding matrix.
-
-    Returns:
-        For each dimension float32 [length] before cutting, or None.
     """
     where = cut(name)
-    if tied and name == "model.norm.weight":
-        return (_unless_ones(1 / update.scale["hidden"]),)
     result: list[Tensor | None] = []
     for units, scaled in zip(where.dims, where.scaled, strict=True):
-        axis = axis_of_dimension(units)
-        if not scaled or axis is None or units is None:
+        if tied and name == FINAL_NORM:
+            along = 1 / update.scale["hidden"]
+        elif scaled and units is not None:
+            along = along_dimension(topology, update.scale, units, where.layer)
+            site = site_of(name, units)
+            if site is not None and site in update.channel_scale:
+                along = along * update.channel_scale[site][where.layer]
+        else:
             result.append(None)
             continue
-        per_unit = update.scale[axis] if where.layer is None or axis == "hidden" else update.scale[axis][where.layer]
-        along = per_row(topology, units, per_unit)
-        site = site_of(name, units)
-        if site in update.channel_scale and where.layer is not None:
-            along = along * update.channel_scale[site][where.layer]
-        result.append(_unless_ones(along))
+        result.append(None if bool((along == 1).all()) else along)
     return tuple(result)
 
 
-def site_of(name: str, units: Units) -> Site | None:
-    """The site whose channels a dimension of a tensor is, or None."""
-    if ".self_attn.o_proj." in name:
-        return "attention_in" if units == "query" else "attention_out"
-    return "mlp_out" if ".mlp.down_proj." in name and units == "hidden" else None
-
-
-def _unless_ones(scale: Tensor) -> Tensor | None:
-    return None if bool((scale == 1).all()) else scale
-
-
-def fold(tensor: Tensor, along: tuple[Tensor | None, ...]) -> Tensor:
-    """Multiply a tensor of any floating dtype along its dimensions, in float32; its own dtype comes back."""
-    if all(scale is None for scale in along):
+def fold(tensor: Float[Tensor, "*shape"], factors: tuple[Float[Tensor, " _"] | None, ...]) -> Float[Tensor, "*shape"]:
+    """Multiply a tensor along its dimensions, in float32; returns its own dtype."""
+    if all(factor is None for factor in factors):
         return tensor
     result = tensor.float()
-    for dim, scale in enumerate(along):
-        if scale is not None:
-            shape = [1] * tensor.dim()
-            shape[dim] = -1
-            result = result * scale.view(shape)
+    for dim, factor in enumerate(factors):
+        if factor is not None:
+            result = result * factor.view(-1, *[1] * (tensor.dim() - 1 - dim))
     return result.to(tensor.dtype)
 
 

@@ -1,6 +1,5 @@
 """Load a model directory, dense or pruned."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,13 +22,12 @@ def load(
     Args:
         directory: a Hugging Face model directory, as `compact` writes it or stock.
         dtype: of the weights in memory; None = as stored.
-        device: where to put it; None = CPU.
+        device: None = CPU.
 
     Raises:
         FileNotFoundError: the directory holds no model.
     """
-    directory = Path(directory)
-    require_model(directory)
+    require_model(Path(directory))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
     return model.to(device or torch.device("cpu")).eval()
 
@@ -41,12 +39,6 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 def require_model(directory: Path) -> None:
-    """Say clearly that a directory holds no model, before transformers takes it for a hub's name."""
+    """Raise FileNotFoundError where a directory holds no model, which transformers would take for a hub's name."""
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory}: holds no model (no config.json); run dvc repro to make it")
-
-
-def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that the checkpoint's config names; float32 where it names none."""
-    config = json.loads((directory / "config.json").read_text())
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -11,15 +11,15 @@ from transformers.initialization import no_init_weights
 from tvaprune.architecture.topology import Axis
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 
-# So long a pattern is as good as noise to a processor, and copying it is quicker than drawing.
+# A pattern of this length, repeated, is as good as noise to a processor, and faster to make.
 _PATTERN = 1 << 20
 _STANDARD_DEVIATION = 0.02
-# Weights start where torch's own allocator would let them start.
+# Numbers; weights start at multiples of it, as in torch's own allocator.
 _ALIGNMENT = 64
 
 
 class LayerWidths(NamedTuple):
-    """Widths of a model; one intermediate width and one number of key-value heads a layer, 0 = without that block."""
+    """The hidden width, and units and key-value heads per layer; 0 = without that block."""
 
     hidden: int
     intermediate: list[int]
@@ -34,21 +34,21 @@ class LayerWidths(NamedTuple):
 def random_models(
     config: PreTrainedConfig, widths: list[LayerWidths], dtype: torch.dtype, device: torch.device
 ) -> list[TvaPruneForCausalLM]:
-    """Build the models that compaction to these widths would give, without their training.
+    """Build models of the shapes that compaction to these widths would give.
 
-    They lie in the same memory, so that together they take no more of it than the largest: what a weight holds
-    changes no speed. It is noise and not zeros, with which processors draw less power.
+    They share one storage, so together they take no more memory than the largest: the values of the weights do not
+    change the speed. They are noise and not zeros, with which processors draw less power.
 
     Args:
-        config: the dense model's, of a supported family; its number of layers does not count here.
+        config: the dense model's, of a supported family; its number of layers is not used.
     """
     models = [_skeleton(config, each, dtype, device) for each in widths]
-    storage = torch.empty(max(_place(model, None) for model in models), dtype=dtype, device=device)
+    storage = torch.empty(max(_use_storage(model, None) for model in models), dtype=dtype, device=device)
     noise = torch.randn(_PATTERN, generator=torch.Generator().manual_seed(0)).mul_(_STANDARD_DEVIATION).to(storage)
     for part in storage.split(_PATTERN):
         part.copy_(noise[: len(part)])
     for model in models:
-        _place(model, storage)
+        _use_storage(model, storage)
     return models
 
 
@@ -56,7 +56,7 @@ def _skeleton(
     config: PreTrainedConfig, widths: LayerWidths, dtype: torch.dtype, device: torch.device
 ) -> TvaPruneForCausalLM:
     """The model with its memory unwritten."""
-    # The dtype twice, as the stack inside is built from the base family's config.
+    # The dtype is given twice, as the stack inside is built from the base family's config.
     base = config.to_dict() | {"num_hidden_layers": len(widths.kv_heads), "layer_types": None, "dtype": dtype}
     described = TvaPruneConfig(config.model_type, base, *widths)
     with no_init_weights(), device:
@@ -65,8 +65,8 @@ def _skeleton(
     return model.requires_grad_(False).eval()
 
 
-def _place(model: TvaPruneForCausalLM, storage: torch.Tensor | None) -> int:
-    """Put the weights, but for norms and biases, into the storage if there is one; the numbers that they take."""
+def _use_storage(model: TvaPruneForCausalLM, storage: torch.Tensor | None) -> int:
+    """Take the matrices from the storage, if given, and set norms and biases to 1; returns the numbers needed."""
     end = 0
     for weight in model.parameters():
         if weight.dim() == 1:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -13,20 +12,16 @@ from tvaprune.cost import peak_memory_bytes
 from tvaprune.masks.masks import Masks
 
 
-class Cost(NamedTuple):
-    seconds: float
-    peak_memory_bytes: int
-
-
-def measured(work: Callable[[], CheckpointSize]) -> tuple[CheckpointSize, Cost]:
-    """Run, and say how long it took and how high the memory of the process stood by then."""
+def measured(work: Callable[[], CheckpointSize]) -> tuple[CheckpointSize, dict[str, float]]:
+    """Run `work`; returns its result, and its seconds and the peak_memory_bytes of the process so far."""
     started = time.perf_counter()
     result = work()
-    return result, Cost(time.perf_counter() - started, peak_memory_bytes(torch.device("cpu")))
+    seconds = time.perf_counter() - started
+    return result, {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(torch.device("cpu"))}
 
 
 def sizes(topology: Topology, masks: Masks, size: CheckpointSize) -> dict[str, float]:
-    """Sparsities as shares, parameters and bytes as counted in the files."""
+    """Sparsities as shares (0 to 1); parameters and bytes as counted in the files."""
     return {
         "sparsity_decoder": sparsity(topology, masks.widths()),
         "sparsity_model": 1 - size.parameters_kept / size.parameters_dense,

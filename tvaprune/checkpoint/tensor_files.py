@@ -1,24 +1,22 @@
 """Read and write safetensors a block of rows at a time, so that memory does not grow with the model.
 
-The safetensors library writes a file from tensors that are all in memory, and a file that it has mapped counts as
-resident as far as it was read. Here a file is opened anew for each block, and written from a header that is known
-beforehand: the format is 8 bytes of length, a JSON header, and the tensors' bytes one after another
-(https://huggingface.co/docs/safetensors, "Format").
+The safetensors library writes files only from tensors in memory, and what it has read of a mapped file counts as
+resident. Here a file is opened anew for each block, and written after its header. The format is 8 bytes of length, a
+JSON header, and the tensors' bytes one after another (https://huggingface.co/docs/safetensors, "Format").
 """
 
 import json
 import struct
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from tvaprune.artifacts import write_json
 
@@ -46,11 +44,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model directory's safetensors files, in the files' order.
-
-    Attributes:
-        info: by tensor name.
-    """
+    """The tensors of a model directory's safetensors files by name, in the files' order."""
 
     info: dict[str, TensorInfo]
     _files: dict[str, Path]
@@ -61,7 +55,7 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: the directory has no safetensors.
-            ValueError: a damaged file, or a dtype that is no floating one of 16 bits or more.
+            ValueError: a damaged file, or a dtype that is not floating point of at least 16 bits.
         """
         shards = sorted(directory.glob("*.safetensors"))
         if not shards:
@@ -71,16 +65,14 @@ class Checkpoint:
         for shard in shards:
             try:
                 with safe_open(shard, framework="pt") as file:
-                    names = list(file.offset_keys())
-                    slices = {name: file.get_slice(name) for name in names}
+                    slices = {name: file.get_slice(name) for name in file.offset_keys()}
                     described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
             except SafetensorError as error:
                 raise ValueError(f"{shard}: damaged safetensors file ({error}); fetch it again") from error
             for name, (shape, code) in described.items():
                 if code not in _DTYPES:
                     raise ValueError(f"{shard}: {name} is stored as {code}; use a checkpoint in {', '.join(_DTYPES)}")
-                info[name] = TensorInfo(shape, _DTYPES[code])
-                files[name] = shard
+                info[name], files[name] = TensorInfo(shape, _DTYPES[code]), shard
         return cls(info, files)
 
     def read(self, name: str) -> Tensor:
@@ -111,77 +103,56 @@ def plan_shards(tensors: dict[str, TensorInfo], limit: int) -> list[dict[str, Te
     return shards
 
 
-class CheckpointWriter(AbstractContextManager):
-    """Writes model.safetensors, or several shards with the index that transformers reads.
+def write_checkpoint(
+    directory: Path,
+    tensors: dict[str, TensorInfo],
+    blocks: Callable[[str], Iterable[Tensor]],
+    progress: str,
+    shard_bytes: int | None = None,
+) -> None:
+    """Write model.safetensors, or several shards with the index that transformers reads.
 
-    Every tensor that was announced has to be written, in any number of blocks of rows but in the announced order.
+    Args:
+        directory: exists.
+        tensors: to write, in this order.
+        blocks: the rows of the tensor of this name, in blocks, in the announced dtype.
+        progress: name of the progress bar.
+        shard_bytes: at most so many a file; None = SHARD_BYTES.
+
+    Raises:
+        ValueError: a tensor's blocks are not of the announced size: a bug, not a user's mistake.
     """
+    shards = plan_shards(tensors, shard_bytes or SHARD_BYTES)
+    count = len(shards)
+    files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    files = files if count > 1 else ["model.safetensors"]
+    total = sum(info.nbytes for info in tensors.values())
+    with tqdm(desc=progress, total=total, unit="B", unit_scale=True, delay=2) as bar:
+        for name, shard in zip(files, shards, strict=True):
+            with (directory / name).open("wb") as file:
+                file.write(_header(shard))
+                for tensor, info in shard.items():
+                    written = 0
+                    for block in blocks(tensor):
+                        if block.numel():
+                            file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
+                        written += block.nbytes
+                        bar.update(block.nbytes)
+                    if written != info.nbytes:
+                        raise ValueError(f"tensor {tensor!r}: {written} bytes came, {info.nbytes} were announced")
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
 
-    def __init__(self, directory: Path, tensors: dict[str, TensorInfo], limit: int | None = None) -> None:
-        self.directory = directory
-        self.shards = plan_shards(tensors, limit or SHARD_BYTES)
-        self._order = iter(tensors.items())
-        self._left = 0
-        self._starts = {next(iter(shard)): index for index, shard in enumerate(self.shards)}
-        self._file: BinaryIO | None = None
 
-    def begin(self, name: str) -> None:
-        """Start the next tensor.
-
-        Raises:
-            ValueError: another one is due, or the last one is not complete: a bug, not a user's mistake.
-        """
-        due, info = next(self._order, (None, TensorInfo((), torch.float32)))
-        if due != name or self._left:
-            raise ValueError(f"tensor {name!r} came where {due!r} was due, {self._left} bytes short before it")
-        if name in self._starts:
-            self._open(self._starts[name])
-        self._left = info.nbytes
-
-    def write(self, block: Tensor) -> None:
-        """The next rows of the tensor begun, in the announced dtype."""
-        assert self._file is not None
-        self._left -= block.nbytes
-        if self._left < 0:
-            raise ValueError(f"{-self._left} bytes more than were announced")
-        if block.numel():
-            self._file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if error is not None:
-            return
-        if self._left or next(self._order, None) is not None:
-            raise ValueError("a tensor that was announced was not written")
-        if len(self.shards) > 1:
-            weight_map = {name: self._name(index) for index, shard in enumerate(self.shards) for name in shard}
-            total = sum(info.nbytes for shard in self.shards for info in shard.values())
-            write_json(
-                self.directory / "model.safetensors.index.json",
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-            )
-
-    def _name(self, index: int) -> str:
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
-
-    def _open(self, index: int) -> None:
-        if self._file is not None:
-            self._file.close()
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, info in self.shards[index].items():
-            header[name] = {
-                "dtype": _CODES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.nbytes],
-            }
-            offset += info.nbytes
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
-        self._file = (self.directory / self._name(index)).open("wb")
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+def _header(shard: dict[str, TensorInfo]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in shard.items():
+        offsets = [offset, offset + info.nbytes]
+        header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+        offset += info.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
+    return struct.pack("<Q", len(encoded)) + encoded

@@ -1,1 +1,1 @@
-"""The pruned model for other programs and other people: GGUF, model card, sealing."""
+"""Exports of the pruned model: GGUF, the model card, certification."""

@@ -1,13 +1,13 @@
-"""What a checkpoint says of itself: the model card README.md, and tvaprune.json for programs."""
+"""The files that describe a checkpoint: the model card README.md, and tvaprune.json for programs."""
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedConfig
 
 import tvaprune
 from tvaprune.artifacts import SOURCE_FILE, write_json
@@ -24,8 +24,8 @@ class Base:
     """The dense model.
 
     Attributes:
-        source: where it was fetched from (tvaprune_source.json), {} where nothing says so.
-        license: of the Hub's identifiers, lower case; None where nothing says so.
+        source: where it was fetched from (tvaprune_source.json); {} where unknown.
+        license: the Hub's identifier, lower case; None where unknown.
         sha256: by weight file.
     """
 
@@ -35,17 +35,12 @@ class Base:
 
     @classmethod
     def of(cls, dense: Path) -> "Base":
-        """Read a dense model's directory; its weights are read once more, to be hashed."""
+        """Read a dense model's directory, and hash its weights."""
         path = dense / SOURCE_FILE
         source = json.loads(path.read_text()) if path.is_file() else {}
         license = source.get("license") or _card_license(dense)
         weights = {name: digest for name, digest in hashes(dense).items() if name.endswith(".safetensors")}
         return cls(source, license.lower() if license else None, weights)
-
-    @property
-    def name(self) -> str | None:
-        """The Hub's name of the base model, or None where it did not come from there."""
-        return self.source.get("repo")
 
 
 def _card_license(directory: Path) -> str | None:
@@ -60,15 +55,13 @@ def _card_license(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a pruned model was made of, how, and what came out: the content of tvaprune.json.
+    """The content of tvaprune.json.
 
     Attributes:
-        base: the dense model.
-        layout: of the checkpoint.
-        widths: kept units: of hidden, and a list by layer of intermediate and of kv_heads; padding not counted.
+        widths: kept units without padding: of hidden, and a list by layer of intermediate and of kv_heads.
         made_with: the parameters that had influence, by stage.
-        figures: sparsity_decoder (by the masks), sparsity_model, params_dense, params_kept (by the files: padding
-            counts); perplexities and nats a token, see `_quality`, where they were measured.
+        figures: sparsity_decoder (by the masks), sparsity_model, params_dense, params_kept (by the files, padding
+            included); perplexities and losses, see `_quality`, where they were measured.
     """
 
     base: Base
@@ -83,8 +76,7 @@ class Provenance:
     @classmethod
     def read(cls, directory: Path) -> "Provenance":
         found = json.loads((directory / PROVENANCE).read_text())
-        base = Base(**found["base"])
-        return cls(base, found["layout"], found["widths"], found["made_with"], found["figures"])
+        return cls(Base(**found["base"]), *(found[name] for name in ("layout", "widths", "made_with", "figures")))
 
 
 def widths_of(masks: Masks) -> dict[str, Any]:
@@ -96,88 +88,80 @@ def write_card(directory: Path, made: Provenance, checks: list[Check]) -> None:
     """Write README.md with the Hub's YAML header.
 
     Args:
-        directory: config.json says whether it brings its own modeling file.
+        directory: with config.json, and model.gguf if there is one.
         checks: of the certificate.
     """
-    base, figures = made.base, made.figures
+    source, figures = made.base.source, made.figures
     data = ModelCardData(
-        base_model=base.name,
-        license=base.license,
+        base_model=source.get("repo"),
+        license=made.base.license,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["tvaprune", "pruned", "structured-pruning"],
     )
-    tuned = "finetune_lora" in made.made_with
+    title = source.get("repo") or Path(str(source.get("member") or source.get("name") or "A model")).stem
+    tuned = " and fine-tuned" if "finetune_lora" in made.made_with else ""
+    padding = " Layers are padded with zeros to the widest; the zeros count as parameters of the model."
     sections = [
-        f"# {_title(base)}, pruned{' and fine-tuned' if tuned else ''}",
+        f"# {title}, pruned{tuned}",
         "Made smaller by structured pruning with TVA-Prune (Dutta, Gupta, Agarwal, "
         "[ES-FoMo II at ICML 2024](https://openreview.net/forum?id=cqhAzteLzc)).",
-        f"{figures['params_kept'] / 1e6:.1f} M of {figures['params_dense'] / 1e6:.1f} M parameters: "
-        f"{figures['sparsity_decoder']:.1%} of the decoder layers' are gone, "
-        f"{figures['sparsity_model']:.1%} of the model's." + _padding(made) + _quality(figures),
-        "## Use\n\n" + _usage(directory, load_config(directory)),
+        f"{figures['params_kept'] / 1e6:.1f} M of {figures['params_dense'] / 1e6:.1f} M parameters. Pruning removed "
+        f"{figures['sparsity_decoder']:.1%} of the decoder layers' parameters, {figures['sparsity_model']:.1%} of the "
+        "model's." + (padding if made.layout == "padded" else "") + _quality(figures),
+        "## Use\n\n" + _usage(directory),
         "## Kept widths\n\n" + _widths(made.widths),
-        "## Parity\n\nIn float32, on named prompts, with the bounds that decide (`parity.json`); repeat it with "
-        "`python -m tvaprune.verify DIRECTORY`.\n\n" + "\n".join(f"- {check}" for check in checks),
+        "## Parity\n\nThese checks were made in float32. `parity.json` has their reference, prompts and bounds. To "
+        "repeat them: `python -m tvaprune.verify DIRECTORY`.\n\n" + "\n".join(f"- {check}" for check in checks),
         "## Made with\n\n```json\n" + json.dumps(made.made_with, indent=2) + "\n```",
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(directory / "README.md")
 
 
-def _padding(made: Provenance) -> str:
-    if made.layout != "padded":
-        return ""
-    return " Layers are padded with zeros to the widest, and the zeros count as parameters of the model."
-
-
 def _quality(figures: dict[str, float]) -> str:
     text = ""
     if "validation_ppl_dense" in figures:
-        text = (
-            " Perplexity on held-out windows of the calibration's sources, before widths were adapted: "
-            f"{figures['validation_ppl_mean']:.1f}, dense {figures['validation_ppl_dense']:.1f}."
+        text += (
+            " Perplexity on held-out windows of the calibration sources, before the widths were adapted: "
+            f"{figures['validation_ppl_mean']:.1f}, dense model {figures['validation_ppl_dense']:.1f}."
         )
     if "finetuned_nll_best" in figures:
         text += (
-            " Nats a token on held-out windows of the fine-tuning's sources: "
-            f"{figures['finetuned_nll_best']:.3f}, {figures['finetuned_nll_start']:.3f} before fine-tuning, "
-            f"dense {figures['finetuned_nll_teacher']:.3f}."
+            " Negative log-likelihood per token on held-out windows of the fine-tuning sources, in nats: "
+            f"{figures['finetuned_nll_best']:.3f}, before fine-tuning {figures['finetuned_nll_start']:.3f}, "
+            f"dense model {figures['finetuned_nll_teacher']:.3f}."
         )
     return text
 
 
-def _title(base: Base) -> str:
-    return base.source.get("repo") or Path(str(base.source.get("member") or base.source.get("name") or "A model")).stem
-
-
-def _usage(directory: Path, config: PreTrainedConfig) -> str:
-    own = config.model_type == "tvaprune"
+def _usage(directory: Path) -> str:
+    model_type = load_config(directory).model_type
+    own_code = model_type == "tvaprune"
     # The tokenizer's load reads config.json too: without trust_remote_code it asks on the terminal whether to run code.
-    arguments = '".", trust_remote_code=True' if own else '"."'
+    arguments = '".", trust_remote_code=True' if own_code else '"."'
     text = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n"
         'print(tokenizer.decode(model.generate(**tokenizer("The river", return_tensors="pt"), max_new_tokens=20)[0]))\n'
-        "```"
+        "```\n\n"
     )
-    if own:
-        text += '\n\nOr, without remote code: `from tvaprune import load; model = load(".")`.'
+    if own_code:
+        text += 'Or, without remote code: `from tvaprune import load; model = load(".")`.'
     else:
-        text += f"\n\nA stock `{config.model_type}` model: no remote code."
+        text += f"A stock `{model_type}` model: no remote code."
     if (directory / GGUF).is_file():
         text += f"\n\nIn llama.cpp: `llama-cli -m {GGUF}`."
     return text
 
 
 def _widths(widths: dict[str, Any]) -> str:
-    """A table of the hidden width and each layer's; runs of equal layers share a row."""
-    layers = list(zip(widths["kv_heads"], widths["intermediate"], strict=True))
-    rows, start = [], 0
-    for index in range(1, len(layers) + 1):
-        if index == len(layers) or layers[index] != layers[start]:
-            name = str(start) if index == start + 1 else f"{start} to {index - 1}"
-            rows.append(f"| {name} | {layers[start][0]} | {layers[start][1]} |")
-            start = index
+    """The hidden width, and a table of each layer's; consecutive equal layers share a row."""
+    layers = zip(widths["kv_heads"], widths["intermediate"], strict=True)
+    rows = []
+    for (kv_heads, intermediate), group in groupby(enumerate(layers), key=lambda numbered: numbered[1]):
+        indices = [index for index, _ in group]
+        name = f"{indices[0]} to {indices[-1]}" if len(indices) > 1 else f"{indices[0]}"
+        rows.append(f"| {name} | {kv_heads} | {intermediate} |")
     head = "| layer | key-value heads | intermediate |\n|---|---|---|\n"
     return f"Hidden {widths['hidden']}.\n\n{head}" + "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Write a model directory as a GGUF file, for llama.cpp and whatever reads its format.
+"""Write a model directory as a GGUF file, for llama.cpp and other programs that read the format.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -11,13 +11,14 @@ from typing import BinaryIO, Literal
 import gguf
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, plan_gguf
-from tvaprune.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
+from tvaprune.export.gguf_tokenizer import add_tokenizer
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 _TYPES: dict[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
@@ -31,9 +32,9 @@ _TYPES: dict[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
 def write_gguf(directory: Path, file: Path, dtype: GgufDtype) -> None:
     """Write a model directory and its tokenizer as one GGUF file.
 
-    Memory is that of a block of rows; q and k are read whole where their rows are reordered. The file appears when it
-    is complete. Two runs give the same bytes. Norms and biases stay float32; with q8_0, rows that are no
-    multiple of its block of 32 are float16.
+    Memory is that of a block of rows, or of one q or k matrix where rows are reordered. The file appears when it is
+    complete. Two runs give the same bytes. Norms and biases are float32; with q8_0, matrices whose rows are not a
+    multiple of 32 are float16.
 
     Args:
         directory: stock llama, mistral, qwen2 or qwen3, or the layout uneven of `compact`.
@@ -42,16 +43,16 @@ def write_gguf(directory: Path, file: Path, dtype: GgufDtype) -> None:
 
     Raises:
         FileNotFoundError: the directory holds no model.
-        ValueError: what llama.cpp has no place for, by name, before anything is written; a number beyond float16.
+        ValueError: what llama.cpp does not support, by name, before anything is written; a number beyond float16.
     """
     config = load_config(directory)
     checkpoint = Checkpoint.of(directory)
     plan = plan_gguf(directory, config, checkpoint)
-    vocabulary = read_vocabulary(directory, config.vocab_size)
     partial = file.with_name(file.name + ".partial")
     writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[plan.arch])
     try:
-        _add_metadata(writer, plan, vocabulary, dtype)
+        _add_metadata(writer, plan, dtype)
+        add_tokenizer(writer, directory, config.vocab_size)
         _write_tensors(writer, plan, checkpoint, dtype)
         writer.close()
         partial.replace(file)
@@ -60,8 +61,9 @@ def write_gguf(directory: Path, file: Path, dtype: GgufDtype) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _add_metadata(writer: gguf.GGUFWriter, plan: GgufPlan, vocabulary: Vocabulary, dtype: GgufDtype) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, plan: GgufPlan, dtype: GgufDtype) -> None:
     config, head_dim = plan.config, plan.topology.head_dim
+    heads = [count * plan.topology.group_size for count in plan.kv_heads]
     per_layer = plan.arch == gguf.MODEL_ARCH.DECI
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(_TYPES[dtype][1])
@@ -71,9 +73,9 @@ def _add_metadata(writer: gguf.GGUFWriter, plan: GgufPlan, vocabulary: Vocabular
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(plan.topology.layers)
     writer.add_feed_forward_length(plan.intermediate if per_layer else plan.intermediate[0])
-    writer.add_head_count(plan.heads if per_layer else plan.heads[0])
+    writer.add_head_count(heads if per_layer else heads[0])
     writer.add_head_count_kv(plan.kv_heads if per_layer else plan.kv_heads[0])
-    # Pruned, heads times head_dim is not the hidden width, from which readers would take it.
+    # In a pruned model head_dim is not hidden width / heads, which is the readers' default.
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
@@ -82,12 +84,11 @@ def _add_metadata(writer: gguf.GGUFWriter, plan: GgufPlan, vocabulary: Vocabular
     if config.rope_parameters.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(config.rope_parameters["factor"]))
-    add_vocabulary(writer, vocabulary)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A tensor's encoded rows, a block at a time; GGUFWriter asks an array for these two."""
+    """A tensor's encoded rows, a block at a time, with the two attributes of an array that GGUFWriter uses."""
 
     nbytes: int
     blocks: Iterable[np.ndarray]
@@ -100,12 +101,13 @@ class _Rows:
 def _write_tensors(writer: gguf.GGUFWriter, plan: GgufPlan, checkpoint: Checkpoint, dtype: GgufDtype) -> None:
     factors = plan.frequency_factors
     kinds = {name: _stored_type(info.shape, dtype) for name, info in plan.tensors.items()}
-    sizes = {name: _nbytes(info.shape, kinds[name]) for name, info in plan.tensors.items()}
+    blocks_of = {name: gguf.GGML_QUANT_SIZES[kind] for name, kind in kinds.items()}
+    sizes = {name: plan.tensors[name].numel // numbers * nbytes for name, (numbers, nbytes) in blocks_of.items()}
     if factors is not None:
         name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
         writer.add_tensor_info(name, factors.shape, np.dtype(np.float32), factors.nbytes)
     for name, info in plan.tensors.items():
-        # The dtype is not looked at where raw_dtype says what is stored.
+        # The writer ignores the dtype where raw_dtype is given.
         writer.add_tensor_info(plan.names[name], info.shape, np.dtype(np.float32), sizes[name], kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -120,33 +122,25 @@ def _write_tensors(writer: gguf.GGUFWriter, plan: GgufPlan, checkpoint: Checkpoi
 
 
 def _stored_type(shape: tuple[int, ...], dtype: GgufDtype) -> gguf.GGMLQuantizationType:
-    kind = _TYPES[dtype][0]
-    if len(shape) == 1:
-        return gguf.GGMLQuantizationType.F32
+    kind = _TYPES[dtype][0] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     return gguf.GGMLQuantizationType.F16 if shape[-1] % block else kind
 
 
-def _nbytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    return int(np.prod(shape)) // block * size
-
-
 def _blocks(plan: GgufPlan, checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """A tensor's rows in the file's order, in blocks; zeros for what the checkpoint lacks."""
+    """A tensor's rows in the file's order, in blocks; zeros for a tensor that the checkpoint lacks."""
     if name not in checkpoint.info:
         yield torch.zeros(plan.tensors[name].shape)
-    elif plan.arch in INTERLEAVED and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+    elif plan.arch in INTERLEAVED and plan.names[name].split(".")[-2] in ("attn_q", "attn_k"):
         yield interleave(checkpoint.read(name), plan.topology.head_dim)
     else:
         yield from (block for _, block in checkpoint.blocks(name))
 
 
-def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """From transformers' order of a head's rows to llama.cpp's: dimension i of the first half, then i of the second.
+def interleave(rows: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
+    """Reorder q's or k's rows (heads * head_dim) from transformers' order to llama.cpp's.
 
-    Args:
-        rows: [heads * head_dim, ...], of q_proj or k_proj, weight or bias.
+    Row i of a head's first half is followed by row i of its second half.
     """
     return rows.view(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 

@@ -1,9 +1,9 @@
 """What a model becomes in a GGUF file, decided and checked before anything is written.
 
-A model whose layers are alike is written in its family's own architecture; Mistral's is Llama's, and a pruned Qwen2 is
-a Llama with biases, as llama.cpp's qwen2 wants heads times head_dim to be the hidden width. Layers of different widths
-go into the architecture "deci" (src/models/deci.cpp in llama.cpp), which is Llama with head counts and MLP widths per
-layer. For Qwen3's norms of queries and keys these two have no place.
+A model whose layers are alike is written in its family's own architecture. Mistral's is Llama's, and a pruned Qwen2 is
+a Llama with biases, as llama.cpp's qwen2 requires that heads times head_dim is the hidden width. Layers of different
+widths are written in the architecture "deci" (src/models/deci.cpp in llama.cpp), which is Llama with head counts and
+MLP widths per layer. These two do not support Qwen3's norms of queries and keys.
 """
 
 import copy
@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tvaprune.architecture.topology import Topology
-from tvaprune.checkpoint.layouts import HEAD, dense_tensors, is_uniform
+from tvaprune.architecture.topology import HEAD, ROTARY_FREQUENCIES, Topology
+from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.tensor_files import Checkpoint, TensorInfo
 
 _ARCHITECTURES = {
@@ -28,7 +28,7 @@ _ARCHITECTURES = {
 }
 # These rotate neighbouring dimensions where transformers rotates the two halves, so q's and k's rows are reordered.
 INTERLEAVED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.DECI)
-# An MLP that lost every unit is written as this many zero ones: a block of q8_0.
+# An MLP that lost every unit is written as this many zero units: a block of q8_0.
 _EMPTY_MLP_UNITS = 32
 
 
@@ -37,19 +37,17 @@ class GgufPlan:
     """What will be written, known before anything is.
 
     Attributes:
-        config: whose names and shapes are those of `tensors`.
-        heads: query heads per layer.
+        config: of a model that has these tensors.
         kv_heads: key-value heads per layer; 0 = no attention block.
         intermediate: MLP units per layer, never 0.
         tensors: shapes by the model's tensor name; those that the checkpoint lacks are zeros.
         names: the file's tensor names by the model's.
-        frequency_factors: float32 [head_dim / 2], what rotary frequencies are divided by; None for nothing.
+        frequency_factors: float32 [head_dim / 2], divisors of the rotary frequencies; None where they stay.
     """
 
     arch: gguf.MODEL_ARCH
     config: PreTrainedConfig
     topology: Topology
-    heads: list[int]
     kv_heads: list[int]
     intermediate: list[int]
     tensors: dict[str, TensorInfo]
@@ -66,7 +64,7 @@ def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint)
         checkpoint: the directory's.
 
     Raises:
-        ValueError: something that llama.cpp has no place for, or tensors that are not the config's; by name.
+        ValueError: something that llama.cpp does not support, or tensors that are not the config's; by name.
     """
     topology = Topology.of(config)
     layers = topology.layers
@@ -74,7 +72,7 @@ def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint)
     intermediate = list(getattr(config, "intermediate_sizes", None) or [topology.intermediate] * layers)
     family = getattr(config, "base_model_type", config.model_type)
     arch = _ARCHITECTURES[family]
-    if not all(is_uniform(counts) and counts[0] for counts in (kv_heads, intermediate)):
+    if any(len(set(counts)) > 1 or not counts[0] for counts in (kv_heads, intermediate)):
         arch = gguf.MODEL_ARCH.DECI
     elif family == "qwen2" and (
         kv_heads[0] * topology.query_rows != config.hidden_size or getattr(config, "projection_bias", False)
@@ -90,38 +88,29 @@ def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint)
     _check_tensors(directory, expected, checkpoint, bool(config.tie_word_embeddings))
     if arch == gguf.MODEL_ARCH.DECI:
         config = copy.copy(config)
-        biased = any(name.endswith("o_proj.bias") for name in expected)
-        kv_heads = _without_empty_attention(kv_heads, biased)
-        # deci.cpp leaves a layer without MLP before it has added the attention's output, so none is without.
+        # deci.cpp reads head_dim only if layer 0 has heads, and adds o_proj's bias only where there is attention. There
+        # a head of zeros stands for none.
+        biased = topology.output_bias or getattr(config, "projection_bias", False)
+        kv_heads = [count or int(layer == 0 or biased) for layer, count in enumerate(kv_heads)]
+        # It leaves a layer without MLP before it has added the attention's output, so every layer gets an MLP.
         intermediate = [units or _EMPTY_MLP_UNITS for units in intermediate]
         vars(config).update(kv_head_counts=kv_heads, intermediate_sizes=intermediate)
         expected = dense_tensors(config)
     mapping = gguf.get_tensor_name_map(arch, layers)
-    names = {name: mapping.get_name(name, (".weight", ".bias")) for name in expected}
-    _check_names(directory, arch, names)
     return GgufPlan(
         arch=arch,
         config=config,
         topology=topology,
-        heads=[count * topology.group_size for count in kv_heads],
         kv_heads=kv_heads,
         intermediate=intermediate,
         tensors=expected,
-        names={name: str(written) for name, written in names.items()},
+        names={name: _file_name(directory, arch, mapping, name) for name in expected},
         frequency_factors=_frequency_factors(directory, config, arch),
     )
 
 
-def _without_empty_attention(kv_heads: list[int], biased: bool) -> list[int]:
-    """Head counts where a head of zeros stands in for attention that llama.cpp cannot do without.
-
-    It reads head_dim only if layer 0 has heads, and adds o_proj's bias only where there is attention.
-    """
-    return [count or int(layer == 0 or biased) for layer, count in enumerate(kv_heads)]
-
-
 def _check_config(directory: Path, config: PreTrainedConfig) -> None:
-    """Refuse what the file's keys cannot say."""
+    """Refuse settings that the file's keys cannot express."""
     if config.hidden_act != "silu":
         raise ValueError(f"{directory}: hidden_act {config.hidden_act!r} cannot be exported to GGUF; silu can")
     window = getattr(config, "sliding_window", None)
@@ -133,7 +122,7 @@ def _check_config(directory: Path, config: PreTrainedConfig) -> None:
 
 
 def _check_tensors(directory: Path, expected: dict[str, TensorInfo], checkpoint: Checkpoint, tied: bool) -> None:
-    """The checkpoint holds what its config says, no more and no less."""
+    """Refuse a checkpoint whose tensors are not those of its config."""
     for name, info in expected.items():
         if name not in checkpoint.info:
             raise ValueError(f"{directory}: tensor {name} is missing, which config.json asks for")
@@ -142,22 +131,23 @@ def _check_tensors(directory: Path, expected: dict[str, TensorInfo], checkpoint:
                 f"{directory}: tensor {name} has the shape {checkpoint.info[name].shape}, by config.json {info.shape}"
             )
     for name in checkpoint.info:
-        if name not in expected and not (name == HEAD and tied) and not name.endswith("rotary_emb.inv_freq"):
+        if name not in expected and not (name == HEAD and tied) and not name.endswith(ROTARY_FREQUENCIES):
             raise ValueError(f"{directory}: tensor {name} is none that config.json describes")
 
 
-def _check_names(directory: Path, arch: gguf.MODEL_ARCH, names: dict[str, str | None]) -> None:
-    """llama.cpp has a place for every tensor; where it does not look for one, it would leave it out in silence."""
-    for name, written in names.items():
-        if written is None or (arch == gguf.MODEL_ARCH.QWEN3 and written.endswith(".bias")):
-            raise ValueError(
-                f"{directory}: tensor {name} cannot be exported to GGUF: llama.cpp's architecture "
-                f"{gguf.MODEL_ARCH_NAMES[arch]} has no such tensor"
-            )
+def _file_name(directory: Path, arch: gguf.MODEL_ARCH, mapping: gguf.TensorNameMap, name: str) -> str:
+    """llama.cpp's name of a tensor; refuses one that its architecture does not have, which it would silently ignore."""
+    written = mapping.get_name(name, (".weight", ".bias"))
+    if written is None or (arch == gguf.MODEL_ARCH.QWEN3 and written.endswith(".bias")):
+        raise ValueError(
+            f"{directory}: tensor {name} cannot be exported to GGUF: llama.cpp's architecture "
+            f"{gguf.MODEL_ARCH_NAMES[arch]} has no such tensor"
+        )
+    return str(written)
 
 
 def _frequency_factors(directory: Path, config: PreTrainedConfig, arch: gguf.MODEL_ARCH) -> Tensor | None:
-    """Llama 3's scaling of the rotary frequencies: float32 [head_dim / 2]; None where there is none or it is linear."""
+    """Llama 3's scaling of the rotary frequencies, [head_dim / 2]; None for linear scaling and for none."""
     rope = config.rope_parameters
     kind, partial = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     if partial != 1.0:

@@ -1,13 +1,14 @@
 """A model directory's tokenizer in llama.cpp's terms.
 
-llama.cpp does not read the splitting rules of a tokenizer.json: it has its own implementations, picked by name. The
-names here are those of its src/llama-vocab.cpp, found from the rules themselves, and rules that it does not
-implement are refused, as a model that reads other tokens than it was trained on fails silently.
+llama.cpp does not read the splitting rules of a tokenizer.json: it has its own implementations, selected by name. Here
+the names of its src/llama-vocab.cpp are found from the rules. Rules that it does not implement are refused, because a
+model that reads other tokens than it was trained on fails silently.
 """
 
 import json
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,8 +23,8 @@ _TEKKEN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2_WORDS = "ByteLevel"
-# The steps of a byte-level tokenizer's pre_tokenizer, whether it takes a whole word's token before any merge
-# (ignore_merges), and llama.cpp's name for the two.
+# llama.cpp's name by the steps of a byte-level tokenizer's pre_tokenizer and by ignore_merges: whether a word that is a
+# token stays whole.
 _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2_WORDS,), False): "gpt-2",
     (("Digits", _GPT2_WORDS), False): "smollm",
@@ -35,38 +36,8 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 _SPACE = "▁"  # U+2581, SentencePiece's space
 
 
-class Vocabulary(NamedTuple):
-    """What a GGUF file says of a tokenizer.
-
-    Attributes:
-        model: "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE).
-        pre: llama.cpp's name of the pre-tokenizer.
-        tokens: by id.
-        types: as many; gguf.TokenType.
-        merges: of byte-level BPE, best first, "left right".
-        scores: of SentencePiece, one a token; the pair whose token scores highest is merged first.
-        special_ids: of bos, eos, pad and unk, those that there are.
-        add_bos: texts are preceded by bos when they are tokenized.
-        add_eos: texts are followed by eos.
-        add_space_prefix: texts are preceded by a space (SentencePiece).
-        chat_template: Jinja, one or several by name.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    scores: list[float]
-    special_ids: dict[str, int]
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
-    chat_template: str | dict[str, str] | None
-
-
-def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
-    """Read the tokenizer as transformers builds it from the directory.
+def add_tokenizer(writer: GGUFWriter, directory: Path, vocab_size: int) -> None:
+    """Add the tokenizer, as transformers builds it from the directory, to a GGUF file's keys.
 
     Known differences that remain: llama.cpp does not normalise to NFC (Qwen2 does), and where a SentencePiece tokenizer
     adds its leading space only to texts that have none, llama.cpp adds it always.
@@ -84,48 +55,27 @@ def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
         raise ValueError(f"{directory}: no tokenizer to export ({error}); GGUF holds one with the model") from error
     if len(tokenizer) > vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the embedding {vocab_size} rows")
-    kind = content["model"]["type"]
-    if kind != "BPE":
-        raise ValueError(f"{directory}: a tokenizer of type {kind} cannot be exported to GGUF; BPE can")
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"{directory}: a tokenizer of type {model['type']} cannot be exported to GGUF; BPE can")
     add_bos, add_eos = _added_around(directory, tokenizer)
-    sentencepiece = content["model"]["byte_fallback"]
+    sentencepiece = model["byte_fallback"]
     tokens, types = _tokens(tokenizer, vocab_size, sentencepiece)
-    merges = content["model"]["merges"]
-    return Vocabulary(
-        model="llama" if sentencepiece else "gpt2",
-        pre="default" if sentencepiece else _pre_tokenizer(directory, content),
-        tokens=tokens,
-        types=types,
-        merges=[] if sentencepiece else [" ".join(pair) for pair in merges],
-        scores=_scores(tokens, merges) if sentencepiece else [],
-        special_ids={
-            name: number
-            for name in ("bos", "eos", "pad", "unk")
-            if (number := getattr(tokenizer, f"{name}_token_id")) is not None
-        },
-        add_bos=add_bos,
-        add_eos=add_eos,
-        add_space_prefix=sentencepiece and _adds_space_prefix(directory, content),
-        chat_template=tokenizer.chat_template,
-    )
-
-
-def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Add the tokenizer's keys to a GGUF file's."""
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
-    if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
-    for name, number in vocabulary.special_ids.items():
-        getattr(writer, f"add_{name}_token_id")(number)
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(vocabulary.add_eos)
-    writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    template = vocabulary.chat_template
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentencepiece else _pre_tokenizer(directory, content))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if sentencepiece:
+        writer.add_token_scores(_scores(tokens, model["merges"]))
+    elif model["merges"]:
+        writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    for name in ("bos", "eos", "pad", "unk"):
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(add_bos)
+    writer.add_add_eos_token(add_eos)
+    writer.add_add_space_prefix(sentencepiece and _adds_space_prefix(directory, content))
+    template = tokenizer.chat_template
     if isinstance(template, dict):
         writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
     elif template:
@@ -148,11 +98,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, sentencepiece: 
 
 
 def _pre_tokenizer(directory: Path, content: dict[str, Any]) -> str:
-    """llama.cpp's name for what a byte-level tokenizer does before its merges."""
+    """llama.cpp's name of a byte-level tokenizer's splitting rules."""
     normalizer, pre_tokenizer = content["normalizer"], content["pre_tokenizer"]
     if normalizer not in (None, {"type": "NFC"}):
         raise ValueError(f"{directory}: llama.cpp has no tokenizer with the normalizer {json.dumps(normalizer)}")
-    steps = _steps(pre_tokenizer)
+    steps = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     # The mapping of bytes to characters comes last; where it also finds the words, it is a step like the others.
     last = steps[-1] if steps else None
     if last is not None and last["type"] == "ByteLevel" and not last["add_prefix_space"]:
@@ -167,14 +117,8 @@ def _pre_tokenizer(directory: Path, content: dict[str, Any]) -> str:
     )
 
 
-def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if pre_tokenizer is None:
-        return []
-    return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-
-
 def _describe(step: dict[str, Any]) -> str:
-    """A step by its regular expression or its type; by its whole content where that is no step of a known one."""
+    """A step's regular expression or type, or its whole content where no known tokenizer has such a step."""
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         return step["pattern"].get("Regex", "")
     if step["type"] == "ByteLevel" and step["use_regex"] and not step["add_prefix_space"]:
@@ -185,7 +129,7 @@ def _describe(step: dict[str, Any]) -> str:
 
 
 def _adds_space_prefix(directory: Path, content: dict[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before a text; its two forms are a normalizer and Metaspace."""
+    """Whether a SentencePiece tokenizer puts a space before a text, by a normalizer or by Metaspace."""
     normalizer, pre_tokenizer = content["normalizer"], content["pre_tokenizer"]
     if pre_tokenizer is None and normalizer is not None:
         parts = normalizer.get("normalizers", [normalizer])
@@ -204,19 +148,16 @@ def _adds_space_prefix(directory: Path, content: dict[str, Any]) -> bool:
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     """Scores for which llama.cpp merges in the order of the merges: minus the first rank that makes a token."""
-    rank: dict[str, int] = {}
-    for number, (left, right) in enumerate(merges):
-        rank.setdefault(left + right, number)
+    rank = {left + right: number for number, (left, right) in reversed(list(enumerate(merges)))}
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
 def _added_around(directory: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether the tokenizer puts bos before and eos after a text."""
     bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    for bos in (False, True):
-        for eos in (False, True):
-            if full == [tokenizer.bos_token_id] * bos + bare + [tokenizer.eos_token_id] * eos:
-                return bos, eos
+    for bos, eos in product((False, True), repeat=2):
+        if full == [tokenizer.bos_token_id] * bos + bare + [tokenizer.eos_token_id] * eos:
+            return bos, eos
     raise ValueError(
         f"{directory}: the tokenizer makes {full} of {bare}; llama.cpp adds nothing but a bos before and an eos after"
     )

@@ -1,4 +1,4 @@
-"""The last step of every export: proof, provenance and card into the directory."""
+"""The last step of every export: checks, provenance, model card and certificate."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +9,19 @@ from transformers import PreTrainedModel
 from tvaprune.checkpoint.cut import MODELING_FILE
 from tvaprune.export.card import PROVENANCE, Provenance, write_card
 from tvaprune.export.gguf import write_gguf
-from tvaprune.proof.certificate import CERTIFICATE, GGUF, REFERENCE, Check, Reference, read_certificate, seal
+from tvaprune.proof.certificate import (
+    CERTIFICATE,
+    GGUF,
+    REFERENCE,
+    Check,
+    Reference,
+    read_certificate,
+    write_certificate,
+)
 from tvaprune.proof.checks import fresh_checks
 from tvaprune.proof.parity import model_logits
 
-# Files that speak of the weights beside them, or hold them once more; whatever else has weights needs its own.
+# Files that describe the weights beside them, or hold a copy; they are not to be copied to other weights.
 OWN_FILES = (CERTIFICATE, REFERENCE, PROVENANCE, GGUF, "README.md")
 
 
@@ -34,21 +42,21 @@ def certify(
     checks = [*(checks or []), *fresh_checks(directory, reference, bound, trust_remote_code=own_code)]
     made.write(directory)
     write_card(directory, made, checks)
-    seal(directory, reference, checks, bound, trust_remote_code=own_code)
+    write_certificate(directory, reference, checks, bound, trust_remote_code=own_code)
     return checks
 
 
 def certify_retrained(
     directory: Path, model: PreTrainedModel, original: Path, used: dict[str, Any], nll: dict[str, float]
 ) -> list[Check]:
-    """Certify a model that differs from a certified one in the weights' values; with a GGUF file where that has one.
+    """Certify a model that was trained from a certified one; with a GGUF file where that has one.
 
     Args:
         directory: the model, saved.
-        model: what was saved, as it is in memory; consumed.
+        model: the same model in memory; converted to float32 in place.
         original: the directory that it was trained from.
         used: parameters of the training, by stage.
-        nll: nats a token that the training measured, nll_start, nll_best and nll_teacher, for the card.
+        nll: nats per token for the card: nll_start, nll_best and nll_teacher.
 
     Raises:
         ValueError, FileNotFoundError: the original is not as its certificate says.
@@ -67,4 +75,4 @@ def require(directory: Path, checks: list[Check]) -> None:
     """Raise ValueError where a check failed, naming it."""
     failed = [str(check) for check in checks if check.passed is False]
     if failed:
-        raise ValueError(f"{directory} is not the model that it should be, do not use it: {'; '.join(failed)}")
+        raise ValueError(f"{directory} failed its checks, do not use it: {'; '.join(failed)}")

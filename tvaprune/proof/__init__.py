@@ -1,1 +1,1 @@
-"""That the pruned model computes what the masked model computes: checks, and the certificate that records them."""
+"""Checks that the pruned model computes what the masked model computes, and the certificate that records them."""

@@ -1,15 +1,16 @@
 """The parity certificate: a model directory's proof that it computes what the masked model computes.
 
-`parity.json` says what was compared, on which prompts, with which versions, how large the differences were, and the
-SHA-256 of every other file. `parity.tensors` holds the prompts and the reference's logits at their last positions,
-so that whoever is given the directory can repeat the proof without the dense model: `python -m tvaprune.verify DIR`.
+`parity.json` holds what was compared, the prompts, the versions, the differences, and the SHA-256 of every other file.
+`parity.tensors` holds the prompts and the reference's logits at their last positions, so that anyone can repeat
+the proof without the dense model: `python -m tvaprune.verify DIR`.
 """
 
 import hashlib
 import json
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 import tvaprune
 from tvaprune.artifacts import write_json
 
-# The reference is in the format of safetensors, but not called so: loaders take *.safetensors for weights.
+# The reference is a safetensors file by another name, because loaders take *.safetensors for weights.
 CERTIFICATE, REFERENCE, GGUF = "parity.json", "parity.tensors", "model.gguf"
 SCHEMA = 1
 STORED_POSITIONS = 4  # a vocabulary of 128 thousand in float32 is half a megabyte a position
@@ -33,15 +34,15 @@ PROMPTS = {
 
 
 class DamagedDirectoryError(ValueError):
-    """A directory is not what its certificate says."""
+    """A directory is not as its certificate says."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a directory is held against.
+    """What a directory is compared with.
 
     Attributes:
-        name: what computed the logits.
+        name: the model that computed the logits.
         input_ids: int64 [prompts, tokens].
         logits: float32 [prompts, positions, vocab], at the prompts' last positions.
     """
@@ -59,7 +60,7 @@ class Check:
         name: in words.
         passed: the figures are within their bounds; None = not run.
         figures: what was measured; or `skipped`, why not.
-        bounds: of the figures that decide: differences are at most, agreements at least as large.
+        bounds: of the figures that decide: upper bounds of differences, lower bounds of agreements.
     """
 
     name: str
@@ -77,42 +78,35 @@ class Check:
 
 def prompt_ids(tokenizer: Any, tokens: int) -> Tensor:
     """PROMPTS, repeated and cut to at most `tokens` tokens each: int64 [prompts, tokens]."""
-    rows = [tokenizer(text * 8, add_special_tokens=False)["input_ids"][:tokens] for text in PROMPTS.values()]
-    shortest = min(map(len, rows))
+    rows = [tokenizer(text * 8, add_special_tokens=False)["input_ids"] for text in PROMPTS.values()]
+    shortest = min(tokens, *map(len, rows))
     return torch.tensor([row[:shortest] for row in rows])
 
 
-def seal(directory: Path, reference: Reference, checks: list[Check], bound: float, *, trust_remote_code: bool) -> None:
-    """Write parity.tensors and, last of all files, parity.json."""
+def write_certificate(
+    directory: Path, reference: Reference, checks: list[Check], bound: float, *, trust_remote_code: bool
+) -> None:
+    """Write parity.tensors, then parity.json, which must be the last file that is written."""
     stored = {"input_ids": reference.input_ids, "logits": reference.logits[:, -STORED_POSITIONS:].contiguous()}
     save_file(stored, directory / REFERENCE)
-    write_json(
-        directory / CERTIFICATE,
-        {
-            "schema": SCHEMA,
-            "reference": reference.name,
-            "trust_remote_code": trust_remote_code,
-            "bound": bound,
-            "prompts": dict.fromkeys(PROMPTS, reference.input_ids.shape[1]),
-            "versions": _versions(),
-            "checks": {
-                check.name: {"passed": check.passed, "figures": check.figures, "bounds": check.bounds}
-                for check in checks
-            },
-            "files": hashes(directory),
+    content = {
+        "schema": SCHEMA,
+        "reference": reference.name,
+        "trust_remote_code": trust_remote_code,
+        "bound": bound,
+        "prompts": dict.fromkeys(PROMPTS, reference.input_ids.shape[1]),
+        "versions": _versions(),
+        "checks": {
+            each.name: {"passed": each.passed, "figures": each.figures, "bounds": each.bounds} for each in checks
         },
-    )
+        "files": hashes(directory),
+    }
+    write_json(directory / CERTIFICATE, content)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What verification needs of a parity.json.
-
-    Attributes:
-        bound: of the absolute logit difference.
-        trust_remote_code: the directory's own modeling file computes it.
-        reference: with the logits that are stored.
-    """
+    """What verification needs of a certificate; `bound` is of the absolute logit difference."""
 
     bound: float
     trust_remote_code: bool
@@ -120,11 +114,11 @@ class Certificate:
 
 
 def read_certificate(directory: Path) -> Certificate:
-    """The certificate of a directory, files checked against their hashes.
+    """Read the certificate, and check all files of the directory against it.
 
     Raises:
         FileNotFoundError: there is no certificate.
-        DamagedDirectoryError: names the first file that is absent, changed, or not the certificate's.
+        DamagedDirectoryError: names the first file that is absent, changed, or not in the certificate.
     """
     path = directory / CERTIFICATE
     if not path.is_file():
@@ -139,12 +133,13 @@ def read_certificate(directory: Path) -> Certificate:
         raise DamagedDirectoryError(f"{path}: damaged certificate ({error}); get the directory again") from error
     found = hashes(directory)
     for file in sorted(expected.keys() | found.keys()):
-        if file not in found:
-            raise DamagedDirectoryError(f"{directory / file}: absent, but the certificate names it")
-        if file not in expected:
-            raise DamagedDirectoryError(f"{directory / file}: not in the certificate; remove it, or do not trust it")
-        if found[file] != expected[file]:
-            raise DamagedDirectoryError(f"{directory / file}: changed since the certificate was written (SHA-256)")
+        if found.get(file) != expected.get(file):
+            what = "changed since the certificate was written (SHA-256)"
+            if file not in found:
+                what = "absent, but the certificate names it"
+            elif file not in expected:
+                what = "not in the certificate; remove it, or do not trust it"
+            raise DamagedDirectoryError(f"{directory / file}: {what}")
     try:
         stored = load_file(directory / REFERENCE)
         return Certificate(bound, trust, Reference(name, stored["input_ids"], stored["logits"]))
@@ -153,7 +148,7 @@ def read_certificate(directory: Path) -> Certificate:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """SHA-256 by name of all files but the certificate, caches and hidden ones."""
+    """SHA-256 by file name, without the certificate itself, caches and hidden files."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -164,10 +159,6 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "tvaprune": tvaprune.__version__}
-    for package in ("torch", "transformers", "xllamacpp"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    packages = [package for package in ("torch", "transformers", "xllamacpp") if find_spec(package)]
+    own = {"python": platform.python_version(), "tvaprune": tvaprune.__version__}
+    return own | {package: version(package) for package in packages}

@@ -1,10 +1,8 @@
-"""Run a GGUF file in llama.cpp, on CPU: what the exported file computes, not what it should.
+"""Run a GGUF file in llama.cpp, on a CPU.
 
-llama.cpp comes prebuilt in the package xllamacpp, which is not needed for anything else and imported here alone.
+llama.cpp comes prebuilt in the package xllamacpp, which is optional and imported here alone.
 """
 
-import json
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,66 +23,45 @@ class GreedyStep(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """One request, by llama.cpp's own clock.
-
-    Attributes:
-        prefill_ms: reading the prompt.
-        decode_ms: a generated token, mean.
-    """
+    """Times of one request by llama.cpp's own clock: reading the prompt, and the mean of a generated token."""
 
     prefill_ms: float
     decode_ms: float
 
 
-def greedy_tokens(file: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Generate greedily, on beyond end-of-text tokens.
+def greedy_steps(file: Path, prompts: list[list[int]], tokens: int, top: int = 1) -> list[list[GreedyStep]]:
+    """Generate greedily, and do not stop at end-of-text tokens; in float32, whatever the weights are stored in.
 
     Args:
         file: GGUF.
         prompts: token ids; nothing is put before them.
-        tokens: how many to generate for each.
-
-    Returns:
-        The generated token ids of each prompt.
+        tokens: how many to generate for each prompt.
+        top: how many of the likeliest tokens to give probabilities of. With all of the vocabulary they are the
+            logits but for one constant a step.
 
     Raises:
         ModuleNotFoundError: xllamacpp is not installed.
         ValueError: llama.cpp does not load the file.
     """
-    return [[step.token for step in steps] for steps in greedy_steps(file, prompts, tokens)]
-
-
-def greedy_steps(file: Path, prompts: list[list[int]], tokens: int, top: int = 1) -> list[list[GreedyStep]]:
-    """As `greedy_tokens`, with the probabilities of the `top` likeliest tokens at each step.
-
-    With `top` the size of the vocabulary, these are all logits but for one constant a step.
-    """
-    server = _server(file, context=max(len(prompt) for prompt in prompts) + tokens)
+    server = start_server(file, context=max(len(prompt) for prompt in prompts) + tokens)
     return [_generate(server, prompt, tokens, top) for prompt in prompts]
 
 
-def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
-    """Token ids by the file's own tokenizer, with the special tokens that it adds and those named in the text."""
-    server = _server(file, context=32)
-    return [_tokenize(server, text) for text in texts]
-
-
 def timed(file: Path, prompt: list[int], tokens: int) -> Callable[[], Timing]:
-    """Load the model as llama.cpp serves it by default, with its own choice of attention and cache, on torch's threads.
+    """Load the model with llama.cpp's default attention and cache, on as many threads as torch uses.
 
     Args:
         file: GGUF.
         prompt: token ids, read anew by every call.
-        tokens: to generate after it, on beyond end-of-text.
+        tokens: to generate after it, past end-of-text tokens too.
 
     Returns:
         Makes the request and returns its times.
 
     Raises:
-        ModuleNotFoundError: xllamacpp is not installed.
-        ValueError: llama.cpp does not load the file.
+        ModuleNotFoundError, ValueError: as `greedy_steps`.
     """
-    server = _server(file, context=len(prompt) + tokens, exact=False)
+    server = start_server(file, context=len(prompt) + tokens, exact=False)
     request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
 
     def measure() -> Timing:
@@ -94,8 +71,8 @@ def timed(file: Path, prompt: list[int], tokens: int) -> Callable[[], Timing]:
     return measure
 
 
-def _server(file: Path, context: int, exact: bool = True) -> Any:
-    """llama.cpp with the model loaded; exact computes and caches in float32, whatever the weights are stored in."""
+def start_server(file: Path, context: int, exact: bool = True) -> Any:
+    """llama.cpp's server with the model loaded; `exact` computes attention and caches in float32."""
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
@@ -130,11 +107,3 @@ def _generate(server: Any, prompt: list[int], tokens: int, top: int) -> list[Gre
         steps.append(GreedyStep(best["id"], {one["id"]: one["logprob"] for one in best["top_logprobs"]}))
         ids.append(best["id"])
     return steps
-
-
-def _tokenize(server: Any, text: str) -> list[int]:
-    content = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-    address = f"{server.listening_address}/tokenize"
-    request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)["tokens"]

@@ -1,14 +1,14 @@
-"""What a stranger's process computes from a model directory: run as a script, it knows transformers and nothing else.
+"""Compute logits and generations from a model directory with transformers alone; run as a script.
 
     python -P reload_script.py DIRECTORY PROMPTS RESULTS TOKENS TRUST
 
-DIRECTORY is a model directory; PROMPTS a safetensors file with input_ids, int64 [prompts, tokens], and beginnings,
-int64 [prompts, fewer]; RESULTS the safetensors file to write; TOKENS how many to generate greedily after beginnings;
-TRUST 1 where the directory brings its own modeling file, else 0.
+DIRECTORY is a model directory. PROMPTS is a safetensors file with input_ids, int64 [prompts, tokens], and beginnings,
+int64 [prompts, fewer]. TOKENS is how many to generate greedily after the beginnings. TRUST is 1 where the directory
+brings its own modeling file, else 0.
 
-Everything is in float32. RESULTS holds `logits` [prompts, tokens, vocab], `tokens` and `tokens_uncached`
-int64 [prompts, TOKENS], generated with and without cache, and their logits, `step_logits` and `step_logits_uncached`
-[prompts, TOKENS, vocab].
+RESULTS is the safetensors file to write: logits, float32 [prompts, tokens, vocab]; tokens and tokens_uncached, int64
+[prompts, TOKENS], generated with and without a cache; and the logits that chose them, step_logits and
+step_logits_uncached, float32 [prompts, TOKENS, vocab].
 """
 
 import sys

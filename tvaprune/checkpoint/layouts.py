@@ -178,7 +178,7 @@ def _stock_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projectio
         )
     if projection_bias and config.model_type != "llama":
         raise ValueError(
-            f"a {config.model_type} config does not support FLAP's biases: set learn_masks.baseline.flap_bias to "
+            f"a {config.model_type} config does not support FLAP's biases: set learn_masks.flap.bias to "
             "false, or use the layout uneven"
         )
     return {

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from tvaprune.export.gguf import write_gguf
 from tvaprune.export.seal import certify, require
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.projection import project
+from tvaprune.options.masks import METHOD_OPTIONS
 from tvaprune.params.compact import CompactParams
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
@@ -321,23 +323,15 @@ def test_a_base_without_a_record_has_a_card_too(tmp_path: Path) -> None:
 
 
 def test_what_had_no_influence_is_not_what_it_was_made_with() -> None:
-    masks = LearnMasksParams.load(PARAMS).model_copy(update={"method": "tva"})
-    without = {"lambda_lr", "init_log_var"}
-    for log_var, unused in {"trained": without, "tracked": without | {"log_var_lr", "slope"}}.items():
-        update = {"constraint": "budget", "init": "curvature", "log_var": log_var}
-        gates = masks.gates.model_copy(update=update)
-        used = masks.model_copy(update={"gates": gates}).used()["learn_masks"]
-        assert used.keys() == {"sparsity", "seed", "method", "axes", "gates"}
-        assert set(type(gates).model_fields) - used["gates"].keys() == unused
-    for method, options in {
-        "random": set(),
-        "wanda_sp": {"windows"},
-        "flap": {"windows", "flap_allocation", "flap_bias"},
-        "llm_pruner": {"windows", "protect_first", "protect_last"},
-    }.items():
+    masks = LearnMasksParams.load(PARAMS)
+    for method, kind in METHOD_OPTIONS.items():
         used = masks.model_copy(update={"method": method}).used()["learn_masks"]
-        assert "gates" not in used
-        assert used["baseline"].keys() == options
+        assert used.keys() == {"sparsity", "seed", "method", "axes", method}
+        assert used[method].keys() == {field.name for field in fields(kind)}
+    deterministic = masks.model_copy(update={"tva": replace(masks.tva, ablation="deterministic")}).used()["learn_masks"]
+    assert {field.name for field in fields(masks.tva)} - deterministic["tva"].keys() == {
+        "curvature_windows", "curvature_tokens"
+    }  # fmt: skip
     assert CompactParams.load(PARAMS).used()["compact"].keys() == {"layout", "gguf"}
     tuned = FinetuneLoraParams.load(PARAMS).model_copy(update={"teacher": "none"}).used()["finetune_lora"]
     assert not tuned.keys() & {"enabled", "save_every", "distillation_weight"}

@@ -62,6 +62,8 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
     """
     if request.method not in METHOD_OPTIONS:
         raise ValueError(f"learn_masks.method = {request.method!r}: use one of {', '.join(METHOD_OPTIONS)}")
+    if not 0 <= request.sparsity < 1:
+        raise ValueError(f"sparsity = {request.sparsity}: must be at least 0 and below 1")
     if not request.trains_gates:
         check_baseline(request.method, request.axes, request.sparsity)
     alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in request.axes else torch.inf) for axis in AXES}

@@ -77,14 +77,34 @@ def _wait_for_the_queue(workspace: Workspace) -> None:
     pytest.fail("the queue did not end")
 
 
-def test_the_pruned_model_is_used_as_the_readme_shows(finished: Workspace, tmp_path: Path) -> None:
-    (snippet,) = blocks("python")
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+def run_python(snippet: str, root: Path, home: Path) -> str:
+    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", snippet], cwd=finished.root, env=environment, capture_output=True, text=True
+        [sys.executable, "-P", "-c", snippet], cwd=root, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    return done.stdout
+
+
+def test_the_pruned_model_is_used_as_the_readme_shows(finished: Workspace, tmp_path: Path) -> None:
+    three_lines, _ = blocks("python")
+    assert run_python(three_lines, finished.root, tmp_path).strip()
+
+
+def test_a_model_is_pruned_in_python_as_the_readme_shows(finished: Workspace, tmp_path: Path) -> None:
+    """In a folder of the user's own, with the tiny model, few windows and few steps."""
+    _, snippet = blocks("python")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "model").symlink_to(finished.root / "data" / "model")
+    (tmp_path / "texts.txt").write_text(
+        "\n\n".join("The river runs past the mill and on to the sea. " * 40 for _ in range(40))
+    )
+    assert "sparsity=0.2" in snippet
+    options = "options=TvaOptions(steps=2, curvature_windows=2)"
+    snippet = snippet.replace("sparsity=0.2", f"sparsity=0.2, windows=4, {options}")
+    path = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from tvaprune.options.gates import TvaOptions\n"
+    run_python(f"{path}{snippet}\nprint(small.num_parameters())", tmp_path, tmp_path)
+    assert (tmp_path / "pruned" / "config.json").is_file()
 
 
 def test_the_papers_preset_is_valid() -> None:

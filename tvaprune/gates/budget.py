@@ -94,9 +94,9 @@ class Step(NamedTuple):
         progress: share of the steps done with this one, 0 to 1.
     """
 
-    keep: dict[Axis, Bool[Tensor, "*units"]]
+    keep: dict[Axis, Bool[Tensor, "..."]]
     threshold: float
-    mask_gradient: dict[Axis, Float[Tensor, "*units"]]
+    mask_gradient: dict[Axis, Float[Tensor, "..."]]
     learning_rate_factor: float
     clip_factor: float
     progress: float

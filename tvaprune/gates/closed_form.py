@@ -13,6 +13,7 @@ docs/lab-log.md).
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import dense_unit_costs
@@ -24,7 +25,9 @@ from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.masks.masks import EPSILON
 
 
-def importance(topology: Topology, mean: dict[Axis, Tensor], curvature: dict[Axis, Tensor]) -> dict[Axis, Tensor]:
+def importance(
+    topology: Topology, mean: dict[Axis, Float[Tensor, "..."]], curvature: dict[Axis, Float[Tensor, "..."]]
+) -> dict[Axis, Float[Tensor, "..."]]:
     """log(mean²·H / parameters), natural logarithm, with a unit's parameters in the dense model.
 
     Args:

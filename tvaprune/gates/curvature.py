@@ -15,7 +15,7 @@ from tvaprune.losses import cross_entropy
 
 def gate_curvature(
     gated: GatedModel, windows: Tensor, block_tokens: int, seed: int, progress: bool = True, world: World = ALONE
-) -> dict[Axis, Float[Tensor, "*units"]]:
+) -> dict[Axis, Float[Tensor, "..."]]:
     """The diagonal Fisher information of every gate at 1, mean over windows.
 
     F = E[(d log p(y) / d z)²] with y sampled from the model itself. Gradients are summed over a block of tokens before
@@ -66,13 +66,13 @@ class RunningCurvature:
         windows: how many.
     """
 
-    def __init__(self, start: dict[Axis, Float[Tensor, "*units"]], windows: int) -> None:
+    def __init__(self, start: dict[Axis, Float[Tensor, "..."]], windows: int) -> None:
         self._start, self._windows = start, float(windows)
         self._drawn = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
         self._draws = {axis: torch.zeros_like(mean) for axis, mean in start.items()}
 
     def add(
-        self, squares: dict[Axis, Float[Tensor, "*units"]], keep: dict[Axis, Bool[Tensor, "*units"]], windows: int
+        self, squares: dict[Axis, Float[Tensor, "..."]], keep: dict[Axis, Bool[Tensor, "..."]], windows: int
     ) -> None:
         """A step's `SquaredGradients.sums`, of the mean loss over `windows` windows."""
         for axis in AXES:
@@ -80,7 +80,7 @@ class RunningCurvature:
             self._drawn[axis] += windows**2 * squares[axis] * kept
             self._draws[axis] += windows * kept
 
-    def mean(self) -> dict[Axis, Float[Tensor, "*units"]]:
+    def mean(self) -> dict[Axis, Float[Tensor, "..."]]:
         """Over the start's windows and, for units that were kept, the training's."""
         means = {}
         for axis, start in self._start.items():

@@ -103,9 +103,9 @@ class GatedModel:
 
     def set(
         self,
-        gates: dict[Axis, Float[Tensor, "*units"]],
+        gates: dict[Axis, Float[Tensor, "..."]],
         kept_hidden: int,
-        channel_means: dict[Site, Float[Tensor, "layers channels"]] | None = None,
+        channel_means: dict[Site, Float[Tensor, "..."]] | None = None,
         squares: SquaredGradients | None = None,
         sample: Sample | None = None,
     ) -> None:
@@ -204,7 +204,7 @@ class GatedModel:
 
 
 def hard_gates(
-    keep: dict[Axis, Bool[Tensor, "*units"]], mean: dict[Axis, Float[Tensor, "*units"]] | None = None
-) -> dict[Axis, Float[Tensor, "*units"]]:
+    keep: dict[Axis, Bool[Tensor, "..."]], mean: dict[Axis, Float[Tensor, "..."]] | None = None
+) -> dict[Axis, Float[Tensor, "..."]]:
     """Evaluation gates z = mean · keep; the mean is 1 where none is given."""
     return {axis: keep[axis].float() * (1 if mean is None else mean[axis]) for axis in AXES}

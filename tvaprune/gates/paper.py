@@ -36,7 +36,7 @@ def linear_ramp(progress: float, target: float, ramp: float) -> float:
     return target * min(progress / ramp, 1.0) if ramp > 0 else target
 
 
-def expected_sparsity(topology: Topology, keep_probability: dict[Axis, Float[Tensor, "*units"]]) -> Float[Tensor, ""]:
+def expected_sparsity(topology: Topology, keep_probability: dict[Axis, Float[Tensor, "..."]]) -> Float[Tensor, ""]:
     """The sparsity of the decoder layers under soft keep probabilities, with gradients."""
     counts = (keep_probability[axis].sum(-1) for axis in AXES)
     return 1 - decoder_parameters(topology, *counts) / dense_decoder_parameters(topology)

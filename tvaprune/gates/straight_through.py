@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import unit_costs
@@ -21,10 +21,10 @@ INITIAL_LOG_VAR = -9.0
 
 def tangent_to_budget(
     topology: Topology,
-    keep: dict[Axis, Tensor],
-    surrogate: dict[Axis, Tensor],
-    mask_gradient: dict[Axis, Float[Tensor, "*units"]],
-) -> dict[Axis, Float[Tensor, "*units"]]:
+    keep: dict[Axis, Bool[Tensor, "..."]],
+    surrogate: dict[Axis, Float[Tensor, "..."]],
+    mask_gradient: dict[Axis, Float[Tensor, "..."]],
+) -> dict[Axis, Float[Tensor, "..."]]:
     """The gradient on the scores, projected onto the tangent of the budget.
 
     With g the gradient on the masks and c the parameters that each unit owns, both times the surrogate derivative, the

@@ -31,8 +31,8 @@ class Masks:
         score: float32 of the same shapes; higher = keep. log_alpha for gates, a shifted score for the baselines.
     """
 
-    keep: dict[Axis, Bool[Tensor, "*units"]]
-    score: dict[Axis, Float[Tensor, "*units"]]
+    keep: dict[Axis, Bool[Tensor, "..."]]
+    score: dict[Axis, Float[Tensor, "..."]]
 
     @classmethod
     def dense(cls, topology: Topology) -> "Masks":
@@ -40,7 +40,7 @@ class Masks:
         ones = {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}
         return cls({axis: one.bool() for axis, one in ones.items()}, ones)
 
-    def widths(self) -> dict[Axis, Int[Tensor, "*layers"]]:
+    def widths(self) -> dict[Axis, Int[Tensor, "..."]]:
         """Kept units: int64 [] for hidden, [layers] for the others."""
         return {axis: keep.sum(-1) for axis, keep in self.keep.items()}
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import (
@@ -20,7 +21,7 @@ class UnreachableSparsityError(ValueError):
     """No mask on the axes in play has so few parameters."""
 
 
-def keep_above(scores: dict[Axis, Tensor], threshold: float) -> dict[Axis, Tensor]:
+def keep_above(scores: dict[Axis, Float[Tensor, "..."]], threshold: float) -> dict[Axis, Bool[Tensor, "..."]]:
     """Keep units strictly above the threshold, and the best residual dimension."""
     keep = {axis: score > threshold for axis, score in scores.items()}
     if not keep["hidden"].any():
@@ -28,8 +29,8 @@ def keep_above(scores: dict[Axis, Tensor], threshold: float) -> dict[Axis, Tenso
     return keep
 
 
-def keep_best(scores: Tensor, count: int) -> Tensor:
-    """The `count` best units of one vector, ties to the lower index: float [units] to bool [units]."""
+def keep_best(scores: Float[Tensor, " units"], count: int) -> Bool[Tensor, " units"]:
+    """The `count` best units of one vector, ties to the lower index."""
     order = torch.sort(scores, descending=True, stable=True).indices
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[order[:count]] = True
@@ -53,7 +54,7 @@ def keep_widths(masks: Masks, hidden: int, intermediate: Sequence[int], kv_heads
 
 def solve_threshold(
     topology: Topology,
-    scores: dict[Axis, Tensor],
+    scores: dict[Axis, Float[Tensor, "..."]],
     target_sparsity: float,
 ) -> float:
     """The lowest threshold whose kept parameters are within the budget, by bisection.
@@ -135,7 +136,7 @@ def project(
 
 
 def _fill(
-    topology: Topology, scores: dict[Axis, Tensor], keep: dict[Axis, Tensor], budget: float
+    topology: Topology, scores: dict[Axis, Float[Tensor, "..."]], keep: dict[Axis, Bool[Tensor, "..."]], budget: float
 ) -> dict[Axis, Tensor]:
     """Bring back dropped units, best first, until the budget has no room for the cheapest of them."""
     keep = {axis: mask.clone() for axis, mask in keep.items()}

@@ -25,9 +25,9 @@ class WeightUpdate:
         channel_scale: per gate site, multiplied with the unit's own scale; empty where a method learns none.
     """
 
-    scale: dict[Axis, Float[Tensor, "*units"]]
+    scale: dict[Axis, Float[Tensor, "..."]]
     bias: dict[str, Float[Tensor, " hidden"]] = field(default_factory=dict)
-    channel_scale: dict[Site, Float[Tensor, "layers channels"]] = field(default_factory=dict)
+    channel_scale: dict[Site, Float[Tensor, "..."]] = field(default_factory=dict)
 
     @classmethod
     def none(cls, topology: Topology, bias: dict[str, Tensor] | None = None) -> "WeightUpdate":

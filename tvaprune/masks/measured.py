@@ -93,7 +93,8 @@ def widths_within_parameters(
 
     The first step finds the least loss within the parameters. The second step finds the lowest predicted latency among
     widths that lose at most (1 + slack) times as much, with the same heads and at least SAME_PARAMETERS of the
-    parameters. Every rounding of the masks to the table's widths that meets the budget is a candidate in both.
+    parameters. Every rounding of the masks to the table's widths is a candidate if it meets the budget and keeps the
+    axes and blocks that the masks keep whole.
 
     The heads stay because they are slow and have little importance next to MLP units: the second step would drop heads
     first, which costs perplexity (docs/lab-log.md). A padded model computes its widest layer in every layer, so it
@@ -267,6 +268,6 @@ def _as_the_masks(topology: Topology, masks: Masks, program: _Program) -> np.nda
         other_axis, keep = group // groups != index, masks.keep[axis]
         if keep.all():
             allowed &= other_axis | (width == topology.width(axis))
-        present = keep.any(-1).numpy() if groups > 1 else np.array([True])
+        present = keep.any(-1).numpy() if len(keep) == groups else np.array([True])
         allowed &= other_axis | (width > 0) | ~present[group % groups]
     return allowed

@@ -56,8 +56,8 @@ def greedy_tokens(file: Path, prompts: list[list[int]], tokens: int) -> list[lis
 
 def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
     """Token ids by the file's own tokenizer, with the special tokens that it adds and those named in the text."""
-    address = f"{start_server(file, context=32).listening_address}/tokenize"
-    ids = []
+    server, ids = start_server(file, context=32), []  # it listens while there is a reference to it
+    address = f"{server.listening_address}/tokenize"
     for text in texts:
         content = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
         request = urllib.request.Request(address, content, {"Content-Type": "application/json"})

@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal
 import gguf
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -137,7 +137,7 @@ def _blocks(plan: GgufPlan, checkpoint: Checkpoint, name: str) -> Iterator[Tenso
         yield from (block for _, block in checkpoint.blocks(name))
 
 
-def interleave(rows: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
+def interleave(rows: Shaped[Tensor, "*shape"], head_dim: int) -> Shaped[Tensor, "*shape"]:
     """Reorder q's or k's rows (heads * head_dim) from transformers' order to llama.cpp's.
 
     Row i of a head's first half is followed by row i of its second half.

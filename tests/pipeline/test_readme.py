@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.workspace import REPOSITORY, Workspace
-from tests.tiny_models import random_masks, write_published
+from tests.tiny_models import random_masks, random_update, write_published
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
 
@@ -55,8 +55,9 @@ def test_every_command_runs(workspace: Workspace, tmp_path: Path) -> None:
         arguments = [part.strip("'") for part in line.split()[1:]]
         arguments = [part.replace("s3://bucket/tvaprune", str(tmp_path / "remote")) for part in arguments]
         if program == "python":
-            masks = random_masks(Topology.of(load_config(workspace.root / "data/model")), seed=0)
-            write_published(workspace.root / "tvaprune-mistral-mask.pkl", masks)
+            topology = Topology.of(load_config(workspace.root / "data/model"))
+            masks, update = random_masks(topology, seed=0), random_update(topology, seed=0)
+            write_published(workspace.root / "tvaprune-mistral-mask.pkl", masks, update)
             subprocess.run([sys.executable, *arguments], cwd=workspace.root, check=True)
             continue
         workspace.dvc(*arguments)

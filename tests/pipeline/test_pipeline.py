@@ -22,7 +22,7 @@ KEYS = {
     "leaks": ["ngram", "largest_overlap", "finetuning.in_domain"],
     "masks": [
         "target_sparsity", "sparsity_decoder", "sparsity_model", "params_dense", "params_kept", "steps", "seconds",
-        "step_seconds", "bare_step_seconds", "hidden_kept",
+        "hidden_kept", "peak_memory_bytes",
     ],
     "adapt": ["sparsity_before", "sparsity_decoder", "hidden_before", "hidden_after"],
     "compact": [
@@ -44,7 +44,7 @@ KEYS = {
         *(f"{model}.mean_acc" for model in MODELS),
     ],
 }  # fmt: skip
-POSITIVE = ("masks.step_seconds", "masks.bare_step_seconds", "speed.prefill.speedup", "speed.decode.speedup")
+POSITIVE = ("masks.seconds", "masks.peak_memory_bytes", "speed.prefill.speedup", "speed.decode.speedup")
 
 
 def numbers(content: Any, name: str) -> Iterator[tuple[str, Any]]:

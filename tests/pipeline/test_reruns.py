@@ -8,7 +8,7 @@ import pytest
 from tests.pipeline.workspace import Workspace, stages_run
 
 MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot"}
-FROM_ADAPT = {"check_model", "adapt_dimensions", "update_weights", "compact", "finetune_lora", *MEASURES}
+FROM_ADAPT = {"check_model", "adapt_dimensions", "compact", "finetune_lora", *MEASURES}
 slow = pytest.mark.slow
 
 
@@ -16,9 +16,10 @@ slow = pytest.mark.slow
     ("key", "value", "expected"),
     [
         ("eval_zeroshot.limit", 2, {"eval_zeroshot"}),
+        ("learn_masks.flap.windows", 32, {"check_model"}),  # another method's option
         pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=slow),
         pytest.param("adapt_dimensions.multiple", 8, {"profile_hardware", *FROM_ADAPT}, marks=slow),
-        pytest.param("sparsity", 0.4, {"learn_masks", *FROM_ADAPT}, marks=slow),
+        pytest.param("sparsity", 0.4, {"learn_masks", "update_weights", *FROM_ADAPT}, marks=slow),
     ],
 )
 def test_a_change_reruns_exactly_what_it_must(workspace: Workspace, key: str, value: Any, expected: set[str]) -> None:

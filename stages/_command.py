@@ -22,7 +22,7 @@ def application(main: Callable[..., None]) -> typer.Typer:
     Help is plain text, because rich takes square brackets, such as those of shapes, for markup.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(help=f"{sys.modules[main.__module__].__doc__}\n\n{getdoc(main)}")(main)
+    app.command(help=f"{sys.modules[main.__module__].__doc__}\n\n{getdoc(main) or ''}")(main)
     return app
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from typer import Argument, Option, echo
 
+from stages._command import command
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.checkpoint.layouts import dense_tensors, plan
@@ -35,6 +36,10 @@ from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.memory import finetuning_memory
 
 PUBLISHED = Path("configs/models")
+ConfigFile = Annotated[Path, Argument(help="Parameters: params.yaml or a file of configs/.")]
+PublishedModel = Annotated[
+    Path | None, Option(help="Directory with the model's config.json; the default is that of configs/models.")
+]
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,12 @@ def sizes(params_file: Path, model: Path) -> Sizes:
     # With `measured` the hardware decides; its widths are multiples of these steps.
     multiples = adapting.multiples() or (timed.hidden_step, timed.intermediate_step)
     masks = adapt(topology, masks, learn.sparsity, adapting.rounding, *multiples, adapting.layout)
-    planned = plan(config, dense_tensors(config), masks, WeightUpdate.none(topology), adapting.layout)
+    dense = dense_tensors(config)
+    planned = plan(config, dense, masks, WeightUpdate.none(topology), adapting.layout)
     content = dict(planned.config)
     student = AutoConfig.for_model(content.pop("model_type"), **content)
-    return Sizes(config, student, masks, parameters(config), parameters(student), sparsity(topology, masks.widths()))
+    before, after = (sum(tensor.numel for tensor in tensors.values()) for tensors in (dense, planned.tensors))
+    return Sizes(config, student, masks, before, after, sparsity(topology, masks.widths()))
 
 
 def memory(
@@ -108,22 +115,14 @@ def memory(
     windows = SampleCalibrationParams.load(params_file)
     learn, recover = LearnMasksParams.load(params_file), FinetuneLoraParams.load(params_file)
     request = learn.request()
-    found_bytes = {}
+    needed, on = {}, (dtype, device_type)
     if request.trains_gates:
-        found_bytes["learn_masks"] = training_memory(
-            found.config, request.options, windows.seq_len, dtype, device_type, request.gradient_checkpointing
-        )
+        checkpointing = request.gradient_checkpointing
+        needed["learn_masks"] = training_memory(found.config, request.options, windows.seq_len, *on, checkpointing)
     if recover.enabled:
-        found_bytes["finetune_lora"] = finetuning_memory(
-            found.student, found.config, recover.options, windows.finetune_seq_len, dtype, device_type
-        )
-    return found_bytes
-
-
-def parameters(config: PreTrainedConfig) -> int:
-    """Of a model of this config; a tied head counts once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        models = (found.student, found.config)
+        needed["finetune_lora"] = finetuning_memory(*models, recover.options, windows.finetune_seq_len, *on)
+    return needed
 
 
 def size_lines(found: Sizes) -> Iterator[str]:
@@ -135,22 +134,17 @@ def size_lines(found: Sizes) -> Iterator[str]:
         yield f"        {axis}: {shown}, of {found.masks.keep[axis].shape[-1]}"
 
 
+@command
 def main(
-    params_file: Annotated[Path, typer.Argument(help="Parameters: params.yaml or a file of configs/.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Directory with the model's config.json; the default is that of configs/models.")
-    ] = None,
+    params_file: ConfigFile,
+    model: PublishedModel = None,
 ) -> None:
-    """Print widths, parameters and memory."""
+    """Prints widths, parameters and memory."""
     directory = model or published_config(params_file)
     found = sizes(params_file, directory)
-    typer.echo(f"{params_file} on {directory.name}")
+    echo(f"{params_file} on {directory.name}")
     for line in size_lines(found):
-        typer.echo(line)
+        echo(line)
     for stage, parts in memory(params_file, found).items():
         shown = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
-        typer.echo(f"{stage}: {parts['total'] / 1e9:.2f} GB on CUDA in bfloat16 ({shown})")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        echo(f"{stage}: {parts['total'] / 1e9:.2f} GB on CUDA in bfloat16 ({shown})")

@@ -80,11 +80,9 @@ def compaction(dense: Path, out: Path, sparsity: float) -> dict[str, float]:
     topology = Topology.of(load_config(dense))
     masks = adapt(topology, random_masks(topology, sparsity), sparsity, "budget", 128, 128)
     generator = torch.Generator().manual_seed(2)
-    update = WeightUpdate(
-        {axis: 1 + 0.1 * torch.randn(keep.shape, generator=generator) for axis, keep in masks.keep.items()}
-    )
+    scale = {axis: 1 + 0.1 * torch.randn(keep.shape, generator=generator) for axis, keep in masks.keep.items()}
     before = peak_memory_bytes(torch.device("cpu"))
-    size, cost = measured(lambda: compact(dense, masks, update, out))
+    size, cost = measured(lambda: compact(dense, masks, WeightUpdate(scale), out))
     return cost | {"memory_before_bytes": before, "bytes_read": size.bytes_dense, "bytes_written": size.bytes_kept}
 
 

@@ -26,6 +26,7 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request
+from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.everything import check_everything
 from tvaprune.params.fetch_inputs import FetchInputsParams
@@ -44,9 +45,10 @@ PublishedModel = Annotated[
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the dense and the pruned model.
+    """What is asked for, and the sizes of the dense and the pruned model.
 
     Attributes:
+        request, windows, recover: the parameters of learn_masks, sample_calibration and finetune_lora.
         config: of the dense model.
         student: config of the pruned model, as `compact` would write it.
         masks: projected and adapted.
@@ -54,6 +56,9 @@ class Sizes:
         sparsity: share of the decoder layers' parameters that is removed.
     """
 
+    request: MaskRequest
+    windows: SampleCalibrationParams
+    recover: FinetuneLoraParams
     config: PreTrainedConfig
     student: PreTrainedConfig
     masks: Masks
@@ -91,37 +96,33 @@ def sizes(params_file: Path, model: Path) -> Sizes:
         ValueError: the parameters are wrong or do not fit the model.
     """
     check_everything(params_file)
-    learn, adapting = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
+    request, adapting = LearnMasksParams.load(params_file).request(), AdaptDimensionsParams.load(params_file)
     config = load_config(model)
     topology = Topology.of(config)
-    check_request(learn.request(), topology)
-    masks = random_masks(topology, learn.sparsity, learn.axes)
+    check_request(request, topology)
+    masks = random_masks(topology, request.sparsity, request.axes)
     timed = ProfileHardwareParams.load(params_file)
     # With `measured` the hardware decides; its widths are multiples of these steps.
     multiples = adapting.multiples() or (timed.hidden_step, timed.intermediate_step)
-    masks = adapt(topology, masks, learn.sparsity, adapting.rounding, *multiples, adapting.layout)
+    masks = adapt(topology, masks, request.sparsity, adapting.rounding, *multiples, adapting.layout)
     dense = dense_tensors(config)
     planned = plan(config, dense, masks, WeightUpdate.none(topology), adapting.layout)
     content = dict(planned.config)
     student = AutoConfig.for_model(content.pop("model_type"), **content)
     before, after = (sum(tensor.numel for tensor in tensors.values()) for tensors in (dense, planned.tensors))
-    return Sizes(config, student, masks, before, after, sparsity(topology, masks.widths()))
+    asked = (request, SampleCalibrationParams.load(params_file), FinetuneLoraParams.load(params_file))
+    return Sizes(*asked, config, student, masks, before, after, sparsity(topology, masks.widths()))
 
 
-def memory(
-    params_file: Path, found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str = "cuda"
-) -> dict[str, dict[str, int]]:
-    """Bytes by stage and part, on one device; fine-tuning only where it is enabled."""
-    windows = SampleCalibrationParams.load(params_file)
-    learn, recover = LearnMasksParams.load(params_file), FinetuneLoraParams.load(params_file)
-    request = learn.request()
-    needed, on = {}, (dtype, device_type)
+def memory(found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str = "cuda") -> dict[str, dict[str, int]]:
+    """Bytes by stage and part, on one device: of gates where they are trained, of fine-tuning where it is enabled."""
+    request, windows, needed = found.request, found.windows, {}
     if request.trains_gates:
-        checkpointing = request.gradient_checkpointing
-        needed["learn_masks"] = training_memory(found.config, request.options, windows.seq_len, *on, checkpointing)
-    if recover.enabled:
-        models = (found.student, found.config)
-        needed["finetune_lora"] = finetuning_memory(*models, recover.options, windows.finetune_seq_len, *on)
+        gates = (found.config, request.options, windows.seq_len)
+        needed["learn_masks"] = training_memory(*gates, dtype, device_type, request.gradient_checkpointing)
+    if found.recover.enabled:
+        models = (found.student, found.config, found.recover.options, windows.finetune_seq_len)
+        needed["finetune_lora"] = finetuning_memory(*models, dtype, device_type)
     return needed
 
 
@@ -145,6 +146,6 @@ def main(
     echo(f"{params_file} on {directory.name}")
     for line in size_lines(found):
         echo(line)
-    for stage, parts in memory(params_file, found).items():
+    for stage, parts in memory(found).items():
         shown = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
         echo(f"{stage}: {parts['total'] / 1e9:.2f} GB on CUDA in bfloat16 ({shown})")

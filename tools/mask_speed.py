@@ -64,7 +64,6 @@ def main(
     for batch, phases in timed.items():
         metrics = speed_metrics({batch: phases})
         for phase in PHASES:
-            found = metrics[phase]
-            latencies = [f"{found[name]['latency_ms']:.2f}" for name in models]
-            rows.append([str(batch), phase, *latencies, *speedup_cells(found)])
+            latencies = [f"{metrics[phase][name]['latency_ms']:.2f}" for name in models]
+            rows.append([str(batch), phase, *latencies, *speedup_cells(metrics[phase])])
     print(markdown.table(["batch", "", "dense ms", "pruned ms", *SPEEDUP], rows))

@@ -89,8 +89,7 @@ def experiments_table(shown: list[dict[str, Any]]) -> str:
         speed = metrics.get("speed") or {}
         if params != base and speed == base_metrics.get("speed"):
             speed = {}
-        perplexity = metrics["perplexity"]
-        compact = perplexity["compact"]["ppl"]
+        perplexity, compact = metrics["perplexity"], metrics["perplexity"]["compact"]["ppl"]
         cells = (
             *_setting(params, base),
             str(params["sparsity"]),

@@ -35,9 +35,6 @@ from tvaprune.gates.training import new_gates
 from tvaprune.losses import next_token_labels
 from tvaprune.measures.latency import random_prompt
 from tvaprune.measures.machine import machine_name
-from tvaprune.params.finetune_lora import FinetuneLoraParams
-from tvaprune.params.learn_masks import LearnMasksParams
-from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.schedule import total_steps
 from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
@@ -53,27 +50,26 @@ def main(
     found = sizes(params_file, model or published_config(params_file))
     device = pick_device()
     dtype = pick_dtype(device)
-    estimates = memory(params_file, found, dtype, device.type)
+    if not found.request.trains_gates:
+        raise ValueError(f"{params_file}: learn_masks.method = {found.request.method} takes no steps")
+    estimates = memory(found, dtype, device.type)
     echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
     with device:
         dense = AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
-    try_learning(params_file, dense, steps, estimates["learn_masks"]["total"])
+    try_learning(found, dense, steps, estimates["learn_masks"]["total"])
     if "finetune_lora" in estimates:
         # As the stage loads it: in host memory, and on the device only while it is used there.
         dense.eval().to("cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        try_finetuning(params_file, found, dense, steps, device, estimates["finetune_lora"]["total"])
+        try_finetuning(found, dense, steps, device, estimates["finetune_lora"]["total"])
 
 
-def try_learning(params_file: Path, dense: PreTrainedModel, steps: int, estimate: int) -> None:
+def try_learning(found: Sizes, dense: PreTrainedModel, steps: int, estimate: int) -> None:
     """Steps of learn_masks, each beside the same forward, objective and backward without gates."""
-    request, seq_len = LearnMasksParams.load(params_file).request(), SampleCalibrationParams.load(params_file).seq_len
-    if not request.trains_gates:
-        raise ValueError(f"{params_file}: learn_masks.method = {request.method} takes no steps")
-    size = request.options.batch_size
-    ids = random_prompt(dense, size * steps, seq_len)
+    request, size = found.request, found.request.options.batch_size
+    ids = random_prompt(dense, size * steps, found.windows.seq_len)
     topology, options = Topology.of(dense.config), replace(request.options, steps=steps)
     gates = new_gates(topology, options, request.sparsity, request.axes, dense.device, seed=0)
     dense.requires_grad_(False)
@@ -114,17 +110,14 @@ def timed(device: torch.device, seconds: list[float]) -> Iterator[None]:
     seconds.append(time.perf_counter() - started)
 
 
-def try_finetuning(
-    params_file: Path, found: Sizes, dense: PreTrainedModel, steps: int, device: torch.device, estimate: int
-) -> None:
+def try_finetuning(found: Sizes, dense: PreTrainedModel, steps: int, device: torch.device, estimate: int) -> None:
     """Steps of finetune_lora, on the widths that the parameters come to."""
-    windows, recover = SampleCalibrationParams.load(params_file), FinetuneLoraParams.load(params_file)
     (student,) = random_models(found.config, [LayerWidths.of(found.masks.widths())], dense.dtype, torch.device("cpu"))
-    options = replace(recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
-    ids = random_prompt(dense, options.windows_per_step * steps, windows.finetune_seq_len)
+    options = replace(found.recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
+    ids = random_prompt(dense, options.windows_per_step * steps, found.windows.finetune_seq_len)
     with tempfile.TemporaryDirectory() as work:
         done = finetune(student, dense, ids, ids[:2], options, Process(device), NoState(Path(work)))
-    total = total_steps(recover.options, windows.finetune_samples)
+    total = total_steps(found.recover.options, found.windows.finetune_samples)
     _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimate)
 
 

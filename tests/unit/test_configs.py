@@ -69,7 +69,7 @@ def test_widths_and_parameters_of_a_dry_run(path: Path) -> None:
 def test_the_card_that_the_name_says_has_room(path: Path) -> None:
     """A tenth is left for kernels' workspaces, fragmentation and CUDA's own context."""
     card = {"paper": 80, "glassllm": 1}.get(path.stem) or int(re.search(r"(\d+)gb$", path.stem)[1])  # type: ignore[index]
-    needed = memory(path, sizes(path, published_config(path)))
+    needed = memory(sizes(path, published_config(path)))
     assert set(needed) == {"learn_masks", "finetune_lora"}
     for stage, parts in needed.items():
         assert parts["total"] <= 0.9 * card * 1e9, stage

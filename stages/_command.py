@@ -9,7 +9,7 @@ import typer
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Make a function the command of its module: `python -m stages.NAME` runs it, an import does not."""
+    """Make a function, the last of its module, what `python -m MODULE` runs; an import does not run it."""
     main = clear_errors()(main)
     if main.__module__ == "__main__":
         application(main)()

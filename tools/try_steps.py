@@ -40,32 +40,6 @@ from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
 
 
-@command
-def main(
-    params_file: ConfigFile,
-    model: PublishedModel = None,
-    steps: Annotated[int, Option(help="Steps of each; the first are slower.", min=2)] = 10,
-) -> None:
-    """Prints seconds a step and memory of learn_masks and finetune_lora."""
-    found = sizes(params_file, model or published_config(params_file))
-    device = pick_device()
-    dtype = pick_dtype(device)
-    if not found.request.trains_gates:
-        raise ValueError(f"{params_file}: learn_masks.method = {found.request.method} takes no steps")
-    estimates = memory(found, dtype, device.type)
-    echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
-    with device:
-        dense = AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
-    try_learning(found, dense, steps, estimates["learn_masks"]["total"])
-    if "finetune_lora" in estimates:
-        # As the stage loads it: in host memory, and on the device only while it is used there.
-        dense.eval().to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        try_finetuning(found, dense, steps, device, estimates["finetune_lora"]["total"])
-
-
 def try_learning(found: Sizes, dense: PreTrainedModel, steps: int, estimate: int) -> None:
     """Steps of learn_masks, each beside the same forward, objective and backward without gates."""
     request, size = found.request, found.request.options.batch_size
@@ -126,3 +100,29 @@ def _say(stage: str, seconds: float, steps: int, peak: int, estimate: int) -> No
         f"{stage}: {seconds:.3f} s a step, {seconds * steps / 60:.1f} minutes for {steps}; "
         f"{peak / 1e9:.2f} GB (on a CPU of the whole process), estimated {estimate / 1e9:.2f}"
     )
+
+
+@command
+def main(
+    params_file: ConfigFile,
+    model: PublishedModel = None,
+    steps: Annotated[int, Option(help="Steps of each; the first are slower.", min=2)] = 10,
+) -> None:
+    """Prints seconds a step and memory of learn_masks and finetune_lora."""
+    found = sizes(params_file, model or published_config(params_file))
+    device = pick_device()
+    dtype = pick_dtype(device)
+    if not found.request.trains_gates:
+        raise ValueError(f"{params_file}: learn_masks.method = {found.request.method} takes no steps")
+    estimates = memory(found, dtype, device.type)
+    echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
+    with device:
+        dense = AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
+    try_learning(found, dense, steps, estimates["learn_masks"]["total"])
+    if "finetune_lora" in estimates:
+        # As the stage loads it: in host memory, and on the device only while it is used there.
+        dense.eval().to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try_finetuning(found, dense, steps, device, estimates["finetune_lora"]["total"])

@@ -249,6 +249,24 @@ def test_scripts_wire_and_do_not_compute() -> None:
         assert len(source.splitlines()) <= 90, stage
 
 
+@pytest.mark.parametrize("module", [f"stages/{name}" for name in STAGES] + [f"tools/{name}" for name in TOOLS])
+def test_main_ends_its_module(module: str) -> None:
+    """Its decorator runs it where it stands, so what it calls has to be above it."""
+    last = ast.parse((REPOSITORY / f"{module}.py").read_text()).body[-1]
+    assert isinstance(last, ast.FunctionDef)
+    assert last.name == "main"
+    assert [ast.unparse(each) for each in last.decorator_list] in (["command"], ["process_command"])
+
+
+def test_a_tool_runs_as_a_module_and_reports_wrong_input_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.dry_run", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'none.yaml'}: no such file")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_without_its_packages_says_in_one_line_what_to_do(stage: str) -> None:
     """As when .venv is not activated: -S leaves out site-packages."""

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from transformers import PreTrainedModel
 
-from stages._errors import clear_errors
+from stages._command import clear_errors, command
 from tvaprune.architecture.sharding import to_process
 from tvaprune.device import keep_freed_memory, pick_device, pick_dtype
 from tvaprune.distributed import Process, join, launch, processes_asked, sharding_asked
@@ -36,15 +35,15 @@ class StageProcess(Process):
         return to_process(model.requires_grad_(False), self)
 
 
-def run(main: Callable[..., None]) -> None:
-    """Run a stage's `main` on the command line's arguments; in TVAPRUNE_NPROC processes if that is above 1."""
+def process_command(main: Callable[..., None]) -> Callable[..., None]:
+    """`command` for a stage that runs in TVAPRUNE_NPROC processes if that is above 1."""
     specification = sys.modules["__main__"].__spec__
-    with clear_errors():
-        processes = processes_asked()
-        if processes > 1 and specification is not None and not {"--help", "--estimate"} & set(sys.argv):
-            launch(specification.name, sys.argv[1:], processes)
-            return
-    typer.run(main)
+    if main.__module__ == "__main__" and specification and not {"--help", "--estimate"} & set(sys.argv):
+        with clear_errors():
+            if (processes := processes_asked()) > 1:
+                launch(specification.name, sys.argv[1:], processes)
+                return main
+    return command(main)
 
 
 @contextmanager

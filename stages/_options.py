@@ -3,8 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
-Dense = Annotated[Path, typer.Option(help="Model directory before pruning.")]
-Compact = Annotated[Path, typer.Option(help="Model directory after pruning.")]
-Finetuned = Annotated[Path, typer.Option(help="Model directory after fine-tuning; skipped if empty.")]
+Model = Annotated[Path, Option(help="The dense model's directory.")]
+Config = Annotated[Path, Option(help="The dense model's directory; only its config is read.")]
+Compact = Annotated[Path, Option(help="The pruned model's directory.")]
+Finetuned = Annotated[Path, Option(help="The fine-tuned model's directory; skipped if it holds no model.")]
+Windows = Annotated[Path, Option(help="Artifact with windows of token ids, int32 [windows, tokens].")]
+Heldout = Annotated[Path, Option(help='Directory of held-out text, JSONL files of {"id", "text"}.')]
+Zeroshot = Annotated[Path, Option(help="Directory of one JSONL file a task.")]
+Metrics = Annotated[Path, Option(help="JSON to write.")]
+Curve = Annotated[Path, Option(help="CSV of the training by step to write.")]
+Marker = Annotated[Path, Option(help="Marker to write; always the same, so nothing after it reruns.")]
+ParamsFile = Annotated[Path, Option("--params", help="YAML file with the parameters.")]

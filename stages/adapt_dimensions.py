@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option, echo, secho
 
-from stages._errors import clear_errors
+from stages._command import command
+from stages._options import Config, Metrics, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.masks.adapt import adapt, adapt_metrics
-from tvaprune.masks.latency_table import read_table
+from tvaprune.masks.latency_table import PHASES, read_table
 from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.measured import adapt_measured, latency_metrics
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
@@ -19,64 +20,46 @@ from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 SPARSITY_TOLERANCE = 0.05
 
 
+@command
 def main(
-    model: Annotated[Path, typer.Option(help="The dense model's directory; only its config is read.")] = Path(
-        "data/model"
-    ),
-    masks: Annotated[Path, typer.Option(help="Masks artifact to adapt.")] = Path("artifacts/masks"),
-    profile: Annotated[
-        Path, typer.Option(help="Latency table; read where adapt_dimensions.multiple is measured.")
-    ] = Path("artifacts/profile"),
-    adapted: Annotated[Path, typer.Option(help="Masks artifact to write, widths in multiples.")] = Path(
-        "artifacts/adapted"
-    ),
-    metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/adapt.json"),
-    params_file: Annotated[
-        Path, typer.Option("--params", help="Parameters; section adapt_dimensions, sparsity and compact.layout.")
-    ] = Path("params.yaml"),
+    model: Config = Path("data/model"),
+    masks: Annotated[Path, Option(help="Masks artifact to adapt.")] = Path("artifacts/masks"),
+    profile: Annotated[Path, Option(help="Latency table, for measured widths.")] = Path("artifacts/profile"),
+    adapted: Annotated[Path, Option(help="Masks artifact to write.")] = Path("artifacts/adapted"),
+    metrics: Metrics = Path("metrics/adapt.json"),
+    params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Resize the masks.
-
-    Reads data/model/config.json, artifacts/masks and artifacts/profile; writes artifacts/adapted and
-    metrics/adapt.json.
+    """Reads data/model/config.json, artifacts/masks, artifacts/profile and params.yaml (adapt_dimensions, sparsity,
+    compact.layout); writes artifacts/adapted, whose widths are multiples, and metrics/adapt.json.
     """
-    with clear_errors():
-        params = AdaptDimensionsParams.load(params_file)
-        topology = Topology.of(load_config(model))
-        before = read_masks(masks, topology)
-        table = None
-        if multiples := params.multiples():
-            after = adapt(topology, before, params.sparsity, params.rounding, *multiples, layout=params.layout)
-        else:
-            table = read_table(profile, topology)
-            goal = (params.sparsity, params.latency_target, params.slack)
-            after = adapt_measured(topology, before, table, params.latency_phase, params.layout, *goal)
-        _, meta = read_artifact(masks, "masks")
-        write_masks(
-            adapted,
-            after,
-            made_with=meta["made_with"] | params.used(),
-            validation_ppl=meta["validation_ppl"],
-        )
-        report = adapt_metrics(topology, before, after, params.sparsity)
-        if table:
-            report |= latency_metrics(topology, table, after, params.layout)
-            shares = [f"{phase} {report[phase]['predicted_share']:.2f}" for phase in ("prefill", "decode")]
-            typer.echo(f"predicted of the dense latency on {table.made_on['processor']}: {', '.join(shares)}")
-        write_json(metrics, report)
+    params = AdaptDimensionsParams.load(params_file)
+    topology = Topology.of(load_config(model))
+    before = read_masks(masks, topology)
+    table = None
+    if multiples := params.multiples():
+        after = adapt(topology, before, params.sparsity, params.rounding, *multiples, layout=params.layout)
+    else:
+        table = read_table(profile, topology)
+        goal = (params.sparsity, params.latency_target, params.slack)
+        after = adapt_measured(topology, before, table, params.latency_phase, params.layout, *goal)
+    _, meta = read_artifact(masks, "masks")
+    made_with = meta["made_with"] | params.used()
+    write_masks(adapted, after, made_with=made_with, validation_ppl=meta["validation_ppl"])
+    report = adapt_metrics(topology, before, after, params.sparsity)
+    if table:
+        report |= latency_metrics(topology, table, after, params.layout)
+        shares = [f"{phase} {report[phase]['predicted_share']:.2f}" for phase in PHASES]
+        echo(f"predicted of the dense latency on {table.made_on['processor']}: {', '.join(shares)}")
+    write_json(metrics, report)
     reached = report["sparsity_decoder"]
     if params.latency_target is not None and abs(reached - params.sparsity) > SPARSITY_TOLERANCE:
-        typer.secho(
+        secho(
             f"warning: this latency needs a sparsity of {reached:.2f}, but the masks were learned for "
             f"{params.sparsity}; set `sparsity` to {reached:.2f} in params.yaml and run again",
             fg="yellow",
             err=True,
         )
-    typer.echo(
+    echo(
         f"hidden {report['hidden_before']:.0f} -> {report['hidden_after']:.0f}, "
         f"sparsity {report['sparsity_before']:.4f} -> {report['sparsity_decoder']:.4f}"
     )
-
-
-if __name__ == "__main__":
-    typer.run(main)

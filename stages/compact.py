@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from transformers import AutoTokenizer
+from typer import Option, echo
 
-from stages._errors import clear_errors
+from stages._command import command
+from stages._options import Metrics, Model, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.cut import compact
@@ -23,42 +24,36 @@ from tvaprune.proof.checks import against_reference
 from tvaprune.proof.parity import compact_logits, masked_dense_logits
 
 
+@command
 def main(
-    model: Annotated[Path, typer.Option(help="The dense model's directory.")] = Path("data/model"),
-    adapted: Annotated[Path, typer.Option(help="Adapted masks.")] = Path("artifacts/adapted"),
-    update: Annotated[Path, typer.Option(help="Weight update.")] = Path("artifacts/update"),
-    out: Annotated[Path, typer.Option(help="Model directory to write.")] = Path("artifacts/compact"),
-    metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/compact.json"),
-    params_file: Annotated[Path, typer.Option("--params", help="Parameters; section compact.")] = Path("params.yaml"),
+    model: Model = Path("data/model"),
+    adapted: Annotated[Path, Option(help="Adapted masks.")] = Path("artifacts/adapted"),
+    update: Annotated[Path, Option(help="Weight update.")] = Path("artifacts/update"),
+    out: Annotated[Path, Option(help="Model directory to write.")] = Path("artifacts/compact"),
+    metrics: Metrics = Path("metrics/compact.json"),
+    params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Write the smaller model.
-
-    Reads data/model, artifacts/adapted and artifacts/update; writes artifacts/compact, a Hugging Face directory with
-    its certificate and model card, and metrics/compact.json. Fails where compact and masked logits differ by more
-    than compact.max_abs_logit_diff, here, in a fresh process, or in llama.cpp.
+    """Reads data/model, artifacts/adapted, artifacts/update and params.yaml (compact); writes artifacts/compact, a
+    Hugging Face directory with its certificate and model card, and metrics/compact.json. Fails where compact and masked
+    logits differ by more than compact.max_abs_logit_diff, here, in a fresh process, or in llama.cpp.
     """
-    with clear_errors():
-        params = CompactParams.load(params_file)
-        topology = Topology.of(load_config(model))
-        masks, folded = read_masks(adapted, topology), read_update(update, topology)
-        size, cost = measured(lambda: compact(model, masks, folded, out, params.layout))
-        if params.gguf:
-            write_gguf(out, out / GGUF, params.gguf)
-        input_ids = prompt_ids(AutoTokenizer.from_pretrained(model), params.prompt_tokens)
-        reference = Reference("masked dense model", input_ids, masked_dense_logits(model, masks, folded, input_ids))
-        bound, report = params.max_abs_logit_diff, sizes(topology, masks, size)
-        parity = against_reference("masked = compact", reference, compact_logits(out, input_ids), bound)
-        write_json(metrics, {**report, **parity.figures, **cost})
-        _, meta = read_artifact(adapted, "masks")
-        made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
-        figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}
-        made = Provenance(Base.of(model), params.layout, widths_of(masks), made_with, figures)
-        checks = certify(out, reference, bound, made, [parity])
-        require(out, checks)
-    typer.echo(f"{report['params_kept']} parameters")
+    params = CompactParams.load(params_file)
+    topology = Topology.of(load_config(model))
+    masks, folded = read_masks(adapted, topology), read_update(update, topology)
+    size, cost = measured(lambda: compact(model, masks, folded, out, params.layout))
+    if params.gguf:
+        write_gguf(out, out / GGUF, params.gguf)
+    input_ids = prompt_ids(AutoTokenizer.from_pretrained(model), params.prompt_tokens)
+    reference = Reference("masked dense model", input_ids, masked_dense_logits(model, masks, folded, input_ids))
+    bound, report = params.max_abs_logit_diff, sizes(topology, masks, size)
+    parity = against_reference("masked = compact", reference, compact_logits(out, input_ids), bound)
+    write_json(metrics, {**report, **parity.figures, **cost})
+    _, meta = read_artifact(adapted, "masks")
+    made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
+    figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}
+    made = Provenance(Base.of(model), params.layout, widths_of(masks), made_with, figures)
+    checks = certify(out, reference, bound, made, [parity])
+    require(out, checks)
+    echo(f"{report['params_kept']} parameters")
     for check in checks:
-        typer.echo(check)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        echo(check)

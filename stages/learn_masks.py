@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option, echo
 
-from stages._errors import clear_errors
-from stages._launch import join_processes, run
+from stages._launch import join_processes, process_command
+from stages._options import Curve, Metrics, Model, ParamsFile, Windows
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.loading import load, load_config
@@ -18,62 +18,47 @@ from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
 
+@process_command
 def main(
-    model: Annotated[Path, typer.Option(help="The dense model's directory.")] = Path("data/model"),
-    calibration: Annotated[Path, typer.Option(help="Artifact with input_ids, int32 [samples, seq_len].")] = Path(
-        "artifacts/calibration"
-    ),
-    masks: Annotated[Path, typer.Option(help="Masks artifact to write.")] = Path("artifacts/masks"),
-    means: Annotated[Path, typer.Option(help="Artifact of the learned means and biases to write.")] = Path(
-        "artifacts/means"
-    ),
-    metrics: Annotated[Path, typer.Option(help="JSON to write.")] = Path("metrics/masks.json"),
-    curve: Annotated[Path, typer.Option(help="CSV of loss, sparsity and target by step to write.")] = Path(
-        "metrics/mask_training.csv"
-    ),
-    widths: Annotated[Path, typer.Option(help="CSV of kept widths by layer to write.")] = Path("metrics/widths.csv"),
-    params_file: Annotated[
-        Path, typer.Option("--params", help="Parameters; section learn_masks, and top-level sparsity and seed.")
-    ] = Path("params.yaml"),
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print how much memory the gates' training takes, and do nothing else.")
-    ] = False,
+    model: Model = Path("data/model"),
+    calibration: Windows = Path("artifacts/calibration"),
+    masks: Annotated[Path, Option(help="Masks artifact to write.")] = Path("artifacts/masks"),
+    means: Annotated[Path, Option(help="Artifact of learned means and biases to write.")] = Path("artifacts/means"),
+    metrics: Metrics = Path("metrics/masks.json"),
+    curve: Curve = Path("metrics/mask_training.csv"),
+    widths: Annotated[Path, Option(help="CSV of kept widths by layer to write.")] = Path("metrics/widths.csv"),
+    params_file: ParamsFile = Path("params.yaml"),
+    estimate: Annotated[bool, Option("--estimate", help="Only print the memory that the gates take.")] = False,
 ) -> None:
-    """Find the masks.
-
-    Reads data/model and artifacts/calibration; writes artifacts/masks, artifacts/means, metrics/masks.json,
-    metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on where it was.
-    With --estimate it reads data/model/config.json alone and writes nothing.
+    """Reads data/model, artifacts/calibration (input_ids, validation_ids) and params.yaml (learn_masks, sparsity,
+    seed); writes artifacts/masks, artifacts/means, metrics/masks.json, metrics/mask_training.csv and
+    metrics/widths.csv. Killed and run again, it goes on where it was. With --estimate it reads params.yaml and
+    data/model/config.json alone, prints how much memory the gates' training takes, and writes nothing.
     """
-    with clear_errors():
-        params = LearnMasksParams.load(params_file)
-        request = params.request()
-        settings = params.used() | {"gradient_checkpointing": request.gradient_checkpointing}
-        if estimate:
-            if not request.trains_gates:
-                raise ValueError(f"learn_masks.method = {request.method}: --estimate is for methods that train gates")
-            seq_len = SampleCalibrationParams.load(params_file).seq_len
-            typer.echo(memory_table(load_config(model), request.options, seq_len))
+    params = LearnMasksParams.load(params_file)
+    request = params.request()
+    settings = params.used() | {"gradient_checkpointing": request.gradient_checkpointing}
+    if estimate:
+        if not request.trains_gates:
+            raise ValueError(f"learn_masks.method = {request.method}: --estimate is for methods that train gates")
+        seq_len = SampleCalibrationParams.load(params_file).seq_len
+        echo(memory_table(load_config(model), request.options, seq_len))
+        return
+    check_request(request, Topology.of(load_config(model)))
+    with join_processes() as process:
+        if not (request.trains_gates or process.world.is_main):
+            return  # the baselines' work is not shared
+        ids, _ = read_artifact(calibration, "calibration")
+        with process.saved("learn_masks", settings, [model, calibration]) as saved:
+            dense = process.put(load(model, dtype=process.dtype))
+            found = find_masks(dense, ids["input_ids"], ids["validation_ids"], request, saved, world=process.world)
+        if not process.world.is_main:
             return
-        check_request(request, Topology.of(load_config(model)))
-        with join_processes() as process:
-            if not (request.trains_gates or process.world.is_main):
-                return  # the baselines' work is not shared
-            ids, _ = read_artifact(calibration, "calibration")
-            with process.saved("learn_masks", settings, [model, calibration]) as saved:
-                dense = process.put(load(model, dtype=process.dtype))
-                found = find_masks(dense, ids["input_ids"], ids["validation_ids"], request, saved, world=process.world)
-            if not process.world.is_main:
-                return
-        report = masks_metrics(found, dense.config, params.sparsity)
-        meta = {"made_with": params.used(), "validation_ppl": report["validation_ppl"]}
-        write_masks(masks, found.masks, **meta)
-        write_update(means, found.update, **meta)
-        write_json(metrics, report)
-        write_curve(curve, found.curve)
-        write_widths(widths, found.masks)
-    typer.echo(f"sparsity {report['sparsity_decoder']:.4f} of the decoder, target {params.sparsity}")
-
-
-if __name__ == "__main__":
-    run(main)
+    report = masks_metrics(found, dense.config, params.sparsity)
+    meta = {"made_with": params.used(), "validation_ppl": report["validation_ppl"]}
+    write_masks(masks, found.masks, **meta)
+    write_update(means, found.update, **meta)
+    write_json(metrics, report)
+    write_curve(curve, found.curve)
+    write_widths(widths, found.masks)
+    echo(f"sparsity {report['sparsity_decoder']:.4f} of the decoder, target {params.sparsity}")

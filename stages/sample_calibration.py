@@ -1,45 +1,39 @@
-"""Sample windows of tokens to learn masks and to fine-tune on."""
+"""Sample windows of tokens for mask learning, for fine-tuning, and to validate each, from disjoint documents."""
 
 from pathlib import Path
+from typing import Annotated
 
-import typer
+from typer import Option, echo
 
-from stages._errors import clear_errors
+from stages._command import command
+from stages._options import ParamsFile
 from tvaprune.artifacts import write_artifact
 from tvaprune.inputs.calibration import WindowSet, load_tokenizer, sample_calibration
 from tvaprune.inputs.documents import load_documents
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
 
+@command
 def main(
-    params: Path = typer.Option(Path("params.yaml"), help="YAML file with the section sample_calibration."),
-    texts: Path = typer.Option(Path("data/calibration"), help="Reads the calibration text here, as .jsonl."),
-    model: Path = typer.Option(Path("data/model"), help="Reads the tokenizer here."),
-    out: Path = typer.Option(Path("artifacts/calibration"), help="Writes the windows here."),
+    texts: Annotated[Path, Option(help="Directory of calibration text, .jsonl files.")] = Path("data/calibration"),
+    model: Annotated[Path, Option(help="Directory of the tokenizer.")] = Path("data/model"),
+    out: Annotated[Path, Option(help="Artifact of the windows to write.")] = Path("artifacts/calibration"),
+    params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Sample windows of tokens for mask learning, for fine-tuning, and to validate each, from disjoint documents.
-
-    Reads params.yaml (sample_calibration, seed), data/calibration and the tokenizer in data/model.
-    Writes artifacts/calibration.
+    """Reads data/calibration, the tokenizer in data/model and params.yaml (sample_calibration, seed); writes
+    artifacts/calibration.
     """
-    with clear_errors():
-        settings = SampleCalibrationParams.load(params)
-        mix, finetune_mix = settings.mix, settings.mix if settings.finetune_mix is None else settings.finetune_mix
-        sets = [
-            WindowSet("input_ids", settings.samples, settings.seq_len, mix),
-            WindowSet("validation_ids", settings.validation_samples, settings.seq_len, mix),
-            WindowSet("finetune_ids", settings.finetune_samples, settings.finetune_seq_len, finetune_mix),
-            WindowSet(
-                "finetune_validation_ids", settings.finetune_validation_samples, settings.finetune_seq_len, finetune_mix
-            ),
-        ]
-        windows, meta = sample_calibration(
-            load_documents(texts), load_tokenizer(model), sets, packing=settings.packing, seed=settings.seed
-        )
+    params = SampleCalibrationParams.load(params_file)
+    mix, finetune_mix = params.mix, params.mix if params.finetune_mix is None else params.finetune_mix
+    length, finetune_length = params.seq_len, params.finetune_seq_len
+    sets = [
+        WindowSet("input_ids", params.samples, length, mix),
+        WindowSet("validation_ids", params.validation_samples, length, mix),
+        WindowSet("finetune_ids", params.finetune_samples, finetune_length, finetune_mix),
+        WindowSet("finetune_validation_ids", params.finetune_validation_samples, finetune_length, finetune_mix),
+    ]
+    documents, tokenizer = load_documents(texts), load_tokenizer(model)
+    windows, meta = sample_calibration(documents, tokenizer, sets, packing=params.packing, seed=params.seed)
     write_artifact(out, "calibration", windows, **meta)
     for name, tensor in windows.items():
-        typer.echo(f"{out}: {name} {tensor.shape[0]:,} windows of {tensor.shape[1]:,} tokens")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        echo(f"{out}: {name} {tensor.shape[0]:,} windows of {tensor.shape[1]:,} tokens")

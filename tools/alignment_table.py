@@ -14,9 +14,11 @@ from types import SimpleNamespace
 from typing import Annotated
 
 import torch
-import typer
 from transformers import AutoTokenizer
+from typer import Option
 
+from stages._command import command
+from stages._options import Heldout, Model, ParamsFile
 from tools import markdown
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
@@ -43,26 +45,24 @@ def alternatives(
     """Masks by name: dense, each multiple (axes that it does not divide stay unaligned), measured."""
     found = {"dense": Masks.dense(topology)}
     for multiple in MULTIPLES:
-        each = [multiple if width % multiple == 0 else 1 for width in (topology.hidden, topology.intermediate)]
-        found[str(multiple)] = adapt(topology, masks, params.sparsity, "budget", *each)
+        hidden, units = (multiple if width % multiple == 0 else 1 for width in (topology.hidden, topology.intermediate))
+        found[str(multiple)] = adapt(topology, masks, params.sparsity, "budget", hidden, units)
     goal = (params.sparsity, params.latency_target, params.slack)
     return found | {"measured": adapt_measured(topology, masks, table, params.latency_phase, "uneven", *goal)}
 
 
 def perplexities(
-    model: Path, masks: dict[str, Masks], update: WeightUpdate, texts: Path, settings: EvalPerplexityParams, work: Path
+    model: Path, masks: dict[str, Masks], update: WeightUpdate, texts: Path, params: EvalPerplexityParams
 ) -> dict[str, float]:
     """By name, of the compact models before fine-tuning."""
-    windows = heldout_windows(
-        read_texts(texts), AutoTokenizer.from_pretrained(model), settings.window, settings.windows
-    )
+    windows = heldout_windows(read_texts(texts), AutoTokenizer.from_pretrained(model), params.window, params.windows)
     found = {}
     for name, each in masks.items():
-        directory = model
-        if name != "dense":
-            directory = work / name
-            compact(model, each, update, directory)
-        found[name] = evaluate(load(directory, torch.float32), windows, settings.batch_size, name).ppl
+        with tempfile.TemporaryDirectory() as work:
+            directory = model if name == "dense" else Path(work)
+            if name != "dense":
+                compact(model, each, update, directory)
+            found[name] = evaluate(load(directory, torch.float32), windows, params.batch_size, name).ppl
     return found
 
 
@@ -83,29 +83,26 @@ def measured_ms(
     }
 
 
+@command
 def main(
-    model: Annotated[Path, typer.Option(help="The dense model's directory.")] = Path("data/model"),
-    masks: Annotated[Path, typer.Option(help="Masks to adapt.")] = Path("artifacts/masks"),
-    means: Annotated[Path, typer.Option(help="Learned means, for --perplexity.")] = Path("artifacts/means"),
-    profile: Annotated[Path, typer.Option(help="Latency table.")] = Path("artifacts/profile"),
-    heldout: Annotated[Path, typer.Option(help="Texts for --perplexity.")] = Path("data/heldout"),
-    params_file: Annotated[
-        Path, typer.Option("--params", help="Parameters; sections adapt_dimensions and eval_perplexity.")
-    ] = Path("params.yaml"),
-    repeats: Annotated[int, typer.Option(help="Rounds that count.", min=3)] = 9,
-    max_warmup: Annotated[int, typer.Option(help="Most rounds of warm-up.", min=2)] = 5,
-    perplexity: Annotated[bool, typer.Option(help="Also compact each and measure its perplexity.")] = False,
+    model: Model = Path("data/model"),
+    masks: Annotated[Path, Option(help="Masks to adapt.")] = Path("artifacts/masks"),
+    means: Annotated[Path, Option(help="Learned means, for --perplexity.")] = Path("artifacts/means"),
+    profile: Annotated[Path, Option(help="Latency table.")] = Path("artifacts/profile"),
+    heldout: Heldout = Path("data/heldout"),
+    params_file: ParamsFile = Path("params.yaml"),
+    repeats: Annotated[int, Option(help="Rounds that count.", min=3)] = 9,
+    max_warmup: Annotated[int, Option(help="Most rounds of warm-up.", min=2)] = 5,
+    perplexity: Annotated[bool, Option(help="Also compact each and measure its perplexity.")] = False,
 ) -> None:
-    """Print the table, in Markdown."""
+    """Reads params.yaml (adapt_dimensions, sparsity, eval_perplexity); prints the table, in Markdown."""
     topology = Topology.of(load_config(model))
     table = read_table(profile, topology)
     found = alternatives(topology, read_masks(masks, topology), table, AdaptDimensionsParams.load(params_file))
     ppl: dict[str, float] = {}
     if perplexity:
-        with tempfile.TemporaryDirectory() as work:
-            ppl = perplexities(
-                model, found, read_update(means, topology), heldout, EvalPerplexityParams.load(params_file), Path(work)
-            )
+        update = read_update(means, topology)
+        ppl = perplexities(model, found, update, heldout, EvalPerplexityParams.load(params_file))
     latency = measured_ms(model, found, table, repeats, max_warmup)
     print(f"on {table.made_on['processor']}, {table.made_on['dtype']}, {table.made_on['threads']} threads\n")
     columns = [f"{phase} ms, {how}" for phase in PHASES for how in ("predicted", "measured", "of dense")]
@@ -120,7 +117,3 @@ def main(
         rows.append([*cells, f"{ppl[name]:.2f}" if ppl else ""])
     head = ["multiple", "sparsity", "hidden", "intermediate", "kv heads", *columns, "perplexity"]
     print(markdown.table(head, rows))
-
-
-if __name__ == "__main__":
-    typer.run(main)

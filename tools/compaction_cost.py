@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 from torch import Tensor
 from transformers import PreTrainedConfig
+from typer import Option
 
-from tools.dry_run import random_masks
+from stages._command import command
+from tools.dry_run import PUBLISHED, random_masks
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.report import measured
 from tvaprune.checkpoint.tensor_files import write_checkpoint
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.masks.adapt import adapt
@@ -52,7 +54,7 @@ def write_noise(config: PreTrainedConfig, directory: Path) -> None:
     config.save_pretrained(directory)
 
 
-def copy_seconds(source: Path, out: Path, written_bytes: int) -> float:
+def copy_seconds(source: Path, out: Path, written_bytes: float) -> float:
     """Seconds to read every byte of the checkpoint and to write the given number."""
     out.mkdir()
     started = time.perf_counter()
@@ -78,29 +80,19 @@ def compaction(dense: Path, out: Path, sparsity: float) -> dict[str, float]:
     topology = Topology.of(load_config(dense))
     masks = adapt(topology, random_masks(topology, sparsity), sparsity, "budget", 128, 128)
     generator = torch.Generator().manual_seed(2)
-    update = WeightUpdate(
-        {axis: 1 + 0.1 * torch.randn(keep.shape, generator=generator) for axis, keep in masks.keep.items()}
-    )
+    scale = {axis: 1 + 0.1 * torch.randn(keep.shape, generator=generator) for axis, keep in masks.keep.items()}
     before = peak_memory_bytes(torch.device("cpu"))
-    started = time.perf_counter()
-    size = compact(dense, masks, update, out)
-    return {
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
-        "memory_before_bytes": before,
-        "bytes_read": size.bytes_dense,
-        "bytes_written": size.bytes_kept,
-    }
+    size, cost = measured(lambda: compact(dense, masks, WeightUpdate(scale), out))
+    return cost | {"memory_before_bytes": before, "bytes_read": size.bytes_dense, "bytes_written": size.bytes_kept}
 
 
+@command
 def main(
-    directory: Annotated[Path, typer.Option(help="Where to work; needs 45 GB for the 8B model, removed at the end.")],
-    config: Annotated[Path, typer.Option(help="Directory with a config.json.")] = Path(
-        "configs/models/Meta-Llama-3-8B"
-    ),
-    sparsity: Annotated[float, typer.Option(help="Share of the decoder layers' parameters to remove.")] = 0.5,
+    directory: Annotated[Path, Option(help="Where to work; needs 45 GB for the 8B model, removed at the end.")],
+    config: Annotated[Path, Option(help="Directory with a config.json.")] = PUBLISHED / "Meta-Llama-3-8B",
+    sparsity: Annotated[float, Option(help="Share of the decoder layers' parameters to remove.")] = 0.5,
 ) -> None:
-    """Measure, and print one JSON object."""
+    """Prints one JSON object: seconds, memory and bytes of the compaction, and seconds of the copy."""
     work = directory / "compaction_cost"
     dense, out = work / "dense", work / "compact"
     try:
@@ -115,7 +107,3 @@ def main(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(json.dumps(figures | {"speed_against_copy": figures["copy_seconds"] / figures["seconds"]}, indent=2))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from typer import Argument, Option, echo
 
+from stages._command import command
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.checkpoint.layouts import dense_tensors, plan
@@ -25,6 +26,7 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request
+from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.everything import check_everything
 from tvaprune.params.fetch_inputs import FetchInputsParams
@@ -35,13 +37,18 @@ from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.memory import finetuning_memory
 
 PUBLISHED = Path("configs/models")
+ConfigFile = Annotated[Path, Argument(help="Parameters: params.yaml or a file of configs/.")]
+PublishedModel = Annotated[
+    Path | None, Option(help="Directory with the model's config.json; the default is that of configs/models.")
+]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the dense and the pruned model.
+    """What is asked for, and the sizes of the dense and the pruned model.
 
     Attributes:
+        request, windows, recover: the parameters of learn_masks, sample_calibration and finetune_lora.
         config: of the dense model.
         student: config of the pruned model, as `compact` would write it.
         masks: projected and adapted.
@@ -49,6 +56,9 @@ class Sizes:
         sparsity: share of the decoder layers' parameters that is removed.
     """
 
+    request: MaskRequest
+    windows: SampleCalibrationParams
+    recover: FinetuneLoraParams
     config: PreTrainedConfig
     student: PreTrainedConfig
     masks: Masks
@@ -86,44 +96,34 @@ def sizes(params_file: Path, model: Path) -> Sizes:
         ValueError: the parameters are wrong or do not fit the model.
     """
     check_everything(params_file)
-    learn, adapting = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
+    request, adapting = LearnMasksParams.load(params_file).request(), AdaptDimensionsParams.load(params_file)
     config = load_config(model)
     topology = Topology.of(config)
-    check_request(learn.request(), topology)
-    masks = random_masks(topology, learn.sparsity, learn.axes)
+    check_request(request, topology)
+    masks = random_masks(topology, request.sparsity, request.axes)
     timed = ProfileHardwareParams.load(params_file)
     # With `measured` the hardware decides; its widths are multiples of these steps.
     multiples = adapting.multiples() or (timed.hidden_step, timed.intermediate_step)
-    masks = adapt(topology, masks, learn.sparsity, adapting.rounding, *multiples, adapting.layout)
-    planned = plan(config, dense_tensors(config), masks, WeightUpdate.none(topology), adapting.layout)
+    masks = adapt(topology, masks, request.sparsity, adapting.rounding, *multiples, adapting.layout)
+    dense = dense_tensors(config)
+    planned = plan(config, dense, masks, WeightUpdate.none(topology), adapting.layout)
     content = dict(planned.config)
     student = AutoConfig.for_model(content.pop("model_type"), **content)
-    return Sizes(config, student, masks, parameters(config), parameters(student), sparsity(topology, masks.widths()))
+    before, after = (sum(tensor.numel for tensor in tensors.values()) for tensors in (dense, planned.tensors))
+    asked = (request, SampleCalibrationParams.load(params_file), FinetuneLoraParams.load(params_file))
+    return Sizes(*asked, config, student, masks, before, after, sparsity(topology, masks.widths()))
 
 
-def memory(
-    params_file: Path, found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str = "cuda"
-) -> dict[str, dict[str, int]]:
-    """Bytes by stage and part, on one device; fine-tuning only where it is enabled."""
-    windows = SampleCalibrationParams.load(params_file)
-    learn, recover = LearnMasksParams.load(params_file), FinetuneLoraParams.load(params_file)
-    request = learn.request()
-    found_bytes = {}
+def memory(found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str = "cuda") -> dict[str, dict[str, int]]:
+    """Bytes by stage and part, on one device: of gates where they are trained, of fine-tuning where it is enabled."""
+    request, windows, needed = found.request, found.windows, {}
     if request.trains_gates:
-        found_bytes["learn_masks"] = training_memory(
-            found.config, request.options, windows.seq_len, dtype, device_type, request.gradient_checkpointing
-        )
-    if recover.enabled:
-        found_bytes["finetune_lora"] = finetuning_memory(
-            found.student, found.config, recover.options, windows.finetune_seq_len, dtype, device_type
-        )
-    return found_bytes
-
-
-def parameters(config: PreTrainedConfig) -> int:
-    """Of a model of this config; a tied head counts once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        gates = (found.config, request.options, windows.seq_len)
+        needed["learn_masks"] = training_memory(*gates, dtype, device_type, request.gradient_checkpointing)
+    if found.recover.enabled:
+        models = (found.student, found.config, found.recover.options, windows.finetune_seq_len)
+        needed["finetune_lora"] = finetuning_memory(*models, dtype, device_type)
+    return needed
 
 
 def size_lines(found: Sizes) -> Iterator[str]:
@@ -135,22 +135,17 @@ def size_lines(found: Sizes) -> Iterator[str]:
         yield f"        {axis}: {shown}, of {found.masks.keep[axis].shape[-1]}"
 
 
+@command
 def main(
-    params_file: Annotated[Path, typer.Argument(help="Parameters: params.yaml or a file of configs/.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Directory with the model's config.json; the default is that of configs/models.")
-    ] = None,
+    params_file: ConfigFile,
+    model: PublishedModel = None,
 ) -> None:
-    """Print widths, parameters and memory."""
+    """Prints widths, parameters and memory."""
     directory = model or published_config(params_file)
     found = sizes(params_file, directory)
-    typer.echo(f"{params_file} on {directory.name}")
+    echo(f"{params_file} on {directory.name}")
     for line in size_lines(found):
-        typer.echo(line)
-    for stage, parts in memory(params_file, found).items():
+        echo(line)
+    for stage, parts in memory(found).items():
         shown = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
-        typer.echo(f"{stage}: {parts['total'] / 1e9:.2f} GB on CUDA in bfloat16 ({shown})")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        echo(f"{stage}: {parts['total'] / 1e9:.2f} GB on CUDA in bfloat16 ({shown})")

@@ -9,6 +9,8 @@ from pathlib import Path
 import grimp
 from ruamel.yaml import YAML
 
+from stages._command import command
+
 PACKAGES = ("stages", "tvaprune")
 # Every stage imports these. The other __init__ files hold a docstring alone.
 ALWAYS = {"stages/__init__.py", "tvaprune/__init__.py"}
@@ -31,6 +33,7 @@ def _source(module: str) -> str | None:
     return None if (path / "__init__.py").is_file() else str(path.with_suffix(".py"))
 
 
+@command
 def main() -> None:
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 118, True
@@ -42,7 +45,3 @@ def main() -> None:
         data = [dep for dep in stage.get("deps", []) if not str(dep).endswith(".py")]
         stage["deps"] = [*data, *code_dependencies(name, graph)]
     yaml.dump(content, path)
-
-
-if __name__ == "__main__":
-    main()

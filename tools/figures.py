@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from typer import Option, echo
 
-from tools.results import NAMES, PHASES, measured_experiments, shown_experiments
+from stages._command import command
+from tools.results import measured_experiments, shown_experiments
+from tvaprune.masks.latency_table import PHASES
 
+Panel = Callable[[Axes, Any, str], None]
 UNITS = {"prefill": "ms", "decode": "ms a token"}
 
 
@@ -46,12 +49,9 @@ def points(shown: list[dict[str, Any]]) -> list[Point]:
     found = []
     for name, params, metrics in measured_experiments(shown):
         if speed := metrics.get("speed"):
-            perplexity = {
-                model: metrics["perplexity"][model]["ppl"] for model in NAMES if model in metrics["perplexity"]
-            }
-            best = perplexity.get("finetuned", perplexity["compact"])
-            method = params["learn_masks"]["method"]
-            point = Point(name, method, params["sparsity"], speed, best, perplexity["dense"])
+            perplexity, method = metrics["perplexity"], params["learn_masks"]["method"]
+            best = perplexity.get("finetuned", perplexity["compact"])["ppl"]
+            point = Point(name, method, params["sparsity"], speed, best, perplexity["dense"]["ppl"])
             if point not in found:
                 found.append(point)
     return found
@@ -110,7 +110,7 @@ def plot_methods(axes: Axes, measured: list[Point], position: Callable[[Point], 
         axes.plot(*zip(*own, strict=True), "o", label=method)
 
 
-def draw(folder: Path, name: str, panel: Callable[[Axes, Any, str], None], content: Any) -> Figure:
+def draw(folder: Path, name: str, panel: Panel, content: Any) -> Figure:
     """Write a figure of two panels, prefill and decode, as NAME.png and NAME.svg."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, phase in zip(figure.subplots(1, 2), PHASES, strict=True):
@@ -126,27 +126,24 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
 
+@command
 def main(
-    experiments: Annotated[bool, typer.Option(help="Also draw the experiments of this commit.")] = False,
-    metrics: Annotated[Path, typer.Option(help="Folder with profile.csv and speed.csv.")] = Path("metrics"),
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("artifacts/figures"),
+    experiments: Annotated[bool, Option(help="Also draw the experiments of this commit.")] = False,
+    metrics: Annotated[Path, Option(help="Folder with profile.csv and speed.csv.")] = Path("metrics"),
+    out: Annotated[Path, Option(help="Folder to write to.")] = Path("artifacts/figures"),
 ) -> None:
-    """Draw the figures. Reads metrics/ and, with --experiments, `dvc exp show --json`; writes PNG and SVG."""
-    wanted: list[tuple[str, Callable[[Axes, Any, str], None], Any, str]] = [
+    """Reads metrics/ and, with --experiments, `dvc exp show --json`; writes PNG and SVG."""
+    wanted: list[tuple[str, Panel, Any, str]] = [
         ("latency_by_width", staircase, read_rows(metrics / "profile.csv"), "run dvc repro profile_hardware"),
         ("rounds", rounds, read_rows(metrics / "speed.csv"), "run dvc repro benchmark_speed"),
     ]
     if experiments:
-        measured = points(shown_experiments())
-        for name, panel in (("speedup_by_sparsity", speedups), ("quality_by_latency", qualities)):
-            wanted.append((name, panel, measured, "run dvc exp run; no experiment has speed and perplexity yet"))
+        measured, remedy = points(shown_experiments()), "run dvc exp run; no experiment has speed and perplexity yet"
+        wanted.append(("speedup_by_sparsity", speedups, measured, remedy))
+        wanted.append(("quality_by_latency", qualities, measured, remedy))
     for name, panel, content, remedy in wanted:
         if content:
             draw(out, name, panel, content)
-            typer.echo(f"{out / name}.png and .svg")
+            echo(f"{out / name}.png and .svg")
         else:
-            typer.echo(f"{name}: left out, nothing to draw ({remedy})")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+            echo(f"{name}: left out, nothing to draw ({remedy})")

@@ -9,8 +9,10 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, echo
 
+from stages._command import command
+from stages._options import Config
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
@@ -19,35 +21,23 @@ from tvaprune.masks.published import read_published_masks
 from tvaprune.masks.update import write_update
 
 
+@command
 def main(
-    file: Annotated[Path, typer.Argument(help="The authors' pickle.")],
-    model: Annotated[Path, typer.Option(help="Directory with the dense model's config.json.")] = Path("data/model"),
-    out: Annotated[Path, typer.Option(help="Masks artifact to write.")] = Path("artifacts/masks"),
-    means: Annotated[Path | None, typer.Option(help="Artifact of the gates' means to write too.")] = None,
+    file: Annotated[Path, Argument(help="The authors' pickle.")],
+    model: Config = Path("data/model"),
+    out: Annotated[Path, Option(help="Masks artifact to write.")] = Path("artifacts/masks"),
+    means: Annotated[Path | None, Option(help="Artifact of the gates' means to write too.")] = None,
 ) -> None:
-    """Read the file without executing anything in it, check it against the model, and write the artifact."""
-    try:
-        topology = Topology.of(load_config(model))
-        masks, update = read_published_masks(file, topology)
-    except (ValueError, FileNotFoundError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    meta: dict[str, Any] = {
-        "made_with": {"import_masks": {"file": file.name, "sha256": digest}},
-        "validation_ppl": {},
-    }
+    """Reads the file without executing anything in it, checks it against the model, and writes the artifact."""
+    topology = Topology.of(load_config(model))
+    masks, update = read_published_masks(file, topology)
+    source = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    meta: dict[str, Any] = {"made_with": {"import_masks": source}, "validation_ppl": {}}
     write_masks(out, masks, **meta)
     if means is not None:
         write_update(means, update, **meta)
     widths = masks.widths()
-    typer.echo(f"hidden {int(widths['hidden'])} of {topology.hidden}")
-    typer.echo(f"kv_heads by layer: {' '.join(map(str, widths['kv_heads'].tolist()))} of {topology.kv_heads}")
-    typer.echo(
-        f"intermediate by layer: {' '.join(map(str, widths['intermediate'].tolist()))} of {topology.intermediate}"
-    )
-    typer.echo(f"sparsity of the decoder {sparsity(topology, masks.widths()):.4f}, before adaptation")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    echo(f"hidden {int(widths['hidden'])} of {topology.hidden}")
+    for axis in ("kv_heads", "intermediate"):
+        echo(f"{axis} by layer: {' '.join(map(str, widths[axis].tolist()))} of {topology.width(axis)}")
+    echo(f"sparsity of the decoder {sparsity(topology, widths):.4f}, before adaptation")

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 from gguf import GGUFReader
+from typer import Option, echo
 
-from stages._options import Compact, Dense, Finetuned
+from stages._command import command
+from stages._options import Compact, Finetuned, Model, ParamsFile
 from tools import markdown
 from tools.markdown import SPEEDUP, speedup_cells
 from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import GgufDtype, write_gguf
+from tvaprune.masks.latency_table import PHASES
 from tvaprune.measures.comparison import present_models
 from tvaprune.measures.latency import Phase, interleave, prefill_flops, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name, pin_threads
-from tvaprune.measures.speed_report import summarise
+from tvaprune.measures.speed_report import speed_metrics
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.proof.gguf_runtime import timed
 
@@ -63,31 +65,26 @@ def compare(
     return Phase(first, settings.prefill_tokens, flops), Phase(then, 1, sizes)
 
 
+@command
 def main(
-    dense: Dense = Path("data/model"),
+    dense: Model = Path("data/model"),
     compact: Compact = Path("artifacts/compact"),
     finetuned: Finetuned = Path("artifacts/finetuned"),
-    dtypes: Annotated[str, typer.Option(help="Types of the GGUF files, of f32, f16, bf16, q8_0.")] = "bf16,q8_0",
-    params: Annotated[
-        Path, typer.Option(help="YAML file; lengths, repeats and threads of its section benchmark_speed.")
-    ] = Path("params.yaml"),
+    dtypes: Annotated[str, Option(help="Types of the GGUF files, of f32, f16, bf16, q8_0.")] = "bf16,q8_0",
+    params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Print the table, in Markdown."""
-    settings = BenchmarkSpeedParams.load(params)
+    """Reads params.yaml (benchmark_speed: lengths, repeats and threads); prints the table, in Markdown."""
+    settings = BenchmarkSpeedParams.load(params_file)
     directories = present_models(dense, compact, finetuned)
     pin_threads(settings.threads)
     rows = []
     for dtype in dtypes.split(","):
         with tempfile.TemporaryDirectory() as folder:
             phases = compare(directories, dtype, settings, Path(folder))  # type: ignore[arg-type]
-        for name, work, phase in zip(("prefill", "decode"), ("flops", "bytes_read"), phases, strict=True):
-            found = summarise(phase, work)
-            of_models = [found[model] for model in directories]
+        metrics = speed_metrics({1: phases})
+        for name in PHASES:
+            of_models = [metrics[name][model] for model in directories]
             rates = [f"{of['tokens_per_s']:.0f} ± {of['iqr_ms'] / of['latency_ms'] / 2:.0%}" for of in of_models]
-            rows.append([dtype, name, *rates, *speedup_cells(found)])
-    typer.echo(f"Tokens a second ± half the interquartile range, batch 1, {machine_name(torch.device('cpu'))}.\n")
-    typer.echo(markdown.table(["", "", *directories, *SPEEDUP], rows))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+            rows.append([dtype, name, *rates, *speedup_cells(metrics[name])])
+    echo(f"Tokens a second ± half the interquartile range, batch 1, {machine_name(torch.device('cpu'))}.\n")
+    echo(markdown.table(["", "", *directories, *SPEEDUP], rows))

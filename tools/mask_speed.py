@@ -10,43 +10,41 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
+from typer import Option
 
+from stages._command import command
+from stages._options import Config
 from tools import markdown
 from tools.markdown import SPEEDUP, speedup_cells
+from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES
-from tvaprune.masks.masks import Masks, read_masks, sparsity
+from tvaprune.masks.masks import Masks, read_masks
 from tvaprune.measures.latency import Benchmark, compare
 from tvaprune.measures.machine import machine_name
 from tvaprune.measures.speed_report import speed_metrics
 from tvaprune.runtime.packed import pick_runtime
 
 
+@command
 def main(
-    model: Annotated[Path, typer.Option(help="Directory with the dense model's config.json.")] = Path("data/model"),
-    masks: Annotated[Path, typer.Option(help="Masks artifact.")] = Path("artifacts/adapted"),
-    multiple: Annotated[
-        int,
-        typer.Option(help="First adapt hidden and intermediate widths to multiples of this; 1 leaves them.", min=1),
-    ] = 1,
-    target: Annotated[
-        float | None,
-        typer.Option("--sparsity", help="For --multiple: the sparsity to keep to; the default is the masks' own."),
-    ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Sequences at once, separated by commas.")] = "1",
-    prefill_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill.", min=1)] = 512,
-    decode_prompt_tokens: Annotated[int, typer.Option(help="Prompt length before decoding.", min=1)] = 64,
-    decode_tokens: Annotated[int, typer.Option(help="Steps decoded.", min=1)] = 64,
-    repeats: Annotated[int, typer.Option(help="Rounds that count.", min=3)] = 7,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    runtime: Annotated[str, typer.Option(help="auto, eager, packed (CPU), graphs (CUDA) or compile.")] = "auto",
+    model: Config = Path("data/model"),
+    masks: Annotated[Path, Option(help="Masks artifact.")] = Path("artifacts/adapted"),
+    multiple: Annotated[int, Option(help="First adapt hidden and intermediate to multiples of this.", min=1)] = 1,
+    target: Annotated[float | None, Option("--sparsity", help="For --multiple; the default is the masks' own.")] = None,
+    batch_sizes: Annotated[str, Option(help="Sequences at once, separated by commas.")] = "1",
+    prefill_tokens: Annotated[int, Option(help="Prompt length of the prefill.", min=1)] = 512,
+    decode_prompt_tokens: Annotated[int, Option(help="Prompt length before decoding.", min=1)] = 64,
+    decode_tokens: Annotated[int, Option(help="Steps decoded.", min=1)] = 64,
+    repeats: Annotated[int, Option(help="Rounds that count.", min=3)] = 7,
+    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
+    runtime: Annotated[str, Option(help="auto, eager, packed (CPU), graphs (CUDA) or compile.")] = "auto",
 ) -> None:
-    """Print the table, in Markdown."""
+    """Reads the config and the masks; prints the table, in Markdown."""
     config, device = load_config(model), pick_device()
     topology = Topology.of(config)
     kept = read_masks(masks, topology)
@@ -66,11 +64,6 @@ def main(
     for batch, phases in timed.items():
         metrics = speed_metrics({batch: phases})
         for phase in PHASES:
-            found = metrics[phase]
-            latencies = [f"{found[name]['latency_ms']:.2f}" for name in models]
-            rows.append([str(batch), phase, *latencies, *speedup_cells(found)])
+            latencies = [f"{metrics[phase][name]['latency_ms']:.2f}" for name in models]
+            rows.append([str(batch), phase, *latencies, *speedup_cells(metrics[phase])])
     print(markdown.table(["batch", "", "dense ms", "pruned ms", *SPEEDUP], rows))
-
-
-if __name__ == "__main__":
-    typer.run(main)

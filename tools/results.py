@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option, echo
 
+from stages._command import command
 from tools import markdown
+from tvaprune.masks.latency_table import PHASES
 
 METRICS = Path("metrics")
-PHASES = ("prefill", "decode")
 TASKS = (("piqa", "acc"), ("hellaswag", "acc_norm"), ("arc_easy", "acc"))
 NAMES = {"dense": "dense", "compact": "pruned", "finetuned": "pruned + LoRA"}
 # Sections that the pruned model does not depend on.
@@ -88,8 +89,7 @@ def experiments_table(shown: list[dict[str, Any]]) -> str:
         speed = metrics.get("speed") or {}
         if params != base and speed == base_metrics.get("speed"):
             speed = {}
-        perplexity = metrics["perplexity"]
-        compact = perplexity["compact"]["ppl"]
+        perplexity, compact = metrics["perplexity"], metrics["perplexity"]["compact"]["ppl"]
         cells = (
             *_setting(params, base),
             str(params["sparsity"]),
@@ -112,11 +112,11 @@ def seeds_table(shown: list[dict[str, Any]]) -> str:
         setting = _setting(params, measured[0][1], "seed", *AFTER_PRUNING)
         settings[params["sparsity"], *setting][params["seed"]] = metrics["perplexity"]["compact"]["ppl"]
     rows = []
-    for (sparsity, *setting), by_seed in sorted(settings.items()):
+    for (sparsity, *names), by_seed in sorted(settings.items()):
         if len(by_seed) > 1:
             mean, deviation = statistics.mean(by_seed.values()), statistics.stdev(by_seed.values())
             figures = [f"{mean:.1f}", f"{deviation:.2f}", f"{deviation / mean:.1%}"]
-            rows.append([*setting, str(sparsity), " ".join(map(str, sorted(by_seed))), *figures])
+            rows.append([*names, str(sparsity), " ".join(map(str, sorted(by_seed))), *figures])
     head = ["method", "axes", "changed", "sparsity", "seeds", "pruned ppl, mean", "standard deviation", "of the mean"]
     return markdown.table(head, rows)
 
@@ -142,17 +142,12 @@ def _leaves(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
+@command
 def main(
-    experiments: Annotated[
-        bool, typer.Option(help="Add one row for each experiment of this commit and each setting.")
-    ] = False,
+    experiments: Annotated[bool, Option(help="Add the experiments of this commit, and their settings.")] = False,
 ) -> None:
-    """Print the tables as Markdown. Reads metrics/ and, with --experiments, `dvc exp show --json`."""
-    typer.echo(workspace_table({path.stem: json.loads(path.read_text()) for path in METRICS.glob("*.json")}))
+    """Reads metrics/ and, with --experiments, `dvc exp show --json`; prints the tables as Markdown."""
+    echo(workspace_table({path.stem: json.loads(path.read_text()) for path in METRICS.glob("*.json")}))
     if experiments:
         shown = shown_experiments()
-        typer.echo(f"\n{experiments_table(shown)}\n\n{seeds_table(shown)}")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        echo(f"\n{experiments_table(shown)}\n\n{seeds_table(shown)}")

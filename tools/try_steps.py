@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer import Option, echo
 
-from tools.dry_run import Sizes, memory, published_config, sizes
+from stages._command import command
+from tools.dry_run import ConfigFile, PublishedModel, Sizes, memory, published_config, sizes
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
@@ -32,47 +33,17 @@ from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.objective import Batch, objective
 from tvaprune.gates.training import new_gates
 from tvaprune.losses import next_token_labels
+from tvaprune.measures.latency import random_prompt
 from tvaprune.measures.machine import machine_name
-from tvaprune.params.finetune_lora import FinetuneLoraParams
-from tvaprune.params.learn_masks import LearnMasksParams
-from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.schedule import total_steps
 from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
 
 
-def main(
-    params_file: Annotated[Path, typer.Argument(help="Parameters: params.yaml or a file of configs/.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Directory with the model's config.json; the default is that of configs/models.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each; the first are slower.", min=2)] = 10,
-) -> None:
-    """Print seconds a step and memory of learn_masks and finetune_lora."""
-    found = sizes(params_file, model or published_config(params_file))
-    device = pick_device()
-    dtype = pick_dtype(device)
-    estimates = memory(params_file, found, dtype, device.type)
-    typer.echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
-    with device:
-        dense = AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
-    try_learning(params_file, dense, steps, estimates["learn_masks"]["total"])
-    if "finetune_lora" in estimates:
-        # As the stage loads it: in host memory, and on the device only while it is used there.
-        dense.eval().to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        try_finetuning(params_file, found, dense, steps, device, estimates["finetune_lora"]["total"])
-
-
-def try_learning(params_file: Path, dense: PreTrainedModel, steps: int, estimate: int) -> None:
+def try_learning(found: Sizes, dense: PreTrainedModel, steps: int, estimate: int) -> None:
     """Steps of learn_masks, each beside the same forward, objective and backward without gates."""
-    request, seq_len = LearnMasksParams.load(params_file).request(), SampleCalibrationParams.load(params_file).seq_len
-    if not request.trains_gates:
-        raise ValueError(f"{params_file}: learn_masks.method = {request.method} takes no steps")
-    size = request.options.batch_size
-    ids = random_windows(dense.config, size * steps, seq_len).to(dense.device)
+    request, size = found.request, found.request.options.batch_size
+    ids = random_prompt(dense, size * steps, found.windows.seq_len)
     topology, options = Topology.of(dense.config), replace(request.options, steps=steps)
     gates = new_gates(topology, options, request.sparsity, request.axes, dense.device, seed=0)
     dense.requires_grad_(False)
@@ -100,7 +71,7 @@ def try_learning(params_file: Path, dense: PreTrainedModel, steps: int, estimate
     total, peak = median["gates"] + median["teacher"], peak_memory_bytes(dense.device)
     _say("learn_masks", total, request.options.steps, peak, estimate)
     ratio = median["gates"] / median["bare"]
-    typer.echo(f"learn_masks: without the teacher, a step takes {ratio:.2f} times one without gates")
+    echo(f"learn_masks: without the teacher, a step takes {ratio:.2f} times one without gates")
 
 
 @contextmanager
@@ -113,31 +84,45 @@ def timed(device: torch.device, seconds: list[float]) -> Iterator[None]:
     seconds.append(time.perf_counter() - started)
 
 
-def try_finetuning(
-    params_file: Path, found: Sizes, dense: PreTrainedModel, steps: int, device: torch.device, estimate: int
-) -> None:
+def try_finetuning(found: Sizes, dense: PreTrainedModel, steps: int, device: torch.device, estimate: int) -> None:
     """Steps of finetune_lora, on the widths that the parameters come to."""
-    windows, recover = SampleCalibrationParams.load(params_file), FinetuneLoraParams.load(params_file)
     (student,) = random_models(found.config, [LayerWidths.of(found.masks.widths())], dense.dtype, torch.device("cpu"))
-    options = replace(recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
-    ids = random_windows(found.config, options.windows_per_step * steps, windows.finetune_seq_len)
+    options = replace(found.recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
+    ids = random_prompt(dense, options.windows_per_step * steps, found.windows.finetune_seq_len)
     with tempfile.TemporaryDirectory() as work:
         done = finetune(student, dense, ids, ids[:2], options, Process(device), NoState(Path(work)))
-    total = total_steps(recover.options, windows.finetune_samples)
+    total = total_steps(found.recover.options, found.windows.finetune_samples)
     _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimate)
 
 
-def random_windows(config: PreTrainedConfig, count: int, tokens: int) -> torch.Tensor:
-    """Random token ids, int64 [count, tokens]."""
-    return torch.randint(config.vocab_size, (count, tokens), generator=torch.Generator().manual_seed(0))
-
-
 def _say(stage: str, seconds: float, steps: int, peak: int, estimate: int) -> None:
-    typer.echo(
+    echo(
         f"{stage}: {seconds:.3f} s a step, {seconds * steps / 60:.1f} minutes for {steps}; "
         f"{peak / 1e9:.2f} GB (on a CPU of the whole process), estimated {estimate / 1e9:.2f}"
     )
 
 
-if __name__ == "__main__":
-    typer.run(main)
+@command
+def main(
+    params_file: ConfigFile,
+    model: PublishedModel = None,
+    steps: Annotated[int, Option(help="Steps of each; the first are slower.", min=2)] = 10,
+) -> None:
+    """Prints seconds a step and memory of learn_masks and finetune_lora."""
+    found = sizes(params_file, model or published_config(params_file))
+    device = pick_device()
+    dtype = pick_dtype(device)
+    if not found.request.trains_gates:
+        raise ValueError(f"{params_file}: learn_masks.method = {found.request.method} takes no steps")
+    estimates = memory(found, dtype, device.type)
+    echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
+    with device:
+        dense = AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
+    try_learning(found, dense, steps, estimates["learn_masks"]["total"])
+    if "finetune_lora" in estimates:
+        # As the stage loads it: in host memory, and on the device only while it is used there.
+        dense.eval().to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try_finetuning(found, dense, steps, device, estimates["finetune_lora"]["total"])

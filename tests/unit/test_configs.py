@@ -18,7 +18,9 @@ from tvaprune.checkpoint.loading import load_config
 from tvaprune.distributed import Process
 from tvaprune.gates.memory import LiveBytes
 from tvaprune.masks.projection import UnreachableSparsityError
-from tvaprune.methods import check_method
+from tvaprune.methods import check_request
+from tvaprune.options.gates import TvaOptions
+from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.recovery.lora import add_lora
@@ -67,7 +69,7 @@ def test_widths_and_parameters_of_a_dry_run(path: Path) -> None:
 def test_the_card_that_the_name_says_has_room(path: Path) -> None:
     """A tenth is left for kernels' workspaces, fragmentation and CUDA's own context."""
     card = {"paper": 80, "glassllm": 1}.get(path.stem) or int(re.search(r"(\d+)gb$", path.stem)[1])  # type: ignore[index]
-    needed = memory(path, sizes(path, published_config(path)))
+    needed = memory(sizes(path, published_config(path)))
     assert set(needed) == {"learn_masks", "finetune_lora"}
     for stage, parts in needed.items():
         assert parts["total"] <= 0.9 * card * 1e9, stage
@@ -91,9 +93,9 @@ def test_the_shapes_are_those_of_the_models() -> None:
 def test_what_no_mask_reaches_is_refused_without_a_search_through_every_unit() -> None:
     """8B parameters: bringing back units one by one took minutes."""
     topology = Topology.of(load_config(Path("configs/models/Meta-Llama-3-8B")))
-    check_method("tva", AXES, 0.9, topology)
+    check_request(MaskRequest("tva", TvaOptions(), 0.9, AXES), topology)
     with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9"):
-        check_method("tva", ("kv_heads",), 0.9, topology)
+        check_request(MaskRequest("tva", TvaOptions(), 0.9, ("kv_heads",)), topology)
 
 
 ESTIMATED = replace(OPTIONS, dropout=0.0, ce_weight=1.0)

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 import stages
+from stages._command import application
 from tools.dvc_deps import ALWAYS, code_dependencies, import_graph
 from tvaprune.options.masks import METHOD_OPTIONS
 from tvaprune.params.everything import SECTIONS
@@ -26,6 +27,7 @@ from tvaprune.params.everything import SECTIONS
 REPOSITORY = Path(__file__).resolve().parents[2]
 DVC_STAGES: dict[str, dict[str, Any]] = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
 STAGES = sorted(path.stem for path in (REPOSITORY / "stages").glob("[!_]*.py"))
+TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("[!_]*.py") if "def main" in path.read_text())
 
 
 def tracked(pattern: str = "*") -> list[Path]:
@@ -108,25 +110,50 @@ def test_a_stage_runs_as_a_module_with_its_default_paths(stage: str) -> None:
             assert kind != "outs" or options.get("cache", True), "outs without a cache lose the stage's run-cache"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_help_says_what_the_stage_reads_and_writes(stage: str) -> None:
-    app = typer.Typer()
-    module = importlib.import_module(f"stages.{stage}")
-    app.command()(module.main)
+def shown_help(module: str) -> tuple[typer.Typer, str]:
+    app = application(importlib.import_module(module).main)
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
     assert shown.exit_code == 0
-    text = " ".join(shown.output.split())
+    return app, " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_says_what_the_stage_reads_and_writes(stage: str) -> None:
+    app, text = shown_help(f"stages.{stage}")
     assert re.search(r"\breads\b", text, re.IGNORECASE)
     assert re.search(r"\bwrites\b", text, re.IGNORECASE)
+    sections = {section.section: section.shared for section in SECTIONS}
+    for key in (stage, *sections[stage]) if stage in sections else ():
+        assert re.search(rf"params\.yaml \([^)]*\b{key}\b", text), f"{stage}: help names no {key}"
     for parameter in typer.main.get_command(app).params:
         assert getattr(parameter, "help", None), f"{stage}: option {parameter.name} has no help"
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_the_docstrings_and_every_options_help_whole(stage: str) -> None:
+    """With square brackets: rich would take those of shapes for markup."""
+    app, text = shown_help(f"stages.{stage}")
+    module = importlib.import_module(f"stages.{stage}")
+    texts = [module.__doc__, module.main.__doc__, *(each.help for each in typer.main.get_command(app).params)]  # type: ignore[attr-defined]
+    for written in texts:
+        assert " ".join(written.split()) in text
+
+
+def test_help_shows_the_shape_of_the_windows() -> None:
+    assert "int32 [windows, tokens]." in shown_help("stages.learn_masks")[1]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_has_a_help(tool: str) -> None:
+    app, _ = shown_help(f"tools.{tool}")
+    for parameter in typer.main.get_command(app).params:
+        assert getattr(parameter, "help", None), f"{tool}: option {parameter.name} has no help"
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_outputs_and_inputs_in_dvc_yaml_are_the_scripts_defaults(stage: str) -> None:
     """Every path that DVC knows is an option's default, or lies in a directory that is."""
-    app = typer.Typer()
-    app.command()(importlib.import_module(f"stages.{stage}").main)
+    app = application(importlib.import_module(f"stages.{stage}").main)
     defaults = {str(parameter.default) for parameter in typer.main.get_command(app).params}
     entry = DVC_STAGES[stage]
     declared = [dep for dep in entry["deps"] if not dep.endswith(".py") and not dep.endswith(".ok")]
@@ -220,6 +247,24 @@ def test_scripts_wire_and_do_not_compute() -> None:
         functions = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
         assert functions == ["main"], stage
         assert len(source.splitlines()) <= 90, stage
+
+
+@pytest.mark.parametrize("module", [f"stages/{name}" for name in STAGES] + [f"tools/{name}" for name in TOOLS])
+def test_main_ends_its_module(module: str) -> None:
+    """Its decorator runs it where it stands, so what it calls has to be above it."""
+    last = ast.parse((REPOSITORY / f"{module}.py").read_text()).body[-1]
+    assert isinstance(last, ast.FunctionDef)
+    assert last.name == "main"
+    assert [ast.unparse(each) for each in last.decorator_list] in (["command"], ["process_command"])
+
+
+def test_a_tool_runs_as_a_module_and_reports_wrong_input_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.dry_run", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'none.yaml'}: no such file")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -330,7 +375,7 @@ VIOLATIONS = {
     "tvaprune/params/compact.py": "import tvaprune.architecture.parameter_counts",
     "tvaprune/masks/adapt.py": "import ruamel.yaml",
     "tvaprune/gates/paper.py": "import typer",
-    "tvaprune/losses.py": "import stages._errors",
+    "tvaprune/losses.py": "import stages._command",
     "stages/compact.py": "import stages.learn_masks",
 }
 

@@ -8,8 +8,7 @@ import typer
 from stages._errors import clear_errors
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.inputs.calibration import load_tokenizer
-from tvaprune.inputs.evaluation_text import evaluation_documents
-from tvaprune.inputs.leaks import check_leaks, check_limit, declare_sources, report
+from tvaprune.inputs.leaks import check_leaks, check_limit, declare_sources, evaluation_documents, report
 from tvaprune.params.check_leaks import CheckLeaksParams
 
 

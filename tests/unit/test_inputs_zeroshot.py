@@ -3,12 +3,13 @@
 import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tvaprune.inputs.sources import InputError, LocalSource, TaskHub
 from tvaprune.inputs.zeroshot import TASKS, fetch_tasks, read_requests
+from tvaprune.options.inputs import TaskName
 
 ARC = {"id": "q1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
 ROWS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,12 @@ def write_tasks(folder: Path, rows: dict[str, dict[str, Any]]) -> LocalSource:
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_same_tasks_can_be_asked_for_fetched_and_measured() -> None:
+    from tvaprune.measures import zeroshot as measured
+
+    assert get_args(TaskName) == tuple(TASKS) == measured.TASKS
 
 
 def test_rows_come_in_lm_evals_columns_and_again_the_same(tmp_path: Path) -> None:

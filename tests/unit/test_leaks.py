@@ -12,9 +12,16 @@ from tests.tiny_models import save_tiny_model, tiny_tokenizer
 from tests.unit.test_inputs_zeroshot import ROWS, write_tasks
 from tvaprune.inputs import leaks as module
 from tvaprune.inputs.calibration import load_tokenizer
-from tvaprune.inputs.evaluation_text import EvaluationDocument, evaluation_documents
-from tvaprune.inputs.leaks import LeakError, check_leaks, check_limit, declare_sources, report, window_texts
-from tvaprune.inputs.ngrams import NgramHasher
+from tvaprune.inputs.leaks import (
+    EvaluationDocument,
+    LeakError,
+    check_leaks,
+    check_limit,
+    declare_sources,
+    evaluation_documents,
+    report,
+    window_texts,
+)
 from tvaprune.inputs.sources import InputError
 
 PLANTED = "the quick brown fox jumps over the lazy dog and runs away from it all"
@@ -54,7 +61,7 @@ def test_no_gram_spans_two_documents(tokenizer: Any) -> None:
     start, end = PLANTED.split(" over ")
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (start, " over " + end)]
     row = torch.tensor([[*ids[0], tokenizer.eos_token_id, *ids[1]]], dtype=torch.int32)
-    hashed = module.known_grams(window_texts(row, tokenizer), NgramHasher(8))
+    hashed = module.known_ngrams(window_texts(row, tokenizer), 8)
     assert len(hashed) == len(("over " + end).split()) - 7
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tvaprune.inputs.documents import Document
 from tvaprune.inputs.sources import InputError
-
-Packing = Literal["auto", "documents", "packed"]
+from tvaprune.options.inputs import Packing
 
 # Fewer documents than this, such as one book, are cut into parts that stand for documents. A part has room for a few
 # windows, or cutting would waste text.

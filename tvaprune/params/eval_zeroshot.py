@@ -1,12 +1,11 @@
 """Parameters of the eval_zeroshot stage."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
+from tvaprune.options.inputs import TaskName
 from tvaprune.params.loading import StageParams
-
-TaskName = Literal["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]
 
 
 class EvalZeroshotParams(StageParams):

@@ -1,9 +1,10 @@
 """Parameters of the sample_calibration stage."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from tvaprune.options.inputs import Packing
 from tvaprune.params.loading import StageParams
 
 Weights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
@@ -20,7 +21,7 @@ class SampleCalibrationParams(StageParams):
     finetune_samples: int = Field(description="Windows to fine-tune on.", ge=1)
     finetune_seq_len: int = Field(description="Tokens in each of these windows, and in their validation windows.", ge=2)
     finetune_validation_samples: int = Field(description="Windows to validate fine-tuning on.", ge=1)
-    packing: Literal["auto", "documents", "packed"] = Field(
+    packing: Packing = Field(
         description="documents: cut out of long ones; packed: short ones in a row; auto: by a document's length."
     )
     mix: Weights = Field(

@@ -20,7 +20,7 @@ from tvaprune.inputs.sources import InputError
 from tvaprune.options.inputs import Packing
 
 # Fewer documents than this, such as one book, are cut into parts that stand for documents. A part has room for a few
-# windows, or cutting would waste text.
+# windows, because what is left at its end is dropped.
 _FEW_DOCUMENTS = 16
 _PARTS = 64
 _WINDOWS_A_PART = 4
@@ -44,11 +44,8 @@ class WindowSet:
             InputError: mix names an unknown source, or gives every source the weight 0.
         """
         weights = {name: float(self.mix.get(name, 1.0)) for name in sources}
-        unknown = sorted(set(self.mix) - set(weights))
-        if unknown:
-            raise InputError(
-                f"{self.name}: mix names {', '.join(unknown)}; the calibration sources are {', '.join(weights)}"
-            )
+        if unknown := ", ".join(sorted(set(self.mix) - set(weights))):
+            raise InputError(f"{self.name}: mix names {unknown}; the calibration sources are {', '.join(weights)}")
         if sum(weights.values()) <= 0:
             raise InputError(f"{self.name}: mix gives every source the weight 0")
         return share_out(self.samples, weights)
@@ -125,13 +122,11 @@ def sample_windows(
                 raise InputError(
                     f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
                     f"which has text for {len(candidates)} ({len(documents)} documents and {tokens} tokens for all "
-                    f"sets together, packing {packing}); ask for fewer samples, give the source less weight in the "
-                    "mix, or add text"
+                    f"sets, packing {packing}); ask for fewer samples, give it less weight in the mix, or add text"
                 )
-            chosen = rng.permutation(len(candidates))[: demand.samples]
-            windows[demand.name] += [candidates[index] for index in chosen]
+            windows[demand.name] += [candidates[index] for index in rng.permutation(len(candidates))[: demand.samples]]
     rng = _generator(seed, "order")
-    result: dict[str, Tensor] = {}
+    result = {}
     for one in sets:
         rows = np.array(windows[one.name], np.int32).reshape(one.samples, one.seq_len)
         result[one.name] = torch.from_numpy(rows[rng.permutation(one.samples)])
@@ -146,17 +141,7 @@ def sample_calibration(
     packing: Packing,
     seed: int,
 ) -> tuple[dict[str, Int32[Tensor, "samples seq_len"]], dict[str, Any]]:
-    """Tokenise the documents and draw the sets of windows.
-
-    Args:
-        documents: source -> its documents.
-
-    Returns:
-        Set name -> int32 [samples, seq_len]; and what meta.json says of them.
-
-    Raises:
-        InputError: the text is too short, or a mix does not fit the sources.
-    """
+    """Tokenise each source's documents, then `sample_windows`. Returns the windows and what meta.json says of them."""
     counts = {one.name: one.shares(documents) for one in sets}  # raises before the long work
     sources = {name: tokenise(texts, tokenizer, name) for name, texts in documents.items()}
     windows = sample_windows(sources, sets, packing=packing, eos_token_id=tokenizer.eos_token_id, seed=seed)
@@ -206,16 +191,15 @@ def _hash(seed: int, *parts: str) -> bytes:
 def _ordered(documents: list[TokenDocument], seed: int, source: str, longest: int) -> list[TokenDocument]:
     """By a seeded hash of their ids, so that the split does not depend on the order in the file."""
     if len(documents) < _FEW_DOCUMENTS:
+        shortest = _WINDOWS_A_PART * longest
         documents = [
             TokenDocument(f"{document.id}#{number}", part)
             for document in documents
-            for number, part in enumerate(np.array_split(document.tokens, _parts(document, longest)))
+            for number, part in enumerate(
+                np.array_split(document.tokens, max(1, min(_PARTS, len(document.tokens) // shortest)))
+            )
         ]
     return sorted(documents, key=lambda document: _hash(seed, source, document.id))
-
-
-def _parts(document: TokenDocument, longest: int) -> int:
-    return max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest)))
 
 
 def _is_packed(document: TokenDocument, seq_len: int, packing: Packing) -> bool:

@@ -24,9 +24,8 @@ def text_files(path: Path) -> list[Path]:
     """A file, or all .txt, .jsonl and .parquet files below a directory, in name order."""
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.suffix in {".txt", ".jsonl", ".parquet"}]
-    if not files:
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if not (files := [file for file in found if file.suffix in {".txt", ".jsonl", ".parquet"}]):
         raise InputError(f"{path}: no .txt, .jsonl or .parquet file")
     return files
 
@@ -78,8 +77,7 @@ def drop_known(documents: Iterable[Document], titles: set[str], texts: set[str])
     Returns:
         The kept documents, the number left out for their title, and for being empty or a repetition.
     """
-    kept: list[Document] = []
-    same_title = repeated = 0
+    kept, same_title, repeated = [], 0, 0
     for document in documents:
         if document.title is not None and normalise_title(document.title) in titles:
             same_title += 1
@@ -107,8 +105,8 @@ def load_documents(directory: Path) -> dict[str, list[Document]]:
     files = sorted(directory.glob("*.jsonl"))
     if not files:
         raise InputError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
-
-    def document(row: Any, where: str) -> Document:
-        return Document(id=field_of(row, "id", where), text=field_of(row, "text", where))
-
-    return {file.stem: [document(row, file.name) for row in read_json_lines(file)] for file in files}
+    fields = ("id", "text")
+    return {
+        file.stem: [Document(*(field_of(row, name, file.name) for name in fields)) for row in read_json_lines(file)]
+        for file in files
+    }

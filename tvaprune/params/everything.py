@@ -1,6 +1,7 @@
 """Check all sections at once, so that a mistake in the last stage's section stops the run before the first stage."""
 
 from pathlib import Path
+from typing import Any
 
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
@@ -39,25 +40,22 @@ def check_everything(path: Path) -> None:
         ParameterError: all problems of all sections, a line each.
     """
     content = read_yaml(path)
-    known = {stage.section for stage in SECTIONS} | {
-        key for stage in SECTIONS for key in stage.shared if "." not in key
-    }
+    known = {key for stage in SECTIONS for key in (stage.section, *stage.shared) if "." not in key}
     problems = [
         f"{path}: unknown top-level key {key!r}; known keys are {', '.join(sorted(known))}"
         for key in content
         if key not in known
     ]
-    loaded: dict[type[StageParams], StageParams] = {}
+    loaded: dict[str, Any] = {}
     for stage in SECTIONS:
         try:
-            loaded[stage] = stage.load(path)
+            loaded[stage.section] = stage.load(path)
         except ParameterError as error:
             problems.append(str(error))
-    texts, sampling = loaded.get(FetchInputsParams), loaded.get(SampleCalibrationParams)
-    masks = loaded.get(LearnMasksParams)
-    if isinstance(texts, FetchInputsParams) and isinstance(sampling, SampleCalibrationParams):
+    texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
+    if texts and sampling:
         problems += _unknown_sources(texts, sampling)
-    if isinstance(masks, LearnMasksParams) and isinstance(sampling, SampleCalibrationParams):
+    if masks and sampling:
         problems += _broken_blocks(masks, sampling)
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))

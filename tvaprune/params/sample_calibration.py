@@ -24,7 +24,5 @@ class SampleCalibrationParams(StageParams):
     packing: Packing = Field(
         description="documents: cut out of long ones; packed: short ones in a row; auto: by a document's length."
     )
-    mix: Weights = Field(
-        description="Source -> its weight in shares of the windows to learn masks on; 1 if not listed."
-    )
+    mix: Weights = Field(description="Source -> weight in shares of the windows to learn masks on; 1 if not listed.")
     finetune_mix: Weights | None = Field(description="The same for the windows to fine-tune on; null: as mix.")

@@ -38,11 +38,7 @@ class WindowSet:
     mix: Mapping[str, float] = field(default_factory=dict)  # source -> weight in shares of windows; 1 if not named
 
     def shares(self, sources: Iterable[str]) -> dict[str, int]:
-        """Source -> how many of the windows come from it.
-
-        Raises:
-            InputError: mix names an unknown source, or gives every source the weight 0.
-        """
+        """Source -> how many of the windows come from it. Raises InputError if the mix does not fit the sources."""
         weights = {name: float(self.mix.get(name, 1.0)) for name in sources}
         if unknown := ", ".join(sorted(set(self.mix) - set(weights))):
             raise InputError(f"{self.name}: mix names {unknown}; the calibration sources are {', '.join(weights)}")
@@ -60,12 +56,8 @@ class TokenDocument:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory.
-
-    Raises:
-        InputError: there is none, and transformers would look for a repository of that name on the hub.
-    """
-    if not (directory / "tokenizer_config.json").is_file():
+    """The tokenizer in a model directory."""
+    if not (directory / "tokenizer_config.json").is_file():  # transformers would ask a hub for this name
         raise InputError(f"{directory}: no tokenizer_config.json; run the fetch_inputs stage")
     return AutoTokenizer.from_pretrained(directory)
 
@@ -99,8 +91,7 @@ def sample_windows(
 
     Args:
         sources: name -> its documents.
-        sets: in the order in which they are returned; names differ.
-        packing: for all sources.
+        sets: their names differ.
         eos_token_id: the only special token in a window.
 
     Returns:
@@ -112,7 +103,7 @@ def sample_windows(
     shares = {one.name: one.shares(sources) for one in sets}
     windows: dict[str, list[np.ndarray]] = {one.name: [] for one in sets}
     for source, documents in sources.items():
-        rng = _generator(seed, source)
+        rng = np.random.default_rng(int.from_bytes(_hash(seed, source)))
         ordered = _ordered(documents, seed, source, longest=max(one.seq_len for one in sets))
         demands = [replace(one, samples=shares[one.name][source]) for one in sets]
         for demand, part in zip(demands, _deal(ordered, demands, packing), strict=True):
@@ -125,7 +116,7 @@ def sample_windows(
                     f"sets, packing {packing}); ask for fewer samples, give it less weight in the mix, or add text"
                 )
             windows[demand.name] += [candidates[index] for index in rng.permutation(len(candidates))[: demand.samples]]
-    rng = _generator(seed, "order")
+    rng = np.random.default_rng(int.from_bytes(_hash(seed, "order")))
     result = {}
     for one in sets:
         rows = np.array(windows[one.name], np.int32).reshape(one.samples, one.seq_len)
@@ -178,10 +169,6 @@ def share_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     for name in by_remainder[: total - sum(shares.values())]:
         shares[name] += 1
     return shares
-
-
-def _generator(seed: int, purpose: str) -> np.random.Generator:
-    return np.random.default_rng(int.from_bytes(_hash(seed, purpose)))
 
 
 def _hash(seed: int, *parts: str) -> bytes:

@@ -43,10 +43,10 @@ def read_rows(file: Path) -> Iterator[Any]:
 
 def field_of(row: Any, text_field: str, where: str) -> str:
     """The text in a field, or an InputError that names the fields there are."""
-    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where}: no text in field {text_field!r}; it has {known}")
-    return row[text_field]
+    if isinstance(row, dict) and isinstance(text := row.get(text_field), str):
+        return text
+    known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+    raise InputError(f"{where}: no text in field {text_field!r}; it has {known}")
 
 
 def document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:
@@ -68,14 +68,9 @@ def normalise_title(title: str) -> str:
 
 
 def drop_known(documents: Iterable[Document], titles: set[str], texts: set[str]) -> tuple[list[Document], int, int]:
-    """Leave out empty documents, articles whose title is known, and repeated texts.
+    """Leave out empty documents, articles whose normalised title is known, and known texts; kept ones become known.
 
-    Args:
-        titles: normalised titles to leave out.
-        texts: texts to leave out; the kept ones are added to it.
-
-    Returns:
-        The kept documents, the number left out for their title, and for being empty or a repetition.
+    Returns the kept documents, the number left out for their title, and for being empty or a repetition.
     """
     kept, same_title, repeated = [], 0, 0
     for document in documents:

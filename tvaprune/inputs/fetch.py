@@ -51,8 +51,8 @@ def fetch_inputs(
         InputError: an input cannot be fetched, or is not the expected one.
     """
     written: dict[str, Any] = {}
-    with _workspace(directories.model) as (partial, temporary):
-        written["model"] = fetch_model(model, partial, temporary)
+    with _workspace(directories.model) as folders:
+        written["model"] = fetch_model(model, *folders)
     with _workspace(directories.heldout) as folders:
         texts: set[str] = set()
         written["heldout"], titles = _fetch_texts(heldout, *folders, state, set(), texts)
@@ -71,8 +71,7 @@ def _fetch_texts(
 ) -> tuple[dict[str, Any], set[str]]:
     """Write one .jsonl for each source, without known titles and texts; adds the new texts to the known ones.
 
-    Returns:
-        What was written, by label; and the normalised titles in it.
+    Returns what was written, by label, and the normalised titles in it.
     """
     meta: dict[str, Any] = {}
     written_titles: set[str] = set()

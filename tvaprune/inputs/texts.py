@@ -65,7 +65,7 @@ def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
         yield from _read_requests(path, source.text_field)
     elif source.format == "transcripts":
         for document in _read_files(path, source.text_field):
-            yield Document(id=document.id, text=clean_transcript(document.text))
+            yield Document(document.id, clean_transcript(document.text))
     else:
         yield from _read_files(path, source.text_field)
 
@@ -145,9 +145,6 @@ def sample(
     Args:
         buffer: rows to hold at most, and never more than are asked for; so many more rows are read than taken.
         save_every: rows between two saved states.
-
-    Raises:
-        InputError: the hub fails, a row has no text, or the files are not all .jsonl or all .parquet.
     """
     files = text_files(source.path) if isinstance(source, TextLocal) else []
     # Other contents of local shards are another sample.
@@ -159,8 +156,7 @@ def sample(
             _take(source, open_stream(source, files), state, taken, min(buffer, source.documents), save_every)
     except OSError as error:
         raise InputError(f"{source}: reading stopped ({error}); run it again, and it continues where it was") from error
-    for row in read_json_lines(taken):
-        yield Document(**row)
+    return (Document(**row) for row in read_json_lines(taken))
 
 
 def _take(

@@ -53,19 +53,17 @@ def check_everything(path: Path) -> None:
         except ParameterError as error:
             problems.append(str(error))
     texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
-    if texts and sampling:
-        problems += _unknown_sources(texts, sampling)
-    if masks and sampling:
-        problems += _broken_blocks(masks, sampling)
+    problems += _unknown_sources(texts, sampling) if texts and sampling else []
+    problems += _broken_blocks(masks, sampling) if masks and sampling else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
 
 def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams) -> list[str]:
     labels = [source.label for source in texts.calibration.sources]
+    known = f"the sources of fetch_inputs.calibration are {', '.join(labels)}"
     return [
-        f"{sampling.section}.{key}: names {', '.join(unknown)}, but the sources of fetch_inputs.calibration are "
-        f"{', '.join(labels)}; remove it"
+        f"{sampling.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
     ]

@@ -92,13 +92,8 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
 
 
 def load_documents(directory: Path) -> dict[str, list[Document]]:
-    """Read what `write_documents` wrote: source name (the file's stem) -> its documents.
-
-    Raises:
-        InputError: no .jsonl file is there, or a line is damaged.
-    """
-    files = sorted(directory.glob("*.jsonl"))
-    if not files:
+    """What `write_documents` wrote: source name (the file's stem) -> its documents. Raises InputError without files."""
+    if not (files := sorted(directory.glob("*.jsonl"))):
         raise InputError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
     fields = ("id", "text")
     return {

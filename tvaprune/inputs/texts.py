@@ -38,12 +38,8 @@ def clean_transcript(text: str) -> str:
 def read_documents(source: TextSource, folder: Path, state: SavedState) -> Iterator[Document]:
     """The documents of a source: all in its own order, or as many as it says to sample.
 
-    Args:
-        folder: for temporary files.
-        state: the progress of a sample, which a killed run continues from.
-
-    Raises:
-        InputError: the source cannot be fetched or read.
+    `folder` is for temporary files, `state` holds the progress of a sample, which a killed run continues from. Raises
+    InputError if the source cannot be fetched or read.
     """
     if isinstance(source, TextPackage):
         return _read_package(source, folder)
@@ -175,8 +171,7 @@ def _take(
     ):
         file.truncate(length)  # what was written after the state was saved comes again
         for row in stream:
-            where = f"{source}, row {number} of the sample"
-            document = vars(document_of(row, source.text_field, where, str(number)))
+            document = vars(document_of(row, source.text_field, f"{source}, row {number} of the sample", str(number)))
             index = random.Random(f"{source.seed} {number}").randrange(buffer)
             number += 1
             if len(held) < buffer:

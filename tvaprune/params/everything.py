@@ -34,11 +34,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 
 def check_everything(path: Path) -> None:
-    """Read every section, and check what one section requires of another.
-
-    Raises:
-        ParameterError: all problems of all sections, a line each.
-    """
+    """Read every section and compare sections. Raises ParameterError with all problems of all sections, a line each."""
     content = read_yaml(path)
     known = {key for stage in SECTIONS for key in (stage.section, *stage.shared) if "." not in key}
     problems = [
@@ -73,7 +69,5 @@ def _broken_blocks(masks: LearnMasksParams, sampling: SampleCalibrationParams) -
     block = masks.used()[masks.section].get("tva", {}).get("curvature_tokens")  # None where it has no influence
     if block is None or sampling.seq_len % block == 0:
         return []
-    return [
-        f"{masks.section}.tva.curvature_tokens = {block}: does not divide {sampling.section}.seq_len = "
-        f"{sampling.seq_len}; use a divisor, or null for whole windows"
-    ]
+    length = f"{sampling.section}.seq_len = {sampling.seq_len}; use a divisor, or null for whole windows"
+    return [f"{masks.section}.tva.curvature_tokens = {block}: does not divide {length}"]

@@ -182,9 +182,8 @@ def _ordered(documents: list[TokenDocument], seed: int, source: str, longest: in
         documents = [
             TokenDocument(f"{document.id}#{number}", part)
             for document in documents
-            for number, part in enumerate(
-                np.array_split(document.tokens, max(1, min(_PARTS, len(document.tokens) // shortest)))
-            )
+            for count in [max(1, min(_PARTS, len(document.tokens) // shortest))]
+            for number, part in enumerate(np.array_split(document.tokens, count))
         ]
     return sorted(documents, key=lambda document: _hash(seed, source, document.id))
 

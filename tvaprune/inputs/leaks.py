@@ -96,8 +96,8 @@ def _task_documents(task: Task, path: Path) -> Iterator[EvaluationDocument]:
         try:
             yield EvaluationDocument(f"line {number}", task.pieces(row))
         except (KeyError, TypeError) as error:
-            message = f"{path}, line {number}: missing or wrong column {error}; run the fetch_inputs stage"
-            raise InputError(message) from error
+            where = f"{path}, line {number}"
+            raise InputError(f"{where}: missing or wrong column {error}; run the fetch_inputs stage") from error
 
 
 def check_leaks(

@@ -103,9 +103,8 @@ def _download(source: ModelHub) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     copies = ["original/*", "consolidated*"]  # the same weights in another format
     with hub_errors(source):
-        return Path(
-            snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=copies)
-        )
+        folder = snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=copies)
+    return Path(folder)
 
 
 def _from_directory(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

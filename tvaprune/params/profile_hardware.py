@@ -22,9 +22,7 @@ class ProfileHardwareParams(StageParams):
     max_warmup: int = Field(ge=2, description="most warm-up rounds; fewer once two in a row differ by at most 5%")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
     threads: int | None = Field(ge=1, description="CPU threads of torch; null: torch's default, every physical core")
-    runtime: Literal["auto", "eager", "packed", "graphs"] = Field(
-        description="how the timed model runs, as in benchmark_speed; auto: packed on a CPU, graphs on CUDA"
-    )
+    runtime: Literal["auto", "eager", "packed", "graphs"] = Field(description="as in benchmark_speed, without compile")
     multiple: Any = Field(description="adapt_dimensions.multiple; nothing is timed unless it is `measured`")
 
     @property

@@ -178,11 +178,10 @@ def _hash(seed: int, *parts: str) -> bytes:
 def _ordered(documents: list[TokenDocument], seed: int, source: str, longest: int) -> list[TokenDocument]:
     """By a seeded hash of their ids, so that the split does not depend on the order in the file."""
     if len(documents) < _FEW_DOCUMENTS:
-        shortest = _WINDOWS_A_PART * longest
+        counts = [max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest))) for document in documents]
         documents = [
             TokenDocument(f"{document.id}#{number}", part)
-            for document in documents
-            for count in [max(1, min(_PARTS, len(document.tokens) // shortest))]
+            for document, count in zip(documents, counts, strict=True)
             for number, part in enumerate(np.array_split(document.tokens, count))
         ]
     return sorted(documents, key=lambda document: _hash(seed, source, document.id))

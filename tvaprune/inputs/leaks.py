@@ -96,8 +96,7 @@ def _task_documents(task: Task, path: Path) -> Iterator[EvaluationDocument]:
         try:
             yield EvaluationDocument(f"line {number}", task.pieces(row))
         except (KeyError, TypeError) as error:
-            where = f"{path}, line {number}"
-            raise InputError(f"{where}: missing or wrong column {error}; run the fetch_inputs stage") from error
+            raise InputError(f"{path}, line {number}: missing or wrong column {error}; run fetch_inputs") from error
 
 
 def check_leaks(

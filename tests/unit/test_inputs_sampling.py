@@ -9,11 +9,10 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from tvaprune.inputs import sampling
+from tvaprune.inputs import texts as module
 from tvaprune.inputs.documents import Document
-from tvaprune.inputs.sampling import sample
 from tvaprune.inputs.sources import InputError, TextHub, TextLocal
-from tvaprune.inputs.texts import read_documents
+from tvaprune.inputs.texts import read_documents, sample
 from tvaprune.resume import ResumableRun
 
 SHARDS, ROWS = 6, 120
@@ -56,11 +55,11 @@ def taken(source: TextHub | TextLocal, read: list[int] | None = None, **options:
     def document_of(row: dict[str, str], field: str, where: str, number: str) -> Document:
         if read is not None:
             read.append(int(number))
-        return sampling_document_of(row, field, where, number)
+        return real_document_of(row, field, where, number)
 
-    sampling_document_of = sampling.document_of
+    real_document_of = module.document_of
     with pytest.MonkeyPatch.context() as patch, ResumableRun("fetch_inputs", {}, []) as state:
-        patch.setattr(sampling, "document_of", document_of)
+        patch.setattr(module, "document_of", document_of)
         return list(sample(source, state, **options))
 
 
@@ -98,12 +97,12 @@ def test_killed_and_run_again_a_sample_ends_as_undisturbed(
         saves += 1
 
     def stream(*arguments: Any) -> Any:
-        return Dying(sampling_open(*arguments), lambda: saves >= after)
+        return Dying(real_open(*arguments), lambda: saves >= after)
 
-    sampling_open = sampling.open_stream
+    real_open = module.open_stream
     with monkeypatch.context() as patch:
         patch.setattr(ResumableRun, "save", save)
-        patch.setattr(sampling, "open_stream", stream)
+        patch.setattr(module, "open_stream", stream)
         with pytest.raises(Killed):
             taken(source, buffer=30, save_every=25)
     (state,) = (tmp_path / ".resume").glob("*/state.pt")

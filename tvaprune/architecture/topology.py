@@ -34,8 +34,6 @@ AXIS_OF_UNITS: dict[Units, Axis] = {
     "kv": "kv_heads",
 }
 
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
 
 class UnsupportedModelError(ValueError):
     """The model has a structure that these axes do not describe."""

@@ -20,7 +20,7 @@ from tvaprune.inputs.sources import InputError
 from tvaprune.options.inputs import Packing
 
 # Fewer documents than this, such as one book, are cut into parts that stand for documents. A part has room for a few
-# windows, or cutting would waste text.
+# windows, because what is left at its end is dropped.
 _FEW_DOCUMENTS = 16
 _PARTS = 64
 _WINDOWS_A_PART = 4
@@ -38,17 +38,10 @@ class WindowSet:
     mix: Mapping[str, float] = field(default_factory=dict)  # source -> weight in shares of windows; 1 if not named
 
     def shares(self, sources: Iterable[str]) -> dict[str, int]:
-        """Source -> how many of the windows come from it.
-
-        Raises:
-            InputError: mix names an unknown source, or gives every source the weight 0.
-        """
+        """Source -> how many of the windows come from it. Raises InputError if the mix does not fit the sources."""
         weights = {name: float(self.mix.get(name, 1.0)) for name in sources}
-        unknown = sorted(set(self.mix) - set(weights))
-        if unknown:
-            raise InputError(
-                f"{self.name}: mix names {', '.join(unknown)}; the calibration sources are {', '.join(weights)}"
-            )
+        if unknown := ", ".join(sorted(set(self.mix) - set(weights))):
+            raise InputError(f"{self.name}: mix names {unknown}; the calibration sources are {', '.join(weights)}")
         if sum(weights.values()) <= 0:
             raise InputError(f"{self.name}: mix gives every source the weight 0")
         return share_out(self.samples, weights)
@@ -63,12 +56,8 @@ class TokenDocument:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory.
-
-    Raises:
-        InputError: there is none, and transformers would look for a repository of that name on the hub.
-    """
-    if not (directory / "tokenizer_config.json").is_file():
+    """The tokenizer in a model directory."""
+    if not (directory / "tokenizer_config.json").is_file():  # transformers would ask a hub for this name
         raise InputError(f"{directory}: no tokenizer_config.json; run the fetch_inputs stage")
     return AutoTokenizer.from_pretrained(directory)
 
@@ -102,8 +91,7 @@ def sample_windows(
 
     Args:
         sources: name -> its documents.
-        sets: in the order in which they are returned; names differ.
-        packing: for all sources.
+        sets: their names differ.
         eos_token_id: the only special token in a window.
 
     Returns:
@@ -115,7 +103,7 @@ def sample_windows(
     shares = {one.name: one.shares(sources) for one in sets}
     windows: dict[str, list[np.ndarray]] = {one.name: [] for one in sets}
     for source, documents in sources.items():
-        rng = _generator(seed, source)
+        rng = np.random.default_rng(int.from_bytes(_hash(seed, source)))
         ordered = _ordered(documents, seed, source, longest=max(one.seq_len for one in sets))
         demands = [replace(one, samples=shares[one.name][source]) for one in sets]
         for demand, part in zip(demands, _deal(ordered, demands, packing), strict=True):
@@ -125,13 +113,11 @@ def sample_windows(
                 raise InputError(
                     f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
                     f"which has text for {len(candidates)} ({len(documents)} documents and {tokens} tokens for all "
-                    f"sets together, packing {packing}); ask for fewer samples, give the source less weight in the "
-                    "mix, or add text"
+                    f"sets, packing {packing}); ask for fewer samples, give it less weight in the mix, or add text"
                 )
-            chosen = rng.permutation(len(candidates))[: demand.samples]
-            windows[demand.name] += [candidates[index] for index in chosen]
-    rng = _generator(seed, "order")
-    result: dict[str, Tensor] = {}
+            windows[demand.name] += [candidates[index] for index in rng.permutation(len(candidates))[: demand.samples]]
+    rng = np.random.default_rng(int.from_bytes(_hash(seed, "order")))
+    result = {}
     for one in sets:
         rows = np.array(windows[one.name], np.int32).reshape(one.samples, one.seq_len)
         result[one.name] = torch.from_numpy(rows[rng.permutation(one.samples)])
@@ -146,17 +132,7 @@ def sample_calibration(
     packing: Packing,
     seed: int,
 ) -> tuple[dict[str, Int32[Tensor, "samples seq_len"]], dict[str, Any]]:
-    """Tokenise the documents and draw the sets of windows.
-
-    Args:
-        documents: source -> its documents.
-
-    Returns:
-        Set name -> int32 [samples, seq_len]; and what meta.json says of them.
-
-    Raises:
-        InputError: the text is too short, or a mix does not fit the sources.
-    """
+    """Tokenise each source's documents, then `sample_windows`. Returns the windows and what meta.json says of them."""
     counts = {one.name: one.shares(documents) for one in sets}  # raises before the long work
     sources = {name: tokenise(texts, tokenizer, name) for name, texts in documents.items()}
     windows = sample_windows(sources, sets, packing=packing, eos_token_id=tokenizer.eos_token_id, seed=seed)
@@ -195,10 +171,6 @@ def share_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     return shares
 
 
-def _generator(seed: int, purpose: str) -> np.random.Generator:
-    return np.random.default_rng(int.from_bytes(_hash(seed, purpose)))
-
-
 def _hash(seed: int, *parts: str) -> bytes:
     return hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
 
@@ -206,16 +178,13 @@ def _hash(seed: int, *parts: str) -> bytes:
 def _ordered(documents: list[TokenDocument], seed: int, source: str, longest: int) -> list[TokenDocument]:
     """By a seeded hash of their ids, so that the split does not depend on the order in the file."""
     if len(documents) < _FEW_DOCUMENTS:
+        counts = [max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest))) for document in documents]
         documents = [
             TokenDocument(f"{document.id}#{number}", part)
-            for document in documents
-            for number, part in enumerate(np.array_split(document.tokens, _parts(document, longest)))
+            for document, count in zip(documents, counts, strict=True)
+            for number, part in enumerate(np.array_split(document.tokens, count))
         ]
     return sorted(documents, key=lambda document: _hash(seed, source, document.id))
-
-
-def _parts(document: TokenDocument, longest: int) -> int:
-    return max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest)))
 
 
 def _is_packed(document: TokenDocument, seq_len: int, packing: Packing) -> bool:

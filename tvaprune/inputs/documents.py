@@ -24,9 +24,8 @@ def text_files(path: Path) -> list[Path]:
     """A file, or all .txt, .jsonl and .parquet files below a directory, in name order."""
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.suffix in {".txt", ".jsonl", ".parquet"}]
-    if not files:
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if not (files := [file for file in found if file.suffix in {".txt", ".jsonl", ".parquet"}]):
         raise InputError(f"{path}: no .txt, .jsonl or .parquet file")
     return files
 
@@ -44,10 +43,10 @@ def read_rows(file: Path) -> Iterator[Any]:
 
 def field_of(row: Any, text_field: str, where: str) -> str:
     """The text in a field, or an InputError that names the fields there are."""
-    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where}: no text in field {text_field!r}; it has {known}")
-    return row[text_field]
+    if isinstance(row, dict) and isinstance(text := row.get(text_field), str):
+        return text
+    known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+    raise InputError(f"{where}: no text in field {text_field!r}; it has {known}")
 
 
 def document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:
@@ -69,17 +68,11 @@ def normalise_title(title: str) -> str:
 
 
 def drop_known(documents: Iterable[Document], titles: set[str], texts: set[str]) -> tuple[list[Document], int, int]:
-    """Leave out empty documents, articles whose title is known, and repeated texts.
+    """Leave out empty documents, articles whose normalised title is known, and known texts; kept ones become known.
 
-    Args:
-        titles: normalised titles to leave out.
-        texts: texts to leave out; the kept ones are added to it.
-
-    Returns:
-        The kept documents, the number left out for their title, and for being empty or a repetition.
+    Returns the kept documents, the number left out for their title, and for being empty or a repetition.
     """
-    kept: list[Document] = []
-    same_title = repeated = 0
+    kept, same_title, repeated = [], 0, 0
     for document in documents:
         if document.title is not None and normalise_title(document.title) in titles:
             same_title += 1
@@ -99,16 +92,11 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
 
 
 def load_documents(directory: Path) -> dict[str, list[Document]]:
-    """Read what `write_documents` wrote: source name (the file's stem) -> its documents.
-
-    Raises:
-        InputError: no .jsonl file is there, or a line is damaged.
-    """
-    files = sorted(directory.glob("*.jsonl"))
-    if not files:
+    """What `write_documents` wrote: source name (the file's stem) -> its documents. Raises InputError without files."""
+    if not (files := sorted(directory.glob("*.jsonl"))):
         raise InputError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
-
-    def document(row: Any, where: str) -> Document:
-        return Document(id=field_of(row, "id", where), text=field_of(row, "text", where))
-
-    return {file.stem: [document(row, file.name) for row in read_json_lines(file)] for file in files}
+    fields = ("id", "text")
+    return {
+        file.stem: [Document(*(field_of(row, name, file.name) for name in fields)) for row in read_json_lines(file)]
+        for file in files
+    }

@@ -44,15 +44,11 @@ def fetch_inputs(
             text, is in the held-out text.
         state: the progress of samples, which a killed run continues from.
 
-    Returns:
-        For each of the four directories what was written, as in its meta.json.
-
-    Raises:
-        InputError: an input cannot be fetched, or is not the expected one.
+    Returns what was written to each directory. Raises InputError if an input cannot be fetched or is another.
     """
     written: dict[str, Any] = {}
-    with _workspace(directories.model) as (partial, temporary):
-        written["model"] = fetch_model(model, partial, temporary)
+    with _workspace(directories.model) as folders:
+        written["model"] = fetch_model(model, *folders)
     with _workspace(directories.heldout) as folders:
         texts: set[str] = set()
         written["heldout"], titles = _fetch_texts(heldout, *folders, state, set(), texts)
@@ -71,8 +67,7 @@ def _fetch_texts(
 ) -> tuple[dict[str, Any], set[str]]:
     """Write one .jsonl for each source, without known titles and texts; adds the new texts to the known ones.
 
-    Returns:
-        What was written, by label; and the normalised titles in it.
+    Returns what was written, by label, and the normalised titles in it.
     """
     meta: dict[str, Any] = {}
     written_titles: set[str] = set()

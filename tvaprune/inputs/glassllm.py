@@ -11,26 +11,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tvaprune.architecture.topology import EMBEDDING, FINAL_NORM, HEAD
 from tvaprune.inputs.sources import InputError
 
 _SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 _SPACE = "\u2581"
-
-
 # Llama's tensor of a layer -> GlassLM's.
 _LAYER = {"input_layernorm": "norm1.gamma", "post_attention_layernorm": "norm2.gamma"}
 _LAYER |= {f"self_attn.{letter}_proj": f"attn.W_{letter.upper()}" for letter in "qkvo"}
 _LAYER |= {"mlp.gate_proj": "ffn.W1", "mlp.up_proj": "ffn.W3", "mlp.down_proj": "ffn.W2"}
-
-
-def half_rotation_order(weight: Float[Tensor, "rows hidden"], heads: int) -> Float[Tensor, "rows hidden"]:
-    """Reorder the rows of a query or key projection from interleaved to half RoPE.
-
-    GlassLM rotates the pairs (2i, 2i+1) of a head, transformers' Llama the pairs (i, i + head_dim/2), by the
-    same angle: row 2i of each head goes to i, row 2i+1 to i + head_dim/2.
-    """
-    rows, hidden = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
 
 
 def read_glassllm(weights: Path, vocabulary: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -68,18 +57,26 @@ def _config(settings: dict[str, Any], tensors: dict[str, Tensor]) -> LlamaConfig
 
 def _state(tensors: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
     """GlassLM multiplies x @ W, so its matrices are [in, out]; Llama's are [out, in]. The head is the embedding."""
-    embedding = tensors["E"]
-    state = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
-    state["model.norm.weight"] = tensors["norm_f.gamma"]
-    rotated_heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    state = {EMBEDDING: tensors["E"], HEAD: tensors["E"], FINAL_NORM: tensors["norm_f.gamma"]}
+    rotated_heads = {"attn.W_Q": config.num_attention_heads, "attn.W_K": config.num_key_value_heads}
     for layer in range(config.num_hidden_layers):
         for name, own in _LAYER.items():
             tensor = tensors[f"blocks.{layer}.{own}"]
             tensor = tensor.T if tensor.dim() == 2 else tensor
-            if name in rotated_heads:
-                tensor = half_rotation_order(tensor, rotated_heads[name])
+            if own in rotated_heads:
+                tensor = _half_rotation_order(tensor, rotated_heads[own])
             state[f"model.layers.{layer}.{name}.weight"] = tensor
     return state
+
+
+def _half_rotation_order(weight: Float[Tensor, "rows hidden"], heads: int) -> Float[Tensor, "rows hidden"]:
+    """Reorder the rows of a query or key projection from interleaved to half RoPE.
+
+    GlassLM rotates the pairs (2i, 2i+1) of a head, transformers' Llama the pairs (i, i + head_dim/2), by the
+    same angle: row 2i of each head goes to i, row 2i+1 to i + head_dim/2.
+    """
+    rows, hidden = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
 
 
 def _tokenizer(content: dict[str, Any], max_length: int) -> PreTrainedTokenizerFast:
@@ -93,9 +90,6 @@ def _tokenizer(content: dict[str, Any], max_length: int) -> PreTrainedTokenizerF
     tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **{f"{token[1:-1]}_token": token for token in _SPECIALS},
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    options: dict[str, Any] = {f"{token[1:-1]}_token": token for token in _SPECIALS}
+    options |= {"model_max_length": max_length, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)

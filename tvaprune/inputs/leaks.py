@@ -81,10 +81,8 @@ class Leaks:
 def evaluation_documents(heldout: Path, zeroshot: Path) -> dict[str, Iterable[EvaluationDocument]]:
     """Every evaluation set: `heldout_LABEL` for each text, and the zero-shot tasks by their names.
 
-    All of it, because the parameters of the evaluation decide which windows and rows are measured.
-
-    Raises:
-        InputError: a file is absent or damaged; names it.
+    All of it, because the parameters of the evaluation decide which windows and rows are measured. Raises InputError,
+    which names the file, if one is absent or damaged.
     """
     texts: dict[str, Iterable[EvaluationDocument]] = {
         f"heldout_{name}": [EvaluationDocument(document.id, [document.text]) for document in documents]
@@ -98,8 +96,7 @@ def _task_documents(task: Task, path: Path) -> Iterator[EvaluationDocument]:
         try:
             yield EvaluationDocument(f"line {number}", task.pieces(row))
         except (KeyError, TypeError) as error:
-            message = f"{path}, line {number}: missing or wrong column {error}; run the fetch_inputs stage"
-            raise InputError(message) from error
+            raise InputError(f"{path}, line {number}: missing or wrong column {error}; run fetch_inputs") from error
 
 
 def check_leaks(
@@ -170,11 +167,7 @@ def compare(
 
 
 def check_limit(leaks: Leaks, n: int, max_overlap: float) -> None:
-    """Refuse a set with more than `max_overlap` of its n-grams in the windows of one kind.
-
-    Raises:
-        LeakError: names every such set, what it shares and with what, the limit and the remedy.
-    """
+    """Raise LeakError for the sets with more than `max_overlap` of their n-grams in the windows of one kind."""
     lines = []
     for name, compared in leaks.sets.items():
         for learned, overlap in compared.overlaps.items():
@@ -216,12 +209,12 @@ def declare_sources(windows: Mapping[str, Mapping[str, int]], calibration: Path,
         By key of `LEARNED_FROM`: `windows` by source, and `in_domain`: 1 if one of these sources is the package or
         hub repository of a held-out text (as WikiText's train split is of its test split), else 0.
     """
-    learned, heldout_origins = _origins(calibration), set(_origins(heldout).values())
+    learned, measured = _origins(calibration), set(_origins(heldout).values())
     declared: dict[str, Any] = {}
     for name, parts in LEARNED_FROM.items():
         counts = {source: sum(windows[part][source] for part in parts) for source in windows[parts[0]]}
-        used = {learned[source] for source, count in counts.items() if count and source in learned}
-        declared[name] = {"in_domain": int(bool(used & heldout_origins)), "windows": counts}
+        in_domain = any(count and learned.get(source) in measured for source, count in counts.items())
+        declared[name] = {"in_domain": int(in_domain), "windows": counts}
     return declared
 
 

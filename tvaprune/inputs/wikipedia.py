@@ -41,9 +41,7 @@ def plain_text(wikitext: str) -> str:
         headings = section.filter_headings(recursive=False)
         if headings and headings[0].title.strip_code().strip().lower() in _SKIPPED_SECTIONS:
             continue
-        for node in list(section.nodes):
-            if isinstance(node, Heading):
-                section.remove(node)
+        section.nodes = [node for node in section.nodes if not isinstance(node, Heading)]
         paragraphs += _paragraphs(section)
     return "\n\n".join(paragraphs)
 
@@ -80,8 +78,7 @@ def _swap(section: mwparserfromhell.wikicode.Wikicode, node: Tag | Template | Wi
 def _tidy(line: str) -> str:
     line = line.replace("\xa0", " ").replace("''", "")
     line = re.sub(r"\(\s*(?:[;,:]\s*)+", "(", line)  # what dropped templates leave
-    line = re.sub(r"\(\s*\)", "", line)
-    line = re.sub(r"\s+", " ", line)
+    line = re.sub(r"\s+", " ", re.sub(r"\(\s*\)", "", line))
     return re.sub(r" ([,.;:)])", r"\1", line).strip()
 
 

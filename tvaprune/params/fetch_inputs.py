@@ -11,8 +11,6 @@ _KINDS = ("package", "hub", "local")
 
 
 class Texts(Record):
-    """Texts from one source or several, each in a file of its own."""
-
     sources: list[TextSource] = Field(description="One .jsonl is written for each.", min_length=1)
 
     @model_validator(mode="after")

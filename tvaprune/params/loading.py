@@ -37,11 +37,7 @@ class StageParams(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read and check the section.
-
-        Raises:
-            ParameterError: names every offending key, its value and what is allowed.
-        """
+        """Read and check the section. Raises ParameterError, which names every wrong key, its value and the rule."""
         content = read_yaml(path)
         if not isinstance(content.get(cls.section), dict):
             raise ParameterError(f"{path}: section {cls.section!r} is missing or is not a mapping")

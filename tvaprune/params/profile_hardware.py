@@ -8,9 +8,7 @@ from tvaprune.params.loading import StageParams
 
 
 class ProfileHardwareParams(StageParams):
-    """Which widths are timed, at which lengths, and how the model runs."""
-
-    section: ClassVar[str] = "profile_hardware"
+    section = "profile_hardware"
     shared: ClassVar[tuple[str, ...]] = ("adapt_dimensions.multiple",)
 
     hidden_step: int = Field(ge=1, description="hidden widths are multiples of it, and the dense one")
@@ -21,14 +19,10 @@ class ProfileHardwareParams(StageParams):
     decode_prompt_tokens: int = Field(ge=1, description="prompt length before the timed decoding")
     decode_tokens: int = Field(ge=1, description="greedy steps timed after that prompt, and those of a request")
     repeats: int = Field(ge=3, description="rounds that are measured; each times every width once")
-    max_warmup: int = Field(
-        ge=2, description="most warm-up rounds; warm-up ends when two rounds in a row differ by at most 5%"
-    )
+    max_warmup: int = Field(ge=2, description="most warm-up rounds; fewer once two in a row differ by at most 5%")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
     threads: int | None = Field(ge=1, description="CPU threads of torch; null: torch's default, every physical core")
-    runtime: Literal["auto", "eager", "packed", "graphs"] = Field(
-        description="how the timed model runs, as in benchmark_speed; auto: packed on a CPU, graphs on CUDA"
-    )
+    runtime: Literal["auto", "eager", "packed", "graphs"] = Field(description="as in benchmark_speed, without compile")
     multiple: Any = Field(description="adapt_dimensions.multiple; nothing is timed unless it is `measured`")
 
     @property

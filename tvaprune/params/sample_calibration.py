@@ -21,10 +21,6 @@ class SampleCalibrationParams(StageParams):
     finetune_samples: int = Field(description="Windows to fine-tune on.", ge=1)
     finetune_seq_len: int = Field(description="Tokens in each of these windows, and in their validation windows.", ge=2)
     finetune_validation_samples: int = Field(description="Windows to validate fine-tuning on.", ge=1)
-    packing: Packing = Field(
-        description="documents: cut out of long ones; packed: short ones in a row; auto: by a document's length."
-    )
-    mix: Weights = Field(
-        description="Source -> its weight in shares of the windows to learn masks on; 1 if not listed."
-    )
+    packing: Packing = Field(description="documents: cut from long ones; packed: short ones in a row; auto: by length.")
+    mix: Weights = Field(description="Source -> weight in shares of the windows to learn masks on; 1 if not listed.")
     finetune_mix: Weights | None = Field(description="The same for the windows to fine-tune on; null: as mix.")

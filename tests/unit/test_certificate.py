@@ -108,10 +108,9 @@ def test_an_export_is_certified_and_verifies_elsewhere(layout: Layout, tmp_path:
 
 
 def python_block(file: Path) -> str:
-    """The one block of Python in a Markdown file that loads a tokenizer."""
+    """The first block of Python in a Markdown file that loads a tokenizer."""
     blocks = re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if "AutoTokenizer" in block]
-    return block
+    return next(block for block in blocks if "AutoTokenizer" in block)
 
 
 def assert_runs_in_a_terminal(code: str, directory: Path, home: Path) -> None:

@@ -56,7 +56,6 @@ class TokenDocument:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory."""
     if not (directory / "tokenizer_config.json").is_file():  # transformers would ask a hub for this name
         raise InputError(f"{directory}: no tokenizer_config.json; run the fetch_inputs stage")
     return AutoTokenizer.from_pretrained(directory)
@@ -81,24 +80,15 @@ def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, name
 def sample_windows(
     sources: Mapping[str, list[TokenDocument]], sets: list[WindowSet], *, packing: Packing, eos_token_id: int, seed: int
 ) -> dict[str, Int32[Tensor, "samples seq_len"]]:
-    """Draw every set's windows from documents that no other set uses.
+    """Draw every set's windows from documents that no other set uses; the sets' names differ.
 
-    A source's documents, in the order of a seeded hash of their ids, are dealt to the sets in proportion to what
-    each needs. A document at least as long as a window is cut into consecutive windows from a random offset
-    ("documents"); shorter ones follow each other in that order, each closed by the end-of-text token ("packed").
-    "auto" does each with the documents it suits. A set's windows are drawn from its candidates without
-    replacement, and the sources' are mixed in random order.
+    A source's documents, in the order of a seeded hash of their ids, are dealt to the sets in proportion to what each
+    needs. A document at least as long as a window is cut into consecutive windows from a random offset ("documents");
+    shorter ones follow each other in that order, each closed by the end-of-text token, the only special one ("packed").
+    "auto" does each with the documents it suits. A set's windows are drawn from its candidates without replacement, and
+    the sources' are mixed in random order.
 
-    Args:
-        sources: name -> its documents.
-        sets: their names differ.
-        eos_token_id: the only special token in a window.
-
-    Returns:
-        Set name -> int32 [samples, seq_len].
-
-    Raises:
-        InputError: the text is too short (says how many windows there are), or a mix does not fit the sources.
+    Raises InputError if the text is too short (says how many windows there are), or a mix does not fit the sources.
     """
     shares = {one.name: one.shares(sources) for one in sets}
     windows: dict[str, list[np.ndarray]] = {one.name: [] for one in sets}

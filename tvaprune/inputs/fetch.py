@@ -36,15 +36,11 @@ def fetch_inputs(
     exclude_heldout: bool,
     state: SavedState,
 ) -> dict[str, Any]:
-    """Write the model, the calibration text, the held-out text and the zero-shot tasks.
+    """Write the model, the texts (one LABEL.jsonl a source) and the zero-shot tasks; return what was written.
 
-    Args:
-        calibration, heldout: sources of text; each becomes the file LABEL.jsonl.
-        exclude_heldout: leave out of the calibration text every article whose title, and every document whose
-            text, is in the held-out text.
-        state: the progress of samples, which a killed run continues from.
-
-    Returns what was written to each directory. Raises InputError if an input cannot be fetched or is another.
+    `exclude_heldout` leaves out of the calibration text every article whose title, and every document whose text, is in
+    the held-out text. `state` is the progress of samples, which a killed run continues from. Raises InputError if an
+    input cannot be fetched or is another.
     """
     written: dict[str, Any] = {}
     with _workspace(directories.model) as folders:

@@ -81,8 +81,7 @@ class Leaks:
 def evaluation_documents(heldout: Path, zeroshot: Path) -> dict[str, Iterable[EvaluationDocument]]:
     """Every evaluation set: `heldout_LABEL` for each text, and the zero-shot tasks by their names.
 
-    All of it, because the parameters of the evaluation decide which windows and rows are measured. Raises InputError,
-    which names the file, if one is absent or damaged.
+    All rows, because the evaluation's parameters choose among them. Raises InputError, which names an unusable file.
     """
     texts: dict[str, Iterable[EvaluationDocument]] = {
         f"heldout_{name}": [EvaluationDocument(document.id, [document.text]) for document in documents]
@@ -105,14 +104,9 @@ def check_leaks(
     evaluation: Mapping[str, Iterable[EvaluationDocument]],
     n: int,
 ) -> Leaks:
-    """Compare every evaluation set with the calibration and the fine-tuning windows by n-grams of words.
+    """Compare every evaluation set with the windows (by their names in `LEARNED_FROM`) by n-grams of `n` words.
 
     Words and not tokens: a window's first token depends on where it was cut, and published figures are of words.
-
-    Args:
-        windows: by the names in `LEARNED_FROM`; their lengths differ.
-        evaluation: set -> its documents.
-        n: words in an n-gram.
     """
     known = {
         name: known_ngrams((text for part in parts for text in window_texts(windows[part], tokenizer)), n)
@@ -127,10 +121,7 @@ def check_leaks(
 
 
 def window_texts(windows: Int32[Tensor, "windows tokens"], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Text of windows, cut at the end-of-text token, where one document ends and the next begins.
-
-    Special tokens (such as the unknown word) are left out, so an n-gram around one is not found.
-    """
+    """Text of windows, cut at end-of-text tokens. Without other special tokens: no n-gram around one is found."""
     for batch in windows.split(_BATCH):
         rows = (np.split(row, np.flatnonzero(row == tokenizer.eos_token_id)) for row in batch.numpy())
         pieces = [piece for row in rows for piece in row]
@@ -199,15 +190,10 @@ def report(leaks: Leaks, n: int, declared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def declare_sources(windows: Mapping[str, Mapping[str, int]], calibration: Path, heldout: Path) -> dict[str, Any]:
-    """Which text was learned from, in numbers.
+    """Which text was learned from: by key of `LEARNED_FROM`, `windows` by source, and `in_domain`.
 
-    Args:
-        windows: from the calibration artifact's meta.json: tensor -> source -> windows.
-        calibration, heldout: directories of texts, with meta.json.
-
-    Returns:
-        By key of `LEARNED_FROM`: `windows` by source, and `in_domain`: 1 if one of these sources is the package or
-        hub repository of a held-out text (as WikiText's train split is of its test split), else 0.
+    `in_domain` is 1 if one of these sources is the package or hub repository of a held-out text (as WikiText's train
+    split is of its test split), else 0. `windows` comes from meta.json: tensor -> source -> windows.
     """
     learned, measured = _origins(calibration), set(_origins(heldout).values())
     declared: dict[str, Any] = {}

@@ -44,12 +44,10 @@ def check_family(config: PreTrainedConfig) -> None:
 
 
 def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[str, Any]:
-    """Write the model and its tokenizer as a Hugging Face directory; downloads go to `temporary`.
+    """Write the model and its tokenizer as a Hugging Face directory; return the content of tvaprune_source.json.
 
     The weights are bfloat16 from GGUF, float32 from GlassLM's float16 arrays (which bfloat16 cannot hold), and
     otherwise in the dtype of the checkpoint. Raises InputError if the model cannot be fetched or pruned.
-
-    Returns the content of tvaprune_source.json: where the model comes from, and its number of parameters.
     """
     if isinstance(source, ModelPackage):
         model, tokenizer = _from_package(source, temporary)

@@ -18,18 +18,12 @@ def hash_ngrams(
 ) -> tuple[UInt64[np.ndarray, " ngrams"], Int64[np.ndarray, " ngrams"]]:
     """Hashes of n-grams of words in lower case, without punctuation (GPT-3: Brown et al. 2020, appendix C).
 
-    A hash has 64 bits: a billion n-grams match one of a million others by chance with probability 5e-5.
+    Returns each hash once a document, ascending within it, and its document by index, ascending. An n-gram does not
+    span two pieces. With 64 bits, a billion n-grams match one of a million others by chance with probability 5e-5.
 
     Departure: n is fixed. The paper takes 8 to 13 by data set, so that short examples have n-grams too; here a text
-    with fewer words has none. Words are runs of letters and digits. In scripts without spaces these are whole
-    clauses, so fewer overlaps are found than there are.
-
-    Args:
-        documents: each in pieces; an n-gram does not span two of them.
-        n: words in an n-gram.
-
-    Returns:
-        Hashes, each once a document and ascending within it; and each one's document by index, ascending.
+    with fewer words has none. Words are runs of letters and digits: whole clauses in scripts without spaces, where
+    fewer overlaps are found than there are.
     """
     pieces = [(index, _WORD.findall(piece.lower())) for index, document in enumerate(documents) for piece in document]
     piece_of = np.repeat(np.arange(len(pieces)), [len(words) for _, words in pieces])

@@ -1,7 +1,4 @@
-"""Where an input comes from: a wheel of a package index, a hub repository, or local files.
-
-The section fetch_inputs of params.yaml consists of these records; the core reads the inputs that they name.
-"""
+"""Where an input comes from, as params.yaml says: a wheel of a package index, a hub repository, or local files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

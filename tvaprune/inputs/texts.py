@@ -1,7 +1,6 @@
-"""Documents of plain text from every kind of source.
+"""Documents of plain text from every kind of source; a seeded sample of a corpus too large to read.
 
-Of a corpus too large to read, a seeded sample: shards in random order, rows through a bounded shuffle buffer. The same
-seed, revision and shards give the same sample. A run that was killed continues where it was.
+The same seed, revision and shards give the same sample. A run that was killed continues where it was.
 """
 
 import hashlib
@@ -36,11 +35,7 @@ def clean_transcript(text: str) -> str:
 
 
 def read_documents(source: TextSource, folder: Path, state: SavedState) -> Iterator[Document]:
-    """The documents of a source: all in its own order, or as many as it says to sample.
-
-    `folder` is for temporary files, `state` holds the progress of a sample, which a killed run continues from. Raises
-    InputError if the source cannot be fetched or read.
-    """
+    """All documents of a source in its order, or its sample (progress in `state`). Raises InputError if unreadable."""
     if isinstance(source, TextPackage):
         return _read_package(source, folder)
     if source.documents:
@@ -86,8 +81,7 @@ def _read_files(path: Path, text_field: str) -> Iterator[Document]:
 def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
     """The text that each request of an oe-eval file is about, each text once, in file order.
 
-    A field that holds a paper (`paragraphs`, a list of paragraphs for each section) becomes its title, its
-    abstract and its paragraphs of more than 100 characters, which leaves out captions and list items.
+    A paper (`paragraphs` by section) becomes its title, abstract and paragraphs over 100 characters: no captions.
     """
     seen: set[str] = set()
     for number, request in enumerate(read_rows(path)):
@@ -135,12 +129,8 @@ def sample(
 ) -> Iterator[Document]:
     """`source.documents` documents in a seeded random order; fewer where there are fewer.
 
-    Every row goes into a buffer. Once the buffer is full, each new row replaces one, chosen by the seed and the row's
-    number, which is written to a file in `state.directory`.
-
-    Args:
-        buffer: rows to hold at most, and never more than are asked for; so many more rows are read than taken.
-        save_every: rows between two saved states.
+    Rows go into a buffer, never larger than the sample. Once it is full, each new row replaces one, chosen by the seed
+    and the row's number, which is written to a file in `state.directory`. `save_every`: rows between saved states.
     """
     files = text_files(source.path) if isinstance(source, TextLocal) else []
     # Other contents of local shards are another sample.

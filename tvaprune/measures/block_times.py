@@ -1,8 +1,7 @@
 """The latency of each block of a decoder layer, by width, inside a running model.
 
-One model has layers of every intermediate width and of every number of key-value heads. So each pass times all
-candidates under the conditions of a served model: weights read from memory, a growing cache, and the framework's
-overhead. The times of the blocks add up to that of the pass.
+One model has layers of every intermediate width and number of key-value heads. So each pass times all candidates as in
+a served model: weights read from memory, a growing cache, and the framework's overhead.
 """
 
 import time
@@ -42,8 +41,7 @@ class Candidates(NamedTuple):
 def candidates(topology: Topology, hidden_step: int, intermediate_step: int, narrowest_hidden: float) -> Candidates:
     """Multiples of the steps and the dense widths; every number of heads.
 
-    Args:
-        narrowest_hidden: the least hidden width to time, as a share of the dense one.
+    `narrowest_hidden` is the least hidden width to time, as a share of the dense one.
     """
     hidden, intermediate, kv_heads = topology.hidden, topology.intermediate, topology.kv_heads
     return Candidates(
@@ -89,12 +87,7 @@ def made_on(
 def profile(
     models: Sequence[PreTrainedModel], widths: Candidates, benchmark: Benchmark, conditions: dict[str, Any]
 ) -> LatencyTable:
-    """Time models of the widths `widths.by_model()` and make the table.
-
-    Args:
-        models: changed in place for the conditions' runtime.
-        conditions: from `made_on`.
-    """
+    """Time models of the widths `widths.by_model()`, which change for the runtime; `conditions`: from `made_on`."""
     batch, runtime = conditions["batch"], conditions["runtime"]
     by_hidden = {hidden: prepare(model, runtime) for hidden, model in zip(widths.hidden, models, strict=True)}
     return table_of(time_blocks(by_hidden, batch, benchmark, runtime), widths, conditions)
@@ -104,15 +97,10 @@ def profile(
 def time_blocks(
     models: dict[int, PreTrainedModel], batch: int, benchmark: Benchmark, runtime: Runtime
 ) -> dict[Phase, dict[int, Float[Tensor, "repeats blocks"]]]:
-    """Time all blocks of all models in turn, with a progress bar.
+    """Time all blocks of all models, which are by hidden width and prepared for the runtime, in turn.
 
-    Args:
-        models: by hidden width; prepared for the runtime.
-        batch: sequences at once.
-
-    Returns:
-        By phase and hidden width, float64 milliseconds of a prefill or of one decode step in each round that counts.
-        The blocks are each layer's attention and MLP, alternating, and last everything else.
+    Returns float64 milliseconds of a prefill or of one decode step in each round that counts, by phase and hidden
+    width. The blocks are each layer's attention and MLP, alternating, and last everything else.
     """
     times: dict[Phase, dict[int, list[Tensor]]] = {phase: {hidden: [] for hidden in models} for phase in PHASES}
 
@@ -137,10 +125,9 @@ def time_blocks(
 def table_of(
     times: dict[Phase, dict[int, Float[Tensor, "repeats blocks"]]], widths: Candidates, made_on: dict[str, Any]
 ) -> LatencyTable:
-    """Medians by width.
+    """Medians by width of each block's share of its round, so that what slowed a whole round does not count.
 
-    Each block's share of its round is averaged, not its time, so that what slowed a whole round does not count. The
-    shares are then scaled to the median round: the table adds up to what the models took.
+    The shares are scaled to the median round: the table adds up to what the models took.
     """
     intermediate, kv_heads = (torch.tensor(layers) for layers in layers_to_time(widths))
     blocks: dict[Block, tuple[int, Tensor, list[int]]] = {
@@ -198,11 +185,7 @@ def _passes(
 
 
 class _BlockTimer:
-    """Runs one pass or more and returns the milliseconds of each block, [passes, blocks].
-
-    Args:
-        record: `Recording`: the work and its clock become one CUDA graph. None: the work runs eagerly.
-    """
+    """Runs one pass or more, with `record` as one CUDA graph; returns each block's milliseconds, [passes, blocks]."""
 
     def __init__(self, model: PreTrainedModel, work: Work, record: Record | None = None) -> None:
         self._device, self._work = model.device, work

@@ -10,14 +10,7 @@ POSITIONS_AT_ONCE = 256
 
 
 def present_models(dense: Path, compact: Path, finetuned: Path) -> dict[str, Path]:
-    """The models to measure, by the name that their metrics carry.
-
-    Args:
-        finetuned: left out when it holds no config.json, as when fine-tuning is disabled.
-
-    Raises:
-        ArtifactError: the dense or the compact model is absent.
-    """
+    """The models that exist, by name in the metrics. Raises ArtifactError if the dense or the compact one is absent."""
     for name, directory in {"dense": dense, "compact": compact}.items():
         if not (directory / "config.json").is_file():
             raise ArtifactError(f"{directory}: no config.json, so no {name} model; run dvc repro")
@@ -28,11 +21,7 @@ def present_models(dense: Path, compact: Path, finetuned: Path) -> dict[str, Pat
 def spread_evenly(available: int, wanted: int) -> list[int]:
     """Indices of `wanted` rows out of `available`, ascending, each from the middle of an equal share.
 
-    The first rows are not a fair sample where rows are grouped; this takes some of every group, and
-    the same ones for every model and every seed.
-
-    Raises:
-        ValueError: there are fewer rows than wanted.
+    Rows of every group, the same for every model and seed. Raises ValueError if there are fewer than wanted.
     """
     if not 0 < wanted <= available:
         raise ValueError(f"{wanted} rows wanted, {available} available")
@@ -40,11 +29,7 @@ def spread_evenly(available: int, wanted: int) -> list[int]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file.
-
-    Raises:
-        ArtifactError: the file is absent, empty or damaged; names the line.
-    """
+    """The objects of a JSONL file. Raises ArtifactError if it is absent, empty or damaged; names the line."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file; run the fetch_inputs stage")
     rows = list(read_json_lines(path))

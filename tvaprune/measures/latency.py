@@ -1,7 +1,6 @@
 """Prefill and decode latency of several models, timed in turn.
 
-Each round times every model, in an order that rotates, so that other load on the machine slows all of them alike. The
-work of each phase (FLOPs, bytes read) gives the limit of its speedup.
+Each round times every model, in an order that rotates, so that other load on the machine slows all of them alike.
 """
 
 import gc
@@ -30,21 +29,13 @@ STABLE = 0.05
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is timed, and how often.
-
-    Attributes:
-        prefill_tokens: prompt length of a prefill.
-        decode_prompt_tokens: prompt length before decoding.
-        decode_tokens: greedy steps after that prompt.
-        repeats: rounds that count.
-        max_warmup: rounds before those, at most.
-    """
+    """What is timed, and how often."""
 
     prefill_tokens: int
     decode_prompt_tokens: int
-    decode_tokens: int
-    repeats: int
-    max_warmup: int
+    decode_tokens: int  # greedy steps after that prompt
+    repeats: int  # rounds that count
+    max_warmup: int  # rounds before those, at most
 
     @classmethod
     def of(cls, settings: object) -> "Benchmark":
@@ -54,17 +45,11 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Phase:
-    """Prefill or decode of all models at one batch size.
+    """Prefill or decode of all models at one batch size."""
 
-    Attributes:
-        latency_ms: by model, one value a round: a whole prefill, or the mean of the decode steps.
-        tokens: processed in that time, in all sequences of the batch.
-        work: by model, what bounds the latency: FLOPs of a prefill, or bytes that a decode step reads.
-    """
-
-    latency_ms: dict[str, list[float]]
-    tokens: int
-    work: dict[str, float]
+    latency_ms: dict[str, list[float]]  # by model, one value a round: a prefill, or the mean of the decode steps
+    tokens: int  # processed in that time, in all sequences of the batch
+    work: dict[str, float]  # by model, what bounds the latency: FLOPs of a prefill, or bytes that a decode step reads
 
 
 def load_timed(
@@ -87,10 +72,7 @@ def checkpoint_bytes(directory: Path) -> int:
 
 @torch.inference_mode()
 def prefill_flops(model: PreTrainedModel, batch: int, tokens: int) -> int:
-    """Floating-point operations of the matrix products and the causal attention of one prefill.
-
-    Counted as the model runs, with its own widths; a multiplication and its addition are two.
-    """
+    """FLOPs of one prefill's matrix products and causal attention; a multiplication and its addition are two."""
 
     def attention(
         query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, out_shape: Any = None, **__: Any
@@ -116,8 +98,7 @@ def prefill_flops(model: PreTrainedModel, batch: int, tokens: int) -> int:
 def decode_bytes(model: PreTrainedModel, batch: int, prompt_tokens: int, steps: int) -> float:
     """Bytes that a decode step reads, mean over `steps`: every weight once, and the cache.
 
-    A step reads only the batch's rows of the embedding, unless it is tied to lm_head. At step i the cache holds the
-    prompt, the i tokens before this one and its own.
+    Of an untied embedding, only the batch's rows. At step i, from 0, the cache holds the prompt and i + 1 tokens.
     """
     weights = {id(weight): weight.nbytes for weight in model.parameters()}  # a tied one once
     embedding = model.get_input_embeddings().weight
@@ -134,16 +115,10 @@ def decode_bytes(model: PreTrainedModel, batch: int, prompt_tokens: int, steps: 
 def interleave(
     probes: dict[str, Callable[[], float]], repeats: int, max_warmup: int, progress: str | None = None
 ) -> dict[str, list[float]]:
-    """Call every probe once a round; each round starts with the next one.
+    """Call every probe, for one measurement, once a round; each round starts with the next probe.
 
-    Args:
-        probes: each returns one measurement.
-        repeats: rounds that count.
-        max_warmup: rounds before those, at most (2 or more); they end once all probes are stable.
-        progress: the progress bar's text; None shows no bar.
-
-    Returns:
-        By probe, `repeats` measurements; those at one index are of the same round.
+    `repeats` rounds count, after at most `max_warmup` (2 or more) that end once all probes are stable. Returns them by
+    probe, where one index is of one round. `progress` is the progress bar's text; None shows no bar.
     """
     names = list(probes)
 
@@ -171,18 +146,11 @@ def interleave(
 def compare(
     models: dict[str, PreTrainedModel], batch_sizes: list[int], benchmark: Benchmark, runtime: Runtime = "eager"
 ) -> dict[int, tuple[Phase, Phase]]:
-    """Time prefill and decode at every batch size, with progress bars.
+    """Time prefill and decode of "dense", "compact" and any other models on one device; returns both by batch size.
 
-    A prefill is a forward over the prompt that fills a cache, and the logits of the last position. A decode is the
-    mean of the steps after a prompt, whose own prefill is not timed.
-
-    Args:
-        models: "dense", "compact" and any others, all on one device; `prepare` changes them for the runtime, after
-            their FLOPs and bytes are counted (packed weights are no parameters).
-        batch_sizes: sequences at once.
-
-    Returns:
-        By batch size, the prefill and the decode.
+    A prefill is a forward over the prompt that fills a cache, and the logits of the last position. A decode is the mean
+    of the steps after a prompt, whose own prefill is not timed. `prepare` changes the models for the runtime, after
+    their FLOPs and bytes are counted (packed weights are no parameters).
     """
     lengths = benchmark.decode_prompt_tokens, benchmark.decode_tokens
     work = {

@@ -11,11 +11,7 @@ import torch
 
 
 def pin_threads(threads: int | None) -> None:
-    """Compute with so many CPU threads, kept to as many processors where the system can.
-
-    Args:
-        threads: None leaves torch its own choice, and the processors as they are.
-    """
+    """Compute with so many CPU threads, kept to as many processors where the system can; None changes nothing."""
     if threads is None:
         return
     torch.set_num_threads(threads)

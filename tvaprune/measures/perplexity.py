@@ -19,28 +19,16 @@ from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_ev
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity on a set of windows.
+    """Perplexity on a set of windows."""
 
-    Attributes:
-        ppl: exp(nll_per_token); lower is better.
-        nll_per_token: mean negative log-likelihood, in nats.
-        ppl_stderr: standard error of ppl over windows, by the delta method: ppl times the standard error of the
-            windows' mean nll. NaN for a single window.
-        tokens: predicted tokens: all but the first of each window.
-    """
-
-    ppl: float
-    nll_per_token: float
-    ppl_stderr: float
-    tokens: int
+    ppl: float  # exp(nll_per_token); lower is better
+    nll_per_token: float  # mean negative log-likelihood, in nats
+    ppl_stderr: float  # over windows, by the delta method: ppl times that of their mean nll; NaN for a single window
+    tokens: int  # predicted: all but the first of each window
 
 
 def read_texts(directory: Path) -> list[str]:
-    """All texts of a directory of JSONL files, in order of file name and line.
-
-    Raises:
-        ArtifactError: no .jsonl file, or a row without a text; names the file.
-    """
+    """All texts of a directory, by file name and line. Raises ArtifactError: no .jsonl file, or a row without text."""
     files = sorted(directory.glob("*.jsonl"))
     if not files:
         raise ArtifactError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
@@ -56,15 +44,9 @@ def read_texts(directory: Path) -> list[str]:
 def heldout_windows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int, windows: int
 ) -> Int[Tensor, "windows window"]:
-    """Cut the texts into windows without overlap, and take some that are spread evenly over them.
+    """int64 windows without overlap, spread evenly over the texts; the only special token ends each text.
 
-    An end-of-sequence token follows each text; there are no other special tokens.
-
-    Returns:
-        int64 token ids, the same for every model of this tokenizer.
-
-    Raises:
-        ValueError: the tokenizer has no end-of-sequence token, or the texts are too short.
+    Raises ValueError if the tokenizer has no end-of-sequence token or the texts are too short.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -91,13 +73,8 @@ def evaluate(
 ) -> Perplexity:
     """Perplexity of a causal model: each token of a window but the first is predicted from those before it.
 
-    The model runs in its own dtype on its own device; log-softmax is in float32, sums are in float64.
-
-    Args:
-        input_ids: at least 2 tokens a window.
-        batch_size: windows in one forward; changes speed and memory, not the result.
-        progress: the progress bar's text; None shows no bar.
-        world: processes that share the windows; all get the result.
+    The model runs in its own dtype on its own device; log-softmax is in float32, sums are in float64. All processes of
+    `world` share the windows and get the result. Without `progress` there is no progress bar.
     """
     was_training = model.training
     model.eval()
@@ -122,11 +99,7 @@ def evaluate(
 def token_nll(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch window"], positions_at_once: int = POSITIONS_AT_ONCE
 ) -> Float[Tensor, "batch window-1"]:
-    """Negative log-likelihood of each next token, float32 nats.
-
-    The logits exist for a few positions at a time. All at once they would be the largest tensor by far: 1.5 GiB for 4
-    windows of 1024 tokens in float32 at a vocabulary of 49,152.
-    """
+    """Negative log-likelihood of each next token, float32 nats; a few positions at once, as their logits are large."""
     hidden = hidden_states(model, input_ids)[:, :-1]
     lm_head = model.get_output_embeddings()
     parts = [

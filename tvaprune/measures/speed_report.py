@@ -18,11 +18,7 @@ def speed_metrics(phases: dict[int, tuple[Phase, Phase]]) -> dict[str, Any]:
 
 
 def write_rounds(path: Path, phases: dict[int, tuple[Phase, Phase]], labels: dict[str, str]) -> None:
-    """Every measurement that counts, one row each, as CSV.
-
-    Args:
-        labels: further columns, the same in every row: what no metrics file of numbers can say.
-    """
+    """Every measurement that counts, one row each, as CSV; `labels` are further columns, the same in every row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -35,16 +31,7 @@ def write_rounds(path: Path, phases: dict[int, tuple[Phase, Phase]], labels: dic
 
 
 def summarise(phase: Phase, work_name: str) -> dict[str, Any]:
-    """A phase's part of the metrics file.
-
-    Args:
-        work_name: the key for `phase.work`.
-
-    Returns:
-        By model: latency_ms (median), iqr_ms, tokens_per_s, the work and how much of it was done a second. For compact
-        against dense: speedup (ratio of medians), speedup_paired (median of the rounds' ratios), limit (ratio of
-        work) and efficiency (speedup / limit).
-    """
+    """A phase's part of the metrics file: each model, and compact against dense; `work_name`: key for `phase.work`."""
     median = {name: statistics.median(values) for name, values in phase.latency_ms.items()}
     metrics: dict[str, Any] = {}
     for name, values in phase.latency_ms.items():

@@ -1,7 +1,6 @@
 """Zero-shot accuracy on six tasks: lm-eval (EleutherAI) with its built-in prompts, on local rows.
 
-lm-eval asks a model for the log-likelihood of each choice. `acc` takes the likeliest choice, `acc_norm` the likeliest
-per byte of its text.
+`acc` takes the choice with the largest log-likelihood, `acc_norm` the one with the largest per byte of its text.
 """
 
 import json
@@ -49,11 +48,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def select_rows(directory: Path, tasks: list[str], limit: int | None) -> Rows:
-    """The rows of each task to score: `limit` rows spread evenly over DIRECTORY/TASK.jsonl, or all.
-
-    Raises:
-        ArtifactError: a file is absent or damaged, or lacks a column; names it.
-    """
+    """Of each task all rows, or `limit` spread evenly. Raises ArtifactError, which names an unusable file."""
     selected: Rows = {}
     for task in tasks:
         path = directory / f"{task}.jsonl"
@@ -73,16 +68,10 @@ def evaluate(
     progress: str | None = None,
     world: World = ALONE,
 ) -> dict[str, dict[str, float]]:
-    """Score a model on each task, without examples in the prompt.
+    """Score a model on each task's rows, from `select_rows`, without examples in the prompt.
 
-    Args:
-        rows: from `select_rows`.
-        batch_size: sequences in one forward; changes speed and memory only.
-        progress: the progress bar's text; None shows no bar.
-        world: processes that share the forwards; all get the result.
-
-    Returns:
-        By task: acc and acc_stderr, and where lm-eval defines them acc_norm and acc_norm_stderr; fractions of 1.
+    All processes of `world` share the forwards and get the result; without `progress` there is no progress bar. Returns
+    acc and acc_stderr by task, and where lm-eval defines them acc_norm and acc_norm_stderr; fractions of 1.
     """
     was_training = model.training
     model.eval()
@@ -163,8 +152,7 @@ class _LanguageModel(HFLM):
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether it is the greedy one.
 
-        Args:
-            requests: (anything, context tokens, continuation tokens).
+        `requests` are of (anything, context tokens, continuation tokens).
         """
         # Requests that differ in their last token only (yes or no) have the same input and share a forward.
         sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)

@@ -1,8 +1,7 @@
 """How a loaded model runs: as it is, compiled, or packed for a CPU, with reordered weights and fewer operations.
 
-Decoding one token reads every weight once and computes little, so on a CPU its time goes into reading and into calling
-some 2,500 operations. With stock modules, pruning gains little in either: torch reads the rows of a bfloat16 matrix at
-half the speed at which oneDNN reads its own format, and calling a smaller operation takes as long.
+On a CPU, decoding a token is reading every weight and calling some 2,500 operations. With stock modules, pruning gains
+little: torch reads bfloat16 at half the speed of oneDNN's own format, and smaller operations are no faster to call.
 """
 
 from typing import Any, Literal
@@ -21,11 +20,7 @@ Runtime = Literal["eager", "packed", "graphs", "compile"]
 
 
 def pick_runtime(name: Runtime | Literal["auto"], device: torch.device) -> Runtime:
-    """Resolve `auto`: graphs on CUDA, packed on a CPU with oneDNN, else eager.
-
-    Raises:
-        ValueError: graphs on another device than CUDA.
-    """
+    """`auto`: graphs on CUDA, packed on a CPU with oneDNN, else eager. Raises ValueError for graphs without CUDA."""
     if name == "graphs" and device.type != "cuda":
         raise ValueError(f"runtime graphs: needs a CUDA device, not {device}; use auto or eager")
     if name != "auto":
@@ -36,19 +31,11 @@ def pick_runtime(name: Runtime | Literal["auto"], device: torch.device) -> Runti
 
 
 def prepare(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
-    """Change a loaded model, dense or compact, for inference; its logits change only by rounding.
+    """Change a model in evaluation mode for inference, in place; its logits change only by rounding.
 
-    Args:
-        model: in evaluation mode, on its device and in its dtype; changed in place.
-        runtime: eager and graphs change nothing; CUDA graphs are captured by the caller (`runtime.passes`). packed
-            reorders the weights: the model can no longer be trained or saved, and `parameters()` no longer yields them.
-            compile is torch.compile, at the first calls.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: packed for a model that is not on a CPU, or without oneDNN, or with attention other than sdpa.
+    eager and graphs change nothing; the caller captures CUDA graphs (`runtime.passes`). compile is torch.compile, at
+    the first calls. packed reorders the weights: the model can no longer be trained or saved, and `parameters()` no
+    longer yields them. Raises ValueError if packed lacks a CPU with oneDNN, float32 or bfloat16, or sdpa.
     """
     if runtime == "compile":
         model.compile()

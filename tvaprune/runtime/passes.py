@@ -1,7 +1,6 @@
 """Prefill and greedy decode steps, run eagerly or captured as CUDA graphs.
 
-At batch 1 a GPU finishes a decoder layer before Python launches the next one, so eager decoding takes as long for a
-pruned model as for the dense one. A CUDA graph launches a whole pass at once, as servers such as vLLM do.
+At batch 1 Python launches a layer slower than a GPU computes it, pruned or not. A CUDA graph launches a whole pass.
 """
 
 from collections.abc import Callable
@@ -20,11 +19,7 @@ Record = Callable[[Work], Work]
 def prefill(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], cache: Cache | None = None
 ) -> tuple[Int[Tensor, "batch 1"], Cache]:
-    """Process a prompt; return the first greedy token and the filled cache.
-
-    Args:
-        cache: an empty one to fill; with None the model makes its own, as in generate().
-    """
+    """The first greedy token after a prompt, and the filled cache; None: the model makes one, as in generate()."""
     output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
 
@@ -32,15 +27,9 @@ def prefill(
 def decode(
     model: PreTrainedModel, token: Int[Tensor, "batch 1"], cache: Cache, position: int, steps: int
 ) -> Int[Tensor, "batch steps"]:
-    """Generate greedily, as generate() computes but without its bookkeeping; no token stops it.
+    """The greedy tokens after `token`, as generate() computes but without its bookkeeping; no token stops it.
 
-    Args:
-        token: the last token, which is not in the cache yet; from `prefill`.
-        cache: grows by one position a step.
-        position: of that token, which is the number of cached ones.
-
-    Returns:
-        The tokens after `token`.
+    `token` is from `prefill` and not in the cache yet; `position` is its own, which is the number of cached ones.
     """
     # Positions are explicit: the cache's own count is wrong if its first layer has no heads left.
     positions = torch.arange(position, position + steps, device=token.device).unsqueeze(0)
@@ -55,10 +44,7 @@ def decode(
 
 
 class Decoding:
-    """A prompt and the greedy steps after it, as often as wanted.
-
-    `start` runs the prefill; `run` then returns the tokens after the first generated one.
-    """
+    """`start` runs a prompt's prefill, `run` then returns the greedy tokens after the first; as often as wanted."""
 
     def __init__(self, model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], steps: int) -> None:
         self.model, self.prompt, self.steps = model, prompt, steps
@@ -84,14 +70,8 @@ def recorded_prefill(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"]
 class RecordedDecoding(Decoding):
     """`Decoding` whose step is recorded once: the shapes and addresses of its tensors never change.
 
-    The cache has room for all positions from the start. A mask hides those that are not filled yet, so each step
-    reads all of it.
-
-    Args:
-        record: turns a step into what is called instead of it; `Recording` unless a test or a clock wraps it.
-
-    Raises:
-        ValueError: there are more tokens than the model's sliding window, which this cache does not support.
+    The cache has room for all positions from the start. A mask hides those that are not filled yet, so each step reads
+    all of it. `record` turns a step into what is called. Raises ValueError: more tokens than the sliding window.
     """
 
     def __init__(
@@ -147,9 +127,8 @@ def _check_window(model: PreTrainedModel, tokens: int) -> None:
 class Recording:
     """A CUDA graph of some work; a call replays it on the present content of its input tensors.
 
-    Args:
-        work: runs once before the capture, as a warm-up; must not synchronise with the device. It is kept, and must
-            hold all tensors that it reads: a graph replays on their addresses and keeps no references.
+    `work` runs once before the capture, as a warm-up; it must not synchronise with the device. It is kept, and must
+    hold all tensors that it reads: a graph replays on their addresses and keeps no references.
     """
 
     def __init__(self, work: Work) -> None:

@@ -1,7 +1,6 @@
 """Decoding one token with a packed model: the computation of the stock forward with fewer Python calls.
 
-Stock modules spend more time on calling each other than a narrow layer takes to compute, and that time does not shrink
-with the widths.
+Stock modules spend more time on calling each other, whatever the widths, than a narrow layer takes to compute.
 """
 
 from typing import Any
@@ -80,12 +79,7 @@ class LayerStep:
     def __call__(
         self, hidden: Float[Tensor, "batch hidden"], cos: Tensor, sin: Tensor, cache: DynamicCache
     ) -> Float[Tensor, "batch hidden"]:
-        """The layer's output.
-
-        Args:
-            cos, sin: from `SignedRotary`, each [batch or 1, 1, 1, head_dim].
-            cache: gets the token's key and value.
-        """
+        """`cos`, `sin`: from `SignedRotary`, [batch or 1, 1, 1, head_dim]; the cache gets the key and the value."""
         normed = self.input_norm(hidden)
         if self.has_heads:
             hidden = self.add_output(hidden, self._attend(normed, cos, sin, cache))

@@ -45,34 +45,21 @@ PublishedModel = Annotated[
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is asked for, and the sizes of the dense and the pruned model.
-
-    Attributes:
-        request, windows, recover: the parameters of learn_masks, sample_calibration and finetune_lora.
-        config: of the dense model.
-        student: config of the pruned model, as `compact` would write it.
-        masks: projected and adapted.
-        parameters_dense, parameters_kept: of the whole models; a tied head counts once.
-        sparsity: share of the decoder layers' parameters that is removed.
-    """
+    """What is asked for, and the sizes of the dense and the pruned model."""
 
     request: MaskRequest
     windows: SampleCalibrationParams
     recover: FinetuneLoraParams
-    config: PreTrainedConfig
-    student: PreTrainedConfig
-    masks: Masks
-    parameters_dense: int
+    config: PreTrainedConfig  # of the dense model
+    student: PreTrainedConfig  # of the pruned model, as `compact` would write it
+    masks: Masks  # projected and adapted
+    parameters_dense: int  # of the whole model; a tied head counts once
     parameters_kept: int
-    sparsity: float
+    sparsity: float  # share of the decoder layers' parameters that is removed
 
 
 def published_config(params_file: Path) -> Path:
-    """The directory in configs/models of the model that the parameters name.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The directory in configs/models of the model that the parameters name. Raises FileNotFoundError without one."""
     source = FetchInputsParams.load(params_file).model
     name = getattr(source, "repo", None) or getattr(source, "name", None) or source.path.name  # type: ignore[union-attr]
     directory = PUBLISHED / name.rpartition("/")[2]
@@ -90,11 +77,7 @@ def random_masks(topology: Topology, target_sparsity: float, axes: tuple[Axis, .
 
 
 def sizes(params_file: Path, model: Path) -> Sizes:
-    """Check the parameters, prune the model at random, and count.
-
-    Raises:
-        ValueError: the parameters are wrong or do not fit the model.
-    """
+    """Check the parameters, prune the model at random, and count. Raises ValueError for wrong parameters."""
     check_everything(params_file)
     request, adapting = LearnMasksParams.load(params_file).request(), AdaptDimensionsParams.load(params_file)
     config = load_config(model)
@@ -127,7 +110,6 @@ def memory(found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str =
 
 
 def size_lines(found: Sizes) -> Iterator[str]:
-    """The lines to print."""
     yield f"dense   {found.parameters_dense:,} parameters"
     yield f"pruned  {found.parameters_kept:,} parameters; {found.sparsity:.4f} of the decoder layers' removed"
     for axis, widths in found.masks.widths().items():
@@ -136,10 +118,7 @@ def size_lines(found: Sizes) -> Iterator[str]:
 
 
 @command
-def main(
-    params_file: ConfigFile,
-    model: PublishedModel = None,
-) -> None:
+def main(params_file: ConfigFile, model: PublishedModel = None) -> None:
     """Prints widths, parameters and memory."""
     directory = model or published_config(params_file)
     found = sizes(params_file, directory)

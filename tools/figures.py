@@ -25,19 +25,13 @@ UNITS = {"prefill": "ms", "decode": "ms a token"}
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned model of one experiment, and the dense model in the same run.
-
-    Attributes:
-        sparsity: target, a fraction of the decoder's parameters.
-        speed: by phase, as in metrics/speed.json.
-        perplexity: of the fine-tuned model if there is one, else of the pruned model.
-    """
+    """One pruned model of one experiment, and the dense model in the same run."""
 
     name: str
     method: str
-    sparsity: float
-    speed: dict[str, Any]
-    perplexity: float
+    sparsity: float  # target, a fraction of the decoder's parameters
+    speed: dict[str, Any]  # by phase, as in metrics/speed.json
+    perplexity: float  # of the fine-tuned model if there is one, else of the pruned model
     dense_perplexity: float
 
     def latency_ms(self, phase: str, model: str = "compact") -> float:

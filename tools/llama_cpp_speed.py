@@ -38,12 +38,7 @@ def bytes_read(file: Path) -> int:
 def compare(
     directories: dict[str, Path], dtype: GgufDtype, settings: BenchmarkSpeedParams, folder: Path
 ) -> tuple[Phase, Phase]:
-    """Prefill and decode of model directories as GGUF files of one type.
-
-    Args:
-        directories: by name; "dense" and any others.
-        folder: for the files.
-    """
+    """Prefill and decode of model directories by name, one "dense", as GGUF files of one type in the folder."""
     files = {name: folder / f"{name}-{dtype}.gguf" for name in directories}
     flops: dict[str, float] = {}
     prefills: dict[str, Callable[[], float]] = {}

@@ -27,11 +27,7 @@ AFTER_PRUNING = ("finetune_lora.", "benchmark_speed.", "eval_zeroshot.")
 
 
 def workspace_table(metrics: dict[str, Any]) -> str:
-    """One row for each model that was measured.
-
-    Args:
-        metrics: content of metrics/NAME.json by NAME.
-    """
+    """One row for each model that was measured, from the contents of metrics/NAME.json by NAME."""
     compact, perplexity, zeroshot = metrics["compact"], metrics["perplexity"], metrics["zeroshot"]
     rows = []
     for key in filter(perplexity.__contains__, NAMES):
@@ -124,8 +120,7 @@ def seeds_table(shown: list[dict[str, Any]]) -> str:
 def _setting(params: dict[str, Any], base: dict[str, Any], *ignored: str) -> tuple[str, str, str]:
     """Method, axes, and `section.key=value` of the other parameters that differ from the base.
 
-    Args:
-        ignored: names, or sections with their dot, to leave out.
+    `ignored` are names, or sections with their dot, to leave out.
     """
     ours, theirs = dict(_leaves(params)), dict(_leaves(base))
     columns = ("sparsity", "learn_masks.method", "learn_masks.axes", *ignored)

@@ -19,14 +19,11 @@ NAME = "tvaprune_grouped"
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """softmax(q·kᵀ·scaling + causal)·v.
+    """softmax(q·kᵀ·scaling + causal)·v as [batch, seq, heads, head_dim], as transformers expects, and no weights.
 
     Args:
         query: [batch, heads, seq, head_dim]; head h belongs to key-value head h // group.
         key, value: [batch, kv_heads, seq, head_dim].
-
-    Returns:
-        [batch, seq, heads, head_dim], as transformers expects, and no weights.
     """
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]

@@ -10,17 +10,11 @@ from tvaprune.architecture.topology import AXES, Axis, Topology
 
 
 class UnitCosts(NamedTuple):
-    """Parameters that one unit of each axis owns while the other axes are as they are.
+    """Parameters that one unit of each axis owns while the other axes are as they are."""
 
-    Attributes:
-        hidden: float64 [], the same for every residual dimension.
-        intermediate: float64 [layers].
-        kv_heads: float64 [layers].
-    """
-
-    hidden: Tensor
-    intermediate: Tensor
-    kv_heads: Tensor
+    hidden: Tensor  # float64 [], the same for every residual dimension
+    intermediate: Tensor  # float64 [layers]
+    kv_heads: Tensor  # float64 [layers]
 
 
 def decoder_parameters(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_heads: Tensor) -> Tensor:
@@ -30,13 +24,7 @@ def decoder_parameters(topology: Topology, hidden: Tensor, intermediate: Tensor,
     them. Departure from the paper: a layer whose block lost every unit also loses that block's norm, as in the
     compact model, so whole counts are those of the checkpoint to the last parameter.
 
-    Args:
-        hidden: kept residual dimensions, [] (soft or whole).
-        intermediate: kept units per layer, [layers].
-        kv_heads: kept key-value heads per layer, [layers].
-
-    Returns:
-        float64 [].
+    The counts of kept units, soft or whole, are [] for hidden, else [layers]. Returns float64 [].
     """
     h, m, k = hidden.double(), intermediate.double(), kv_heads.double()
     has_attention, has_mlp = (k > 0).double(), (m > 0).double()

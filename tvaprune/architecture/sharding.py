@@ -14,11 +14,7 @@ def shard_layers(model: PreTrainedModel, device: torch.device, processes: int) -
 
     Embedding, final norm and head stay whole on every device: the loss and the gates read them outside of any forward.
     So do parameters that are trained (adapters): they are small, and their gradients are averaged where they are made.
-
-    Args:
-        model: in host memory, in the dtype to compute in; changed in place.
-        device: this process's.
-        processes: all of them; torch.distributed is initialised.
+    The model is in host memory, in the dtype to compute in, and changed in place. torch.distributed is initialised.
     """
     mesh = init_device_mesh(device.type, (processes,))
     modules = decoder_layers(model)

@@ -41,42 +41,25 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of a decoder with grouped-query attention.
-
-    Attributes:
-        layers: number of decoder layers.
-        hidden: width of the residual stream.
-        intermediate: width of the gated MLP.
-        kv_heads: key-value heads per layer.
-        group_size: query heads per key-value head (1 for multi-head attention).
-        head_dim: dimensions of one head.
-        attention_bias: q, k and v have biases (Qwen2; Llama by its config).
-        output_bias: o_proj has a bias.
-        mlp_bias: gate, up and down have biases.
-        qk_norm: each attention block has one RMSNorm over head_dim for queries and one for keys (Qwen3).
-        heads_divide_hidden: the family's config refuses a hidden width that is no multiple of its query heads
-            (LlamaConfig does, although head_dim is explicit; the others do not).
-    """
+    """Sizes of a decoder with grouped-query attention."""
 
     layers: int
-    hidden: int
-    intermediate: int
-    kv_heads: int
-    group_size: int
+    hidden: int  # width of the residual stream
+    intermediate: int  # width of the gated MLP
+    kv_heads: int  # key-value heads per layer
+    group_size: int  # query heads per key-value head (1 for multi-head attention)
     head_dim: int
-    attention_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    attention_bias: bool = False  # q, k and v have biases (Qwen2; Llama by its config)
+    output_bias: bool = False  # o_proj has a bias
+    mlp_bias: bool = False  # gate, up and down have biases
+    qk_norm: bool = False  # each attention block has one RMSNorm over head_dim for queries and one for keys (Qwen3)
+    # The family's config refuses a hidden width that is no multiple of its query heads (LlamaConfig does, although
+    # head_dim is explicit; the others do not).
     heads_divide_hidden: bool = False
 
     @classmethod
     def of(cls, config: Any) -> "Topology":
-        """Read the sizes from a transformers config.
-
-        Raises:
-            UnsupportedModelError: the family is not one of FAMILIES.
-        """
+        """Read the sizes from a transformers config. Raises UnsupportedModelError for a family not in FAMILIES."""
         family = getattr(config, "base_model_type", config.model_type)
         if family not in FAMILIES:
             raise UnsupportedModelError(f"model_type {family!r}: supported families are {', '.join(FAMILIES)}")
@@ -178,19 +161,14 @@ def block_norms(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 class Cut(NamedTuple):
     """How a tensor shrinks with the axes.
 
-    Attributes:
-        dims: what each dimension counts; None where it stays whole.
-        scaled: for each dimension, whether the gate that multiplied in training is folded into it. A gate
-            multiplies once per site (embedding output, o_proj in and out, down_proj in and out), so it is
-            folded once per site; paper Eq. 6 read literally scales gate and up too and counts twice.
-        layer: the decoder layer, or None for a tensor of the whole model.
-        block: "attention" or "mlp" where the tensor vanishes with its whole block. Output biases stay: a block
-            without units still adds them.
+    A gate multiplies once per site (embedding output, o_proj in and out, down_proj in and out), so it is folded once
+    per site; paper Eq. 6 read literally scales gate and up too and counts twice.
     """
 
-    dims: tuple[Units | None, ...]
-    scaled: tuple[bool, ...]
-    layer: int | None
+    dims: tuple[Units | None, ...]  # what each dimension counts; None where it stays whole
+    scaled: tuple[bool, ...]  # for each dimension, whether the gate that multiplied in training is folded into it
+    layer: int | None  # None for a tensor of the whole model
+    # The block that the tensor vanishes with, or None. Output biases stay: a block without units still adds them.
     block: Literal["attention", "mlp"] | None
 
     @property
@@ -226,11 +204,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def cut(name: str) -> Cut:
-    """How the tensor of this name in a checkpoint is cut.
-
-    Raises:
-        UnsupportedModelError: a tensor that none of the supported families has.
-    """
+    """How the tensor of this name is cut. Raises UnsupportedModelError for one that no supported family has."""
     match = _LAYER.fullmatch(name)
     layer, local = (int(match[1]), match[2]) if match else (None, name)
     if local not in _CUTS:

@@ -20,8 +20,7 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 
 MODELING_FILE = Path(__file__).with_name("modeling_tvaprune.py")
-# Not copied from the dense directory: its weights, and what is written anew. Those that an earlier run left in the
-# output directory are removed.
+# Not copied from the dense directory, and removed from the output directory: weights, and what is written anew.
 _NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pth", "*.gguf"),
     *("config.json", "README.md", "parity.json", "parity.tensors", "tvaprune.json", MODELING_FILE.name),
@@ -39,18 +38,11 @@ class CheckpointSize:
 
 
 def compact(dense: Path, masks: Masks, update: WeightUpdate, out: Path, layout: Layout = "uneven") -> CheckpointSize:
-    """Write the pruned model as a Hugging Face directory.
+    """Write the pruned model as a Hugging Face directory, from a dense one with safetensors.
 
     Kept indices stay sorted, so the order of units, and with it every query head's group, is the dense model's.
-    A block that lost every unit is left out with its norm (uneven) or written as zeros (padded). Weights keep
-    their stored dtype. Memory is that of a block of rows, whatever the model's size.
-
-    Args:
-        dense: the dense model's directory, safetensors.
-        masks: keep-masks, True = keep.
-        update: folded into the weights as they are cut.
-        out: the directory to write.
-        layout: see `tvaprune.checkpoint.layouts`.
+    A block that lost every unit is left out with its norm (uneven) or written as zeros (padded). The update is folded
+    into the weights, which keep their stored dtype. Memory is that of a block of rows, whatever the model's size.
 
     Raises:
         FileNotFoundError: the dense directory has no safetensors.

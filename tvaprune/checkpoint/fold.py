@@ -15,12 +15,9 @@ from tvaprune.masks.update import WeightUpdate
 def along_dimension(
     topology: Topology, values: dict[Axis, Tensor], units: Units, layer: int | None
 ) -> Shaped[Tensor, " length"]:
-    """Spread values, one a unit, over a dimension of a tensor: the rows of one unit are contiguous.
+    """Spread values of `Topology.gate_shape`, one a unit, over a tensor's dimension: rows of one unit are contiguous.
 
-    Args:
-        values: per axis, shapes of `Topology.gate_shape`.
-        units: what the dimension counts; query and kv rows follow the key-value heads.
-        layer: the tensor's; None for a tensor of the whole model.
+    Query and kv rows follow the key-value heads. The layer is None for a tensor of the whole model.
     """
     axis = AXIS_OF_UNITS[units]
     per_unit = values[axis] if axis == "hidden" else values[axis][layer]
@@ -33,10 +30,6 @@ def scales(topology: Topology, name: str, update: WeightUpdate, tied: bool) -> t
 
     Tied embeddings stay tied: the embedding's columns are multiplied by mu and the final norm by 1/mu, so the head,
     which is the same matrix, gets the same input as before. Exact wherever mu is not 0.
-
-    Args:
-        name: of the tensor in the checkpoint.
-        tied: the head is the embedding matrix.
     """
     where = cut(name)
     result: list[Tensor | None] = []

@@ -23,21 +23,13 @@ from tvaprune.masks.update import WeightUpdate
 
 @dataclass(frozen=True)
 class Plan:
-    """What compaction will write.
+    """What compaction will write."""
 
-    Attributes:
-        topology: of the dense model.
-        config: the content of config.json.
-        tensors: shapes and dtypes by name, in the order of writing.
-        stay_tied: embedding and head are one matrix, before and after.
-        untied: they were one, and are two now: the head is cut from the embedding.
-    """
-
-    topology: Topology
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    stay_tied: bool
-    untied: bool
+    topology: Topology  # of the dense model
+    config: dict[str, Any]  # the content of config.json
+    tensors: dict[str, TensorInfo]  # by name, in the order of writing
+    stay_tied: bool  # embedding and head are one matrix, before and after
+    untied: bool  # they were one, and are two now: the head is cut from the embedding
 
 
 class _Sizes(NamedTuple):
@@ -67,11 +59,7 @@ def plan(
     update: WeightUpdate,
     layout: Layout = "uneven",
 ) -> Plan:
-    """Decide the config, the names, the shapes and the order of the tensors, before anything is read.
-
-    Args:
-        config: the dense model's.
-        dense: its tensors, from the headers of its files or from `dense_tensors`.
+    """Decide what a dense model becomes: the config, and the tensors' names, shapes and order. No weight is read.
 
     Raises:
         ValueError: masks that keep no hidden dimension, or sizes that the layout's config does not accept.
@@ -116,7 +104,6 @@ def _sizes_on_disk(masks: Masks, layout: Layout) -> _Sizes:
 
 
 def _shape(topology: Topology, name: str, info: TensorInfo, sizes: _Sizes) -> tuple[int, ...]:
-    """The shape on disk."""
     where = cut(name)
     layer = where.layer or 0  # tensors outside of the layers count hidden dimensions only
     kv_heads = sizes.kv_heads[layer]
@@ -164,11 +151,7 @@ def _uneven_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projecti
 
 
 def _stock_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projection_bias: bool) -> dict[str, Any]:
-    """The sizes in the base family's own config, head_dim explicit.
-
-    Raises:
-        ValueError: sizes or biases that the family's config does not accept.
-    """
+    """The sizes in the base family's own config, head_dim explicit; ValueError where it does not accept them."""
     topology, kv_heads = Topology.of(config), sizes.kv_heads[0]
     heads = kv_heads * topology.group_size
     if sizes.hidden % topology.hidden_divisor(kv_heads):

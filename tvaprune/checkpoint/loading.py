@@ -17,12 +17,9 @@ TvaPruneForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 def load(
     directory: Path | str, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """Load a model for inference, with this package's own classes and no remote code.
+    """Load a stock or pruned model for inference, with this package's own classes and no remote code.
 
-    Args:
-        directory: a Hugging Face model directory, as `compact` writes it or stock.
-        dtype: of the weights in memory; None = as stored.
-        device: None = CPU.
+    With a dtype of None the weights stay as stored; a device of None is the CPU.
 
     Raises:
         FileNotFoundError: the directory holds no model.

@@ -11,11 +11,9 @@ from transformers.initialization import no_init_weights
 from tvaprune.architecture.topology import Axis
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 
-# A pattern of this length, repeated, is as good as noise to a processor, and faster to make.
-_PATTERN = 1 << 20
+_PATTERN = 1 << 20  # a pattern of this length, repeated, is as good as noise to a processor, and faster to make
 _STANDARD_DEVIATION = 0.02
-# Numbers; weights start at multiples of it, as in torch's own allocator.
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # numbers; weights start at multiples of it, as in torch's own allocator
 
 
 class LayerWidths(NamedTuple):
@@ -37,10 +35,8 @@ def random_models(
     """Build models of the shapes that compaction to these widths would give.
 
     They share one storage, so together they take no more memory than the largest: the values of the weights do not
-    change the speed. They are noise and not zeros, with which processors draw less power.
-
-    Args:
-        config: the dense model's, of a supported family; its number of layers is not used.
+    change the speed. They are noise and not zeros, with which processors draw less power. The config is the dense
+    model's; its number of layers is not used.
     """
     models = [_skeleton(config, each, dtype, device) for each in widths]
     storage = torch.empty(max(_use_storage(model, None) for model in models), dtype=dtype, device=device)

@@ -76,7 +76,6 @@ class Checkpoint:
         return cls(info, files)
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor."""
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -110,14 +109,10 @@ def write_checkpoint(
     progress: str,
     shard_bytes: int | None = None,
 ) -> None:
-    """Write model.safetensors, or several shards with the index that transformers reads.
+    """Write model.safetensors, or several shards with the index that transformers reads, in the tensors' order.
 
-    Args:
-        directory: exists.
-        tensors: to write, in this order.
-        blocks: the rows of the tensor of this name, in blocks, in the announced dtype.
-        progress: name of the progress bar.
-        shard_bytes: at most so many a file; None = SHARD_BYTES.
+    The directory exists. `blocks` gives the rows of the tensor of a name, in the announced dtype. A file holds at most
+    shard_bytes (None = SHARD_BYTES), unless one tensor is larger.
 
     Raises:
         ValueError: a tensor's blocks are not of the announced size: a bug, not a user's mistake.

@@ -21,17 +21,11 @@ PROVENANCE = "tvaprune.json"
 
 @dataclass(frozen=True)
 class Base:
-    """The dense model.
+    """The dense model."""
 
-    Attributes:
-        source: where it was fetched from (tvaprune_source.json); {} where unknown.
-        license: the Hub's identifier, lower case; None where unknown.
-        sha256: by weight file.
-    """
-
-    source: dict[str, Any]
-    license: str | None
-    sha256: dict[str, str]
+    source: dict[str, Any]  # where it was fetched from (tvaprune_source.json); {} where unknown
+    license: str | None  # the Hub's identifier, lower case; None where unknown
+    sha256: dict[str, str]  # by weight file
 
     @classmethod
     def of(cls, dense: Path) -> "Base":
@@ -55,19 +49,14 @@ def _card_license(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The content of tvaprune.json.
-
-    Attributes:
-        widths: kept units without padding: of hidden, and a list by layer of intermediate and of kv_heads.
-        made_with: the parameters that had influence, by stage.
-        figures: sparsity_decoder (by the masks), sparsity_model, params_dense, params_kept (by the files, padding
-            included); perplexities and losses, see `_quality`, where they were measured.
-    """
+    """The content of tvaprune.json."""
 
     base: Base
     layout: Layout
-    widths: dict[str, Any]
-    made_with: dict[str, Any]
+    widths: dict[str, Any]  # kept units without padding: of hidden, and lists by layer of intermediate and of kv_heads
+    made_with: dict[str, Any]  # the parameters that had influence, by stage
+    # sparsity_decoder (by the masks), sparsity_model, params_dense, params_kept (by the files, padding included);
+    # perplexities and losses, see `_quality`, where they were measured.
     figures: dict[str, float]
 
     def write(self, directory: Path) -> None:
@@ -85,12 +74,7 @@ def widths_of(masks: Masks) -> dict[str, Any]:
 
 
 def write_card(directory: Path, made: Provenance, checks: list[Check]) -> None:
-    """Write README.md with the Hub's YAML header.
-
-    Args:
-        directory: with config.json, and model.gguf if there is one.
-        checks: of the certificate.
-    """
+    """Write README.md with the Hub's YAML header, beside config.json, and model.gguf if there is one."""
     source, figures = made.base.source, made.figures
     data = ModelCardData(
         base_model=source.get("repo"),

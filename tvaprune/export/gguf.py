@@ -1,7 +1,4 @@
-"""Write a model directory as a GGUF file, for llama.cpp and other programs that read the format.
-
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-"""
+"""Write a model directory as a GGUF file for llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,16 +27,11 @@ _TYPES: dict[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
 
 
 def write_gguf(directory: Path, file: Path, dtype: GgufDtype) -> None:
-    """Write a model directory and its tokenizer as one GGUF file.
+    """Write a model directory, stock or of the layout uneven, and its tokenizer as one GGUF file.
 
     Memory is that of a block of rows, or of one q or k matrix where rows are reordered. The file appears when it is
-    complete. Two runs give the same bytes. Norms and biases are float32; with q8_0, matrices whose rows are not a
-    multiple of 32 are float16.
-
-    Args:
-        directory: stock llama, mistral, qwen2 or qwen3, or the layout uneven of `compact`.
-        file: to write; replaced if it exists.
-        dtype: of the matrices.
+    complete, and replaces an older one. Two runs give the same bytes. `dtype` is the matrices'; norms and biases are
+    float32, and with q8_0, matrices whose rows are not a multiple of 32 are float16.
 
     Raises:
         FileNotFoundError: the directory holds no model.
@@ -138,15 +130,11 @@ def _blocks(plan: GgufPlan, checkpoint: Checkpoint, name: str) -> Iterator[Tenso
 
 
 def interleave(rows: Shaped[Tensor, "*shape"], head_dim: int) -> Shaped[Tensor, "*shape"]:
-    """Reorder q's or k's rows (heads * head_dim) from transformers' order to llama.cpp's.
-
-    Row i of a head's first half is followed by row i of its second half.
-    """
+    """q's or k's rows in llama.cpp's order: row i of a head's first half is followed by row i of its second half."""
     return rows.view(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _encode(name: str, block: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Rows as the file stores them."""
     if kind == gguf.GGMLQuantizationType.F16 and not bool((block.abs() <= torch.finfo(torch.float16).max).all()):
         raise ValueError(f"{name} holds numbers that float16 cannot; export as bf16 or f32")
     return gguf.quants.quantize(block.float().numpy(), kind)

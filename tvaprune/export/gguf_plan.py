@@ -28,40 +28,25 @@ _ARCHITECTURES = {
 }
 # These rotate neighbouring dimensions where transformers rotates the two halves, so q's and k's rows are reordered.
 INTERLEAVED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.DECI)
-# An MLP that lost every unit is written as this many zero units: a block of q8_0.
-_EMPTY_MLP_UNITS = 32
+_EMPTY_MLP_UNITS = 32  # an MLP that lost every unit is written as this many zero units: a block of q8_0
 
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What will be written, known before anything is.
-
-    Attributes:
-        config: of a model that has these tensors.
-        kv_heads: key-value heads per layer; 0 = no attention block.
-        intermediate: MLP units per layer, never 0.
-        tensors: shapes by the model's tensor name; those that the checkpoint lacks are zeros.
-        names: the file's tensor names by the model's.
-        frequency_factors: float32 [head_dim / 2], divisors of the rotary frequencies; None where they stay.
-    """
+    """What will be written."""
 
     arch: gguf.MODEL_ARCH
-    config: PreTrainedConfig
+    config: PreTrainedConfig  # of a model that has these tensors
     topology: Topology
-    kv_heads: list[int]
-    intermediate: list[int]
-    tensors: dict[str, TensorInfo]
-    names: dict[str, str]
-    frequency_factors: Tensor | None
+    kv_heads: list[int]  # per layer; 0 = no attention block
+    intermediate: list[int]  # MLP units per layer, never 0
+    tensors: dict[str, TensorInfo]  # by the model's tensor names; those that the checkpoint lacks are zeros
+    names: dict[str, str]  # the file's tensor names by the model's
+    frequency_factors: Tensor | None  # float32 [head_dim / 2], divisors of the rotary frequencies; None where they stay
 
 
 def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint) -> GgufPlan:
-    """Decide the architecture, the sizes and the tensors.
-
-    Args:
-        directory: named in errors.
-        config: stock, or of the layout uneven.
-        checkpoint: the directory's.
+    """Decide the architecture, the sizes and the tensors; for a stock model or one of the layout uneven.
 
     Raises:
         ValueError: something that llama.cpp does not support, or tensors that are not the config's; by name.

@@ -42,11 +42,8 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocab_size: int) -> None:
     Known differences that remain: llama.cpp does not normalise to NFC (Qwen2 does), and where a SentencePiece tokenizer
     adds its leading space only to texts that have none, llama.cpp adds it always.
 
-    Args:
-        vocab_size: rows of the embedding; the tokenizer may have fewer tokens, not more.
-
     Raises:
-        ValueError: no tokenizer, or a kind that llama.cpp does not have; says which.
+        ValueError: no tokenizer, a kind that llama.cpp lacks (it is named), or more tokens than the embedding has rows.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -30,13 +30,9 @@ def certify(
 ) -> list[Check]:
     """Check a complete model directory in fresh processes; write tvaprune.json, README.md and the certificate.
 
-    Args:
-        reference: logits at all positions of its prompts.
-        bound: of the absolute logit difference.
-        checks: those already made in this process.
-
-    Returns:
-        All checks. The files are written whether they passed or not; `require` decides.
+    The reference has logits at all positions of its prompts, `bound` is of their absolute difference, and `checks` were
+    already made in this process. Returns all checks. The files are written whether they passed or not; `require`
+    decides.
     """
     own_code = (directory / MODELING_FILE.name).is_file()
     checks = [*(checks or []), *fresh_checks(directory, reference, bound, trust_remote_code=own_code)]
@@ -52,9 +48,7 @@ def certify_retrained(
     """Certify a model that was trained from a certified one; with a GGUF file where that has one.
 
     Args:
-        directory: the model, saved.
-        model: the same model in memory; converted to float32 in place.
-        original: the directory that it was trained from.
+        model: that of the directory, in memory; converted to float32 in place.
         used: parameters of the training, by stage.
         nll: nats per token for the card: nll_start, nll_best and nll_teacher.
 

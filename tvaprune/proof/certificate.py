@@ -39,34 +39,21 @@ class DamagedDirectoryError(ValueError):
 
 @dataclass(frozen=True)
 class Reference:
-    """What a directory is compared with.
+    """What a directory is compared with."""
 
-    Attributes:
-        name: the model that computed the logits.
-        input_ids: int64 [prompts, tokens].
-        logits: float32 [prompts, positions, vocab], at the prompts' last positions.
-    """
-
-    name: str
-    input_ids: Tensor
-    logits: Tensor
+    name: str  # of the model that computed the logits
+    input_ids: Tensor  # int64 [prompts, tokens]
+    logits: Tensor  # float32 [prompts, positions, vocab], at the prompts' last positions
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """One comparison."""
 
-    Attributes:
-        name: in words.
-        passed: the figures are within their bounds; None = not run.
-        figures: what was measured; or `skipped`, why not.
-        bounds: of the figures that decide: upper bounds of differences, lower bounds of agreements.
-    """
-
-    name: str
-    passed: bool | None
-    figures: dict[str, Any]
-    bounds: dict[str, float]
+    name: str  # in words
+    passed: bool | None  # the figures are within their bounds; None = not run
+    figures: dict[str, Any]  # what was measured; or `skipped`, why not
+    bounds: dict[str, float]  # of the figures that decide: upper bounds of differences, lower bounds of agreements
 
     def __str__(self) -> str:
         if self.passed is None:

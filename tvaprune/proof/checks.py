@@ -26,8 +26,7 @@ TIE = 2
 # Nats, of the likeliest token after each prompt, for files of rounded weights. A pruned SmolLM2-135M differs by 0.01 in
 # bf16 and 0.07 in q8_0. Unlikely tokens differ by more (0.7 in q8_0): reported, not bounded.
 ROUNDED_BOUND = 0.5
-# llama.cpp reports probabilities in float32, which ends at exp(-87).
-LEAST_LOGPROB = -80
+LEAST_LOGPROB = -80  # llama.cpp reports probabilities in float32, which ends at exp(-87)
 
 # Reads [prompts, tokens] from its input. Prints the tokens with their log-probabilities, and those of all at the first.
 _RUN_GGUF = f"""
@@ -61,10 +60,8 @@ def _check(name: str, figures: dict[str, float], bounds: dict[str, float]) -> Ch
 def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_remote_code: bool) -> list[Check]:
     """Check a directory in fresh processes: reloaded, generating with a cache and without, and in llama.cpp.
 
-    Args:
-        directory: with config, weights, and perhaps model.gguf; it may have been moved.
-        bound: of the absolute logit difference.
-        trust_remote_code: the directory's own modeling file computes it.
+    The directory may have been moved, and may hold a model.gguf. `bound` is of the absolute logit difference. With
+    trust_remote_code the directory's own modeling file computes.
 
     Raises:
         DamagedDirectoryError: transformers or llama.cpp does not load it; the error is quoted.

@@ -1,7 +1,4 @@
-"""Run a GGUF file in llama.cpp, on a CPU.
-
-llama.cpp comes prebuilt in the package xllamacpp, which is optional and imported here alone.
-"""
+"""Run a GGUF file on a CPU in llama.cpp, from the optional package xllamacpp, which is imported here alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +8,10 @@ import torch
 
 
 class GreedyStep(NamedTuple):
-    """One generated token.
+    """One generated token."""
 
-    Attributes:
-        token: the likeliest.
-        logprobs: natural logarithms of the probabilities of the likeliest tokens, by token, the best first.
-    """
-
-    token: int
-    logprobs: dict[int, float]
+    token: int  # the likeliest
+    logprobs: dict[int, float]  # natural logarithms, of the likeliest tokens by token, the best first
 
 
 class Timing(NamedTuple):
@@ -32,12 +24,8 @@ class Timing(NamedTuple):
 def greedy_steps(file: Path, prompts: list[list[int]], tokens: int, top: int = 1) -> list[list[GreedyStep]]:
     """Generate greedily, and do not stop at end-of-text tokens; in float32, whatever the weights are stored in.
 
-    Args:
-        file: GGUF.
-        prompts: token ids; nothing is put before them.
-        tokens: how many to generate for each prompt.
-        top: how many of the likeliest tokens to give probabilities of. With all of the vocabulary they are the
-            logits but for one constant a step.
+    Nothing is put before the prompts. `top` is how many of the likeliest tokens to give probabilities of; with all of
+    the vocabulary they are the logits but for one constant a step.
 
     Raises:
         ModuleNotFoundError: xllamacpp is not installed.
@@ -50,16 +38,8 @@ def greedy_steps(file: Path, prompts: list[list[int]], tokens: int, top: int = 1
 def timed(file: Path, prompt: list[int], tokens: int) -> Callable[[], Timing]:
     """Load the model with llama.cpp's default attention and cache, on as many threads as torch uses.
 
-    Args:
-        file: GGUF.
-        prompt: token ids, read anew by every call.
-        tokens: to generate after it, past end-of-text tokens too.
-
-    Returns:
-        Makes the request and returns its times.
-
-    Raises:
-        ModuleNotFoundError, ValueError: as `greedy_steps`.
+    Each call of the result reads the prompt anew, generates past end-of-text tokens too, and returns the times.
+    Raises what `greedy_steps` raises.
     """
     server = start_server(file, context=len(prompt) + tokens, exact=False)
     request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}

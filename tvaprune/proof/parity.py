@@ -27,8 +27,7 @@ class Parity(NamedTuple):
 def compare(reference: Float[Tensor, "*logits"], other: Float[Tensor, "*logits"], tie: float = 0.0) -> Parity:
     """Compare logits [..., vocab]; the relative difference is to the largest reference logit.
 
-    Args:
-        tie: two likeliest tokens also agree where their reference logits differ by at most this much.
+    Two likeliest tokens also agree where their reference logits differ by at most `tie`.
     """
     difference = (reference.float() - other.float()).abs().max()
     agreement = _gap_to_best(reference, other.argmax(-1)) <= tie
@@ -44,9 +43,7 @@ def same_choices(
 ) -> float:
     """Share of generated sequences that are the same up to a tie; what follows a tie is not compared.
 
-    Args:
-        reference: the logits that `chosen` was taken from.
-        tie: two tokens are a tie where their reference logits differ by at most this much.
+    `chosen` was taken from the reference's logits. Two tokens are a tie where those differ by at most `tie`.
     """
     gap = _gap_to_best(reference, other)
     same = 0

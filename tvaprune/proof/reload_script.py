@@ -2,10 +2,8 @@
 
     python -P reload_script.py DIRECTORY PROMPTS RESULTS TOKENS TRUST
 
-DIRECTORY is a model directory. PROMPTS is a safetensors file with input_ids, int64 [prompts, tokens], and beginnings,
-int64 [prompts, fewer]. TOKENS is how many to generate greedily after the beginnings. TRUST is 1 where the directory
-brings its own modeling file, else 0.
-
+PROMPTS is a safetensors file with input_ids, int64 [prompts, tokens], and beginnings, int64 [prompts, fewer]. TOKENS is
+how many to generate greedily after the beginnings. TRUST is 1 where the directory brings its own modeling file, else 0.
 RESULTS is the safetensors file to write: logits, float32 [prompts, tokens, vocab]; tokens and tokens_uncached, int64
 [prompts, TOKENS], generated with and without a cache; and the logits that chose them, step_logits and
 step_logits_uncached, float32 [prompts, TOKENS, vocab].

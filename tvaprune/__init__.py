@@ -1,7 +1,7 @@
 """TVA-Prune: structured pruning of grouped-query-attention decoder models.
 
-Dutta, Gupta, Agarwal, "Efficient LLM Pruning with Token-Dependency Awareness and
-Hardware-Adapted Inference" (ES-FoMo II workshop, ICML 2024).
+Dutta, Gupta, Agarwal, "Efficient LLM Pruning with Token-Dependency Awareness and Hardware-Adapted Inference"
+(ES-FoMo II workshop, ICML 2024).
 
 This file is imported by every stage, so it holds nothing that a stage's result depends on.
 """
@@ -17,9 +17,8 @@ __version__ = "0.1.0"
 def _refuse_another_checkout() -> None:
     """Stop a stage that would run the core of another checkout than its own.
 
-    `dvc exp run --temp` and `--queue` run in a copy of the workspace. A package that comes from
-    elsewhere (an editable install, a PYTHONPATH) would compute with the wrong code, and the result
-    would then be served from the run-cache.
+    `dvc exp run --temp` and `--queue` run in a copy of the workspace. A package from elsewhere (an editable install, a
+    PYTHONPATH) would compute with the wrong code, and the result would then be served from the run-cache.
     """
     if "DVC_STAGE" not in os.environ:
         return

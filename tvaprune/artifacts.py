@@ -22,14 +22,7 @@ class ArtifactError(ValueError):
 
 
 def write_artifact(directory: Path, kind: str, tensors: dict[str, Tensor], **meta: Any) -> None:
-    """Write tensors and their description.
-
-    Args:
-        directory: created if absent.
-        kind: the contract's name, for example "masks".
-        tensors: any dtype and shape that safetensors stores.
-        meta: JSON values; must be the same for the same inputs.
-    """
+    """Write tensors and their description; `meta`, JSON values, must be the same for the same inputs."""
     directory.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(stored, directory / "tensors.safetensors")
@@ -71,11 +64,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values of a .jsonl or .jsonl.gz file, one a line.
-
-    Raises:
-        ArtifactError: a line is not JSON; names the file and the line.
-    """
+    """The values of a .jsonl or .jsonl.gz file, one a line. Raises ArtifactError, by line number, if one is not JSON."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:

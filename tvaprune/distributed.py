@@ -27,15 +27,10 @@ class ProcessFailedError(ValueError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one computation.
+    """The processes of one computation."""
 
-    Attributes:
-        rank: of this process, 0 to size - 1; only rank 0 writes.
-        size: number of processes.
-    """
-
-    rank: int = 0
-    size: int = 1
+    rank: int = 0  # of this process, 0 to size - 1; only rank 0 writes
+    size: int = 1  # number of processes
 
     @property
     def is_main(self) -> bool:
@@ -49,12 +44,10 @@ class World:
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def turns(self, count: int) -> list[tuple[int, bool]]:
-        """This process's turns when `count` items need not divide equally.
+        """This process's turns when `count` items need not divide equally: an item's index, and whether it counts.
 
-        Returns:
-            For each turn the index of an item, and whether to count its result. Every process has the same number of
-            turns, because a model with split layers needs all of them in each forward; a turn that does not count
-            repeats another process's item.
+        Every process has the same number of turns, because a model with split layers needs all of them in each
+        forward; a turn that does not count repeats another process's item.
         """
         rounds = -(-count // self.size)
         indices = range(self.rank, rounds * self.size, self.size)
@@ -82,17 +75,11 @@ ALONE = World()
 
 @dataclass(frozen=True)
 class Process:
-    """Where one process computes.
-
-    Attributes:
-        device: this process's.
-        world: the processes that share the work.
-        sharded: whether they split a model's layers between them.
-    """
+    """Where one process computes."""
 
     device: torch.device
     world: World = ALONE
-    sharded: bool = False
+    sharded: bool = False  # whether the world's processes split a model's layers between them
 
 
 @contextmanager
@@ -163,8 +150,7 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
 def sharding_asked() -> bool:
     """Whether TVAPRUNE_SHARD is 1: split the dense model's layers over the processes.
 
-    Raises:
-        ValueError: it is neither 0 nor 1, or there is only one process.
+    Raises ValueError if it is neither 0 nor 1, or if there is only one process.
     """
     value = os.environ.get("TVAPRUNE_SHARD") or "0"
     if value not in {"0", "1"}:

@@ -56,8 +56,7 @@ def distillation_loss(
     Args:
         student_hidden: after the final norm; any floating dtype. The only input that gets a gradient.
         student_head: frozen lm_head weight.
-        teacher_hidden: after the teacher's final norm, no gradient. None: no distillation, D = 0. D is also 0 at
-            weight 0.
+        teacher_hidden: after its final norm, no gradient. None: no distillation, D = 0. D is also 0 at weight 0.
         teacher_head: the teacher's lm_head weight, same vocabulary.
         labels: the NEXT token of each position, int64; -100 where there is none (see `next_token_labels`).
 
@@ -184,8 +183,8 @@ def _top_k_kl(
 ) -> tuple[Tensor, Tensor]:
     """As `_full_kl`, over k + 1 classes: the teacher's top k, and the tail as one.
 
-    The gradient is that of a full KL whose teacher has the student's own shape on the tail, with the
-    teacher's mass: p - q on the top k, p - p · (q_tail / p_tail) elsewhere.
+    The gradient is that of a full KL whose teacher has the student's own shape on the tail, with the teacher's mass:
+    p - q on the top k, p - p · (q_tail / p_tail) elsewhere.
     """
     assert options.top_k is not None
     values, indices = teacher.topk(options.top_k, dim=-1)

@@ -34,23 +34,14 @@ from tvaprune.resume import Saver
 
 @dataclass(frozen=True)
 class Found:
-    """Masks that meet the target, and the figures of finding them.
+    """Masks that meet the target, and the figures of finding them."""
 
-    Attributes:
-        masks: projected onto the target.
-        update: what to fold into the weights of the kept units.
-        curve: one row a step; empty for methods without steps.
-        seconds: wall time, of this process alone when a run was resumed.
-        peak_memory_bytes: highest memory of the process (device memory on CUDA).
-        validation_nll: nats a token on the validation windows: dense, masked with means, masked with 0/1 gates.
-    """
-
-    masks: Masks
+    masks: Masks  # projected onto the target
     update: WeightUpdate
-    curve: list[Row]
-    seconds: float
-    peak_memory_bytes: int
-    validation_nll: dict[str, float]
+    curve: list[Row]  # one row a step; empty for methods without steps
+    seconds: float  # wall time, of this process alone when a run was resumed
+    peak_memory_bytes: int  # of the process (device memory on CUDA)
+    validation_nll: dict[str, float]  # as `validation_nll`
 
 
 def check_request(request: MaskRequest, topology: Topology) -> None:
@@ -126,7 +117,7 @@ def validation_nll(
     windows: Int[Tensor, "windows seq"],
     world: World = ALONE,
 ) -> dict[str, float]:
-    """Mean nats a token over windows: dense, with means, with 0/1 gates."""
+    """Mean nats a token over windows: dense, masked with means, masked with 0/1 gates."""
     device = next(model.parameters()).device
     variants = {"dense": None, "mean": hard_gates(masks.keep, update.scale), "binary": hard_gates(masks.keep)}
     totals = dict.fromkeys(variants, 0.0)

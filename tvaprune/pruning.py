@@ -38,7 +38,6 @@ def prune(
 
     Args:
         model: dense, on the device to compute on. It is left as it was.
-        tokenizer: the model's.
         texts: what masks are learned on. A few hundred pages; more kinds of text generalise better.
         sparsity: share of the decoder layers' parameters to remove, above 0 and below 1.
         method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. A baseline prunes all axes that it has a score for.

@@ -76,7 +76,6 @@ class ResumableRun:
     one on the state, one on the workspace's outputs (a SIGTERM to dvc alone leaves its child running).
 
     Args:
-        stage: the stage's name.
         settings: every parameter that the result depends on (JSON values).
         inputs: files and directories that the result depends on, code included.
         writer: True in one of the processes of a run; the others only read, take no lock and delete nothing.

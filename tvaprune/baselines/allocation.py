@@ -23,7 +23,7 @@ from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best, project
 
-Keep = dict[Axis, Bool[Tensor, "..."]]
+Keep = dict[Axis, Bool[Tensor, "..."]]  # True = keep
 # float32 for the axes in play, shapes of `Topology.gate_shape`; higher = keep.
 Scores = dict[Axis, Float[Tensor, "..."]]
 
@@ -58,8 +58,7 @@ def allocate_balanced(
 ) -> Masks:
     """Rank each axis's units over all layers, and drop the same share of every axis; each layer keeps its best unit.
 
-    Args:
-        mlp_to_attention: share of intermediate units dropped over the share of kv heads dropped.
+    `mlp_to_attention` is the share of intermediate units dropped over the share of kv heads dropped.
     """
     ranked = {axis: percentiles_over_layers(score).cpu() for axis, score in scores.items()}
     if "kv_heads" in ranked:
@@ -79,10 +78,8 @@ def allocate_uniform(
     """Keep the same share of units in every layer and on every axis in play.
 
     The share is solved for. Every axis keeps that share rounded to whole units (at least one); then the axis whose
-    units are the cheapest makes up for the rounding. Units that do not divide evenly go to the first layers.
-
-    Args:
-        protect_first, protect_last: layers at either end that stay whole; the others make up for them.
+    units are the cheapest makes up for the rounding. Units that do not divide evenly go to the first layers. Protected
+    layers stay whole; the others make up for them.
 
     Raises:
         ValueError: every layer is protected.
@@ -119,8 +116,7 @@ class Stages:
     def prune(self, scores: Scores, target_sparsity: float) -> None:
         """Drop the units with the lowest scores until the sparsity is met.
 
-        Args:
-            scores: in [0, 2]; those of dropped units are not read.
+        Scores are in [0, 2]; those of dropped units are not read.
         """
         left = {axis: scores[axis].cpu().where(self.keep[axis], -torch.inf) for axis in self._score}
         for axis in left:
@@ -140,10 +136,7 @@ def make_scores_match_mask(keep: Keep, scores: Scores) -> Masks:
     """Make the score > 0 exactly where a unit is kept, without a change to the ranking within a vector.
 
     Kept units with a score of at most 0 get scores just above 0, in their order, and dropped units with a score above
-    0 get scores just below. On axes without scores the score is 1.
-
-    Args:
-        keep: for every axis; True = keep.
+    0 get scores just below. On axes without scores the score is 1; `keep` has every axis.
     """
     matched = {axis: torch.ones_like(mask, dtype=torch.float32) for axis, mask in keep.items()}
     for axis, score in scores.items():

@@ -23,15 +23,13 @@ from tvaprune.options.baselines import BonsaiOptions
 def bonsai(problem: Problem, options: BonsaiOptions) -> Masks:
     """Prune in rounds by perturbation (Dery et al. 2024, sections 3.1 to 3.3).
 
-    A round takes an equal part of the target. Of the units left, those with the lowest prior (Wanda-sp, the same
-    share of every layer), worth twice the round's parameters, are candidates; each sub-model drops a random half
-    of them and the next its complement; ridge regression of minus the loss on the candidates kept gives each one's
-    utility; the lowest go.
+    A round takes an equal part of the target. Of the units left, those with the lowest prior (Wanda-sp, the same share
+    of every layer), worth twice the round's parameters, are candidates; each sub-model drops a random half of them and
+    the next its complement; ridge regression of minus the loss on the candidates kept gives each one's utility; the
+    lowest go. Cost in forward passes: rounds · (prior_windows + submodels · submodel_windows).
 
     Departures: utilities are compared per parameter, because heads and intermediate units share one budget (the
     published code prunes the two separately); a sub-model is masks on the model, not another model.
-
-    Cost in forward passes: rounds · (prior_windows + submodels · submodel_windows).
     """
     submodels = options.submodels
     if submodels < 2 or submodels % 2:
@@ -64,14 +62,10 @@ def bonsai(problem: Problem, options: BonsaiOptions) -> Masks:
 def ridge_utility(
     kept: Bool[Tensor, "submodels units"], utility: Float[Tensor, " submodels"], ridge: float
 ) -> Float[Tensor, " units"]:
-    """beta of min ‖y - Z beta‖² + c ‖beta‖², both centred, in the dual form (sub-models are fewer than units).
+    """beta of min ‖y - Z beta‖² + c ‖beta‖², both centred, in the dual form (sub-models are fewer than units); float64.
 
-    Args:
-        utility: float64, minus the loss of each sub-model.
-        ridge: c in units of the mean diagonal of Z Zᵀ.
-
-    Returns:
-        float64; higher = the unit's presence lowers the loss more.
+    y (`utility`) is minus the loss, so a higher beta = the unit's presence lowers the loss more. `ridge` is c in units
+    of the mean diagonal of Z Zᵀ.
     """
     design = kept.double() - kept.double().mean(0)
     target = utility - utility.mean()

@@ -57,14 +57,10 @@ def depth(problem: Problem, options: DepthOptions) -> Masks:
 
 @torch.no_grad()
 def similarities(problem: Problem, block: int) -> tuple[Float[Tensor, " layers"], Float[Tensor, " blocks"]]:
-    """How much layers change the residual stream, means over all tokens.
+    """How much layers change the residual stream, means over all tokens; float64 on the CPU.
 
-    Args:
-        block: layers in a contiguous block; 0 = none.
-
-    Returns:
-        Block influence, and the angular distance over π of each block by its first layer ([layers - block + 1]);
-        both float64 on the CPU.
+    Returns block influence, and the angular distance over π of each contiguous block of `block` layers (0 = none) by
+    its first layer, [layers - block + 1].
     """
     stream: list[Tensor] = []
 

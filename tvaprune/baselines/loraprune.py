@@ -86,10 +86,7 @@ def loraprune(problem: Problem, options: LoraPruneOptions) -> Masks:
 
 @torch.no_grad()
 def step_scores(problem: Problem, adapters: dict[str, Adapter]) -> Scores:
-    """One step's importance: float32 per axis in play, shapes of `Topology.gate_shape`, >= 0.
-
-    Each matrix contributes a vector of norm 1 over its layer's units.
-    """
+    """One step's importance: float32, >= 0; each matrix contributes a vector of norm 1 over its layer's units."""
     products: Products = {}
     for name, adapter in adapters.items():
         for dim, axis in enumerate(cut(name).axes):

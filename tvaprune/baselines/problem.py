@@ -15,24 +15,14 @@ from tvaprune.losses import cross_entropy, next_token_labels
 
 @dataclass(frozen=True)
 class Problem:
-    """What to prune, and how far.
+    """What to prune, and how far."""
 
-    Attributes:
-        model: causal LM on its device, in evaluation mode; unchanged when a method returns.
-        topology: its sizes.
-        windows: calibration windows, int32 or int64 [windows, seq_len].
-        target_sparsity: share of the decoder layers' parameters to remove, in [0, 1).
-        axes: axes in play; the others stay whole.
-        seed: of random scores, sub-models and initialisation.
-        progress: show a progress bar.
-    """
-
-    model: nn.Module
+    model: nn.Module  # causal LM on its device, in evaluation mode; unchanged when a method returns
     topology: Topology
-    windows: Int[Tensor, "windows seq"]
-    target_sparsity: float
-    axes: tuple[Axis, ...]
-    seed: int = 0
+    windows: Int[Tensor, "windows seq"]  # calibration, int32 or int64
+    target_sparsity: float  # share of the decoder layers' parameters to remove, in [0, 1)
+    axes: tuple[Axis, ...]  # axes in play; the others stay whole
+    seed: int = 0  # of random scores, sub-models and initialisation
     progress: bool = True
 
     @property

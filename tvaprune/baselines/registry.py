@@ -30,14 +30,12 @@ SUPPORTED_AXES: dict[Baseline, tuple[Axis, ...]] = {
 
 
 def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, WeightUpdate]:
-    """Masks of a published method on the axes, at the parameter budget.
+    """Masks of a published method on the axes, at the parameter budget, and its biases, if any.
 
     The parameters kept never exceed the budget, and are below it by less than one unit of the cheapest axis in play.
-    Units are kept iff their score is above 0; scores rank a layer's units as the method does. The update holds
-    the method's biases, if any.
+    Units are kept iff their score is above 0; scores rank a layer's units as the method does.
 
     Args:
-        method: one of BASELINES.
         problem: with all calibration windows; a method uses `options.windows` of them, spread evenly.
         options: of the method's class in BASELINE_OPTIONS.
 
@@ -61,11 +59,7 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
 
 
 def check_baseline(method: str, axes: tuple[Axis, ...], target_sparsity: float) -> None:
-    """Refuse settings that are wrong for any model and calibration, before a model is loaded.
-
-    Raises:
-        ValueError: names the parameter, its value and what is allowed.
-    """
+    """Raise a ValueError, with the parameter and what is allowed, for settings that are wrong for any model."""
     if method not in BASELINES:
         raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINES)}")
     supported = SUPPORTED_AXES[method]

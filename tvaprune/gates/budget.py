@@ -27,24 +27,16 @@ from tvaprune.options.gates import TvaOptions
 
 
 def cubic_ramp(progress: float, target: float, ramp: float) -> float:
-    """The scheduled sparsity at a share of the run, 0 to 1: rises fast, then slowly (Zhu and Gupta 2017).
-
-    Args:
-        progress: share of the steps done, 0 to 1.
-        target: final sparsity.
-        ramp: share of the steps over which it rises; 0 = at once.
-    """
+    """Scheduled sparsity, rising fast, then slowly over a share `ramp` of the steps, 0 = at once (Zhu and Gupta 2017)."""
     rising = min(progress / ramp, 1.0) if ramp > 0 else 1.0
     return target * (1 - (1 - rising) ** 3)
 
 
 class RunningNorm:
-    """The running mean of gradient norms, and clipping relative to it.
+    """Clipping relative to the running mean of gradient norms, over some 20 steps because the model shrinks.
 
-    In some windows the gradient of a pruned model explodes: on SmolLM2 at 0.5, three of 800 had 30 to 90 times the norm
-    of the others, which stay within twice. Squared, one such draw of the curvature outweighs all before it together,
-    and units that it did not touch are dropped for good (docs/lab-log.md). The mean is over some 20 steps, so that it
-    follows the model as it shrinks.
+    In some windows the gradient of a pruned model explodes (docs/lab-log.md). Squared, one such draw of the curvature
+    outweighs all before it together, and units that it did not touch are dropped for good.
     """
 
     DECAY = 0.95
@@ -53,11 +45,7 @@ class RunningNorm:
         self._mean_square, self._steps = 0.0, 0
 
     def clip(self, gradients: list[Tensor], ratio: float | None) -> tuple[float, float]:
-        """Scale gradients in place, all alike, so that their norm is at most `ratio` times the running mean.
-
-        Returns:
-            The norm before, and the factor, 1 where nothing was clipped.
-        """
+        """Scale gradients in place to at most `ratio` times the mean norm; returns the norm before, and the factor."""
         norm = float(torch.nn.utils.get_total_norm(gradients))
         factor = 1.0 if ratio is None else self.factor(norm**2, ratio)
         if factor < 1.0:
@@ -83,23 +71,14 @@ class RunningNorm:
 
 
 class Step(NamedTuple):
-    """What a step did, for the scores that follow from it.
-
-    Attributes:
-        keep: the step's masks.
-        threshold: score above which units were kept.
-        mask_gradient: of the loss with respect to the masks, were they numbers.
-        learning_rate_factor: decay of the learning rates at this step.
-        clip_factor: what the gradients were multiplied by.
-        progress: share of the steps done with this one, 0 to 1.
-    """
+    """What a step did, for the scores that follow from it."""
 
     keep: dict[Axis, Bool[Tensor, "..."]]
-    threshold: float
-    mask_gradient: dict[Axis, Float[Tensor, "..."]]
+    threshold: float  # units with a score above it were kept
+    mask_gradient: dict[Axis, Float[Tensor, "..."]]  # of the loss with respect to the masks, were they numbers
     learning_rate_factor: float
-    clip_factor: float
-    progress: float
+    clip_factor: float  # what the gradients were multiplied by
+    progress: float  # share of the steps done with this one, 0 to 1
 
 
 def adamw(parameters: list[Tensor], lr: float, maximize: bool = False) -> torch.optim.AdamW:
@@ -118,10 +97,7 @@ def take_step(optimizer: torch.optim.Optimizer, gradients: list[Tensor], lr: flo
 class BudgetGates:
     """Means of the gates and their training; subclasses give the scores.
 
-    Args:
-        axes: axes in play; the others stay whole.
-        target_sparsity: share of the decoder layers' parameters to remove at the end.
-        seed: of what is random.
+    Axes outside of `axes` stay whole. `target_sparsity` is the final share of the decoder layers' parameters to remove.
 
     Attributes:
         mean: per axis, shapes of `Topology.gate_shape`; starts at 1 (VIBNet: N(1, 0.01)), so that the model starts as
@@ -162,13 +138,7 @@ class BudgetGates:
         raise NotImplementedError
 
     def step(self, gated: GatedModel, batch: Batch, index: int, world: World) -> Row:
-        """One optimiser step under the budget.
-
-        Args:
-            batch: this process's share of the step's windows.
-            index: of the step, from 0.
-            world: whose gradients are averaged, so that all processes take the same step.
-        """
+        """One optimiser step under the budget, `index` from 0; gradients are averaged over the world's processes."""
         options, topology = self.options, self.topology
         progress = (index + 1) / options.steps
         scheduled = cubic_ramp(progress, self.target_sparsity, options.ramp)

@@ -30,8 +30,7 @@ def importance(
 ) -> dict[Axis, Float[Tensor, "..."]]:
     """log(mean²·H / parameters), natural logarithm, with a unit's parameters in the dense model.
 
-    Args:
-        mean, curvature: float32, shapes of `Topology.gate_shape`; curvature H >= 0.
+    All are float32, of the shapes of `Topology.gate_shape`; curvature H >= 0.
     """
     found = {}
     for axis in AXES:

@@ -16,7 +16,7 @@ from tvaprune.losses import cross_entropy
 def gate_curvature(
     gated: GatedModel, windows: Tensor, block_tokens: int, seed: int, progress: bool = True, world: World = ALONE
 ) -> dict[Axis, Float[Tensor, "..."]]:
-    """The diagonal Fisher information of every gate at 1, mean over windows.
+    """The diagonal Fisher information of every gate at 1, mean over windows: >= 0, shapes of `Topology.gate_shape`.
 
     F = E[(d log p(y) / d z)²] with y sampled from the model itself. Gradients are summed over a block of tokens before
     they are squared (`SquaredGradients`), and the squares over a window's blocks.
@@ -28,9 +28,6 @@ def gate_curvature(
         gated: with its gates inserted; left clear.
         windows: int64 [n, seq_len], the same on every process; the processes share them.
         block_tokens: divides seq_len. With seq_len the estimate has no bias and the most variance.
-
-    Returns:
-        >= 0, shapes of `Topology.gate_shape`.
     """
     topology, model = gated.topology, gated.model
     head = lm_head(model).weight.detach()
@@ -53,17 +50,13 @@ def gate_curvature(
 
 
 class RunningCurvature:
-    """The dense model's curvature, averaged with what training's own gradients say, at no cost.
+    """The dense model's curvature over `windows` windows, averaged with what training's gradients say, at no cost.
 
     The square of a gate's gradient over a block of tokens is a draw of its Fisher information (the empirical one, with
     the text's labels, and half of the objective distillation). Training computes it at every step. It says what the
     dense model cannot: how the loss curves once other units are gone. Each axis's draws are scaled to the start's total
     over the units that were drawn, so that neither the objective's weights nor the labels shift the axes against each
     other. A dropped unit has no draw: its gradient at 0 is not its curvature.
-
-    Args:
-        start: mean over windows, as of `gate_curvature`.
-        windows: how many.
     """
 
     def __init__(self, start: dict[Axis, Float[Tensor, "..."]], windows: int) -> None:
@@ -103,11 +96,7 @@ class RunningCurvature:
 
 
 def _sample(hidden: Tensor, head: Tensor, uniform: Tensor, chunk: int = 256) -> Tensor:
-    """One next token a position from the model's own distribution: [tokens, width] to int64 [tokens].
-
-    Args:
-        uniform: float32 [tokens], where the cumulative distribution is inverted.
-    """
+    """One next token a position, int64 [tokens]: the model's cumulative distribution, inverted at `uniform`."""
     tokens = []
     for rows, at in zip(hidden.split(chunk), uniform.split(chunk), strict=True):
         cumulative = (rows.to(head.dtype) @ head.T).float().softmax(-1).cumsum(-1)

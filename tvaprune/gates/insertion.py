@@ -31,13 +31,8 @@ class SquaredGradients:
 
     Each square is a draw of a gate's Fisher information. A whole window gives one draw, with a relative standard
     deviation of √2; its blocks give many from the same backward. The products of positions in different blocks, which
-    a gate reaches together through attention, are lost.
-
-    Args:
-        block_tokens: tokens in a block; a window must be a multiple of it.
-
-    Attributes:
-        sums: shapes of `Topology.gate_shape`; the backward adds to it.
+    a gate reaches together through attention, are lost. A window must be a multiple of `block_tokens`. The backward
+    adds to `sums`, which has the shapes of `Topology.gate_shape`.
     """
 
     def __init__(self, topology: Topology, block_tokens: int, device: torch.device) -> None:
@@ -87,13 +82,9 @@ class _Multiply(torch.autograd.Function):
 
 
 class GatedModel:
-    """A dense model whose forward multiplies by gates, for as long as the context lasts.
+    """A dense causal LM whose forward multiplies by gates, for as long as the context lasts.
 
     Set the gates with `set` before each forward. Without gates the model is the dense one.
-
-    Args:
-        model: a causal LM of a supported family; its weights are not touched.
-        topology: its sizes.
     """
 
     def __init__(self, model: nn.Module, topology: Topology) -> None:
@@ -112,10 +103,10 @@ class GatedModel:
         """Use these gates from the next forward on.
 
         Args:
-            gates: shapes of `Topology.gate_shape`; 0 drops a unit. Gradients flow to them.
+            gates: shapes of `Topology.gate_shape`; 0 drops a unit. Gradients flow to them and to the channel means.
             kept_hidden: residual dimensions whose gate is not 0. RMSNorm takes its mean square over these only,
                 as the compact model will; the published training averages over all of them.
-            channel_means: shapes of `Topology.site_shape`, multiplied with the gates. Gradients flow to them.
+            channel_means: shapes of `Topology.site_shape`, multiplied with the gates.
             squares: where the next backward adds the squares of the gates' gradients.
             sample: gives what multiplies an activation in place of its gate; gates with noise.
         """

@@ -39,7 +39,6 @@ def training_memory(
 
     Args:
         config: of the dense model; nothing is loaded, and 8B parameters take no more than 8M.
-        seq_len: tokens a window.
         dtype: of the frozen weights.
         device_type: "cuda" counts the stock attention, "cpu" the one that `learn_gates` puts there.
 

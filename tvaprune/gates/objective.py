@@ -17,17 +17,11 @@ ROW = ("step", "loss", "ce", "distillation", "sparsity", "target", "hidden_kept"
 
 
 class Batch(NamedTuple):
-    """What a step learns from.
+    """What a step learns from."""
 
-    Attributes:
-        input_ids: one process's share of the step's windows.
-        labels: each position's next token, -100 where there is none.
-        teacher: the dense model's normed hidden states, or None.
-    """
-
-    input_ids: Int[Tensor, "batch seq"]
-    labels: Int[Tensor, " tokens"]
-    teacher: Float[Tensor, "tokens hidden"] | None
+    input_ids: Int[Tensor, "batch seq"]  # one process's share of the step's windows
+    labels: Int[Tensor, " tokens"]  # each position's next token, -100 where there is none
+    teacher: Float[Tensor, "tokens hidden"] | None  # the dense model's normed hidden states; None: no distillation
 
 
 def objective(model: nn.Module, batch: Batch, options: GateOptions) -> DistillationLoss:

@@ -48,11 +48,8 @@ class NoisePool:
     A gate's noise takes a draw per token and unit, tens of millions a step, which costs more than the model's own
     matrix products on a CPU. Slices of one large pool cost a read. Draws within a slice are independent; slices may
     overlap between sites and steps. An offset is a function of the seed, the step, the window's index in the whole
-    batch and the site: the same on one process and on many, and again where a checkpointed forward is repeated.
-
-    Args:
-        seed: of the pool and of the offsets.
-        size: normals in the pool; a window's slice larger than this raises.
+    batch and the site: the same on one process and on many, and again where a checkpointed forward is repeated. A
+    window's slice larger than the pool raises ValueError.
     """
 
     def __init__(self, seed: int, device: torch.device, dtype: torch.dtype, size: int) -> None:
@@ -88,9 +85,7 @@ def pool_size(topology: Topology, seq_len: int) -> int:
 class PaperGates:
     """Means, log-variances and Lagrange multipliers, all by gradient.
 
-    Args:
-        axes: axes in play; the others stay whole.
-        target_sparsity: share of the decoder layers' parameters to remove.
+    Axes outside of `axes` stay whole. `target_sparsity` is the share of the decoder layers' parameters to remove.
     """
 
     def __init__(

@@ -27,13 +27,9 @@ def tangent_to_budget(
 ) -> dict[Axis, Float[Tensor, "..."]]:
     """The gradient on the scores, projected onto the tangent of the budget.
 
-    With g the gradient on the masks and c the parameters that each unit owns, both times the surrogate derivative, the
-    component of g along c is removed: g - lambda·c with lambda = <g, c> / <c, c>. What is left compares units by loss
-    per parameter across the axes, and does not move the sparsity.
-
-    Args:
-        keep: bool per axis, the step's masks.
-        surrogate: derivative of each 0/1 gate with respect to its score.
+    With g the gradient on the masks and c the parameters that each unit owns, both times the surrogate derivative of
+    each 0/1 gate with respect to its score, the component of g along c is removed: g - lambda·c with lambda =
+    <g, c> / <c, c>. What is left compares units by loss per parameter across the axes, and does not move the sparsity.
     """
     costs = unit_costs(topology, *(keep[axis].sum(-1) for axis in AXES))
     along, across = {}, {}

@@ -23,24 +23,16 @@ from tvaprune.options.gates import GateOptions, PaperOptions
 from tvaprune.resume import Saver
 
 SAVE_EVERY = 10
-
-
 Gates = BudgetGates | PaperGates
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What training gives.
+    """What training gives."""
 
-    Attributes:
-        masks: projected onto the target; kept above score 0.
-        update: the gates' means.
-        curve: one row a step, with the keys of `objective.ROW`; gradient_norm is before any clipping.
-    """
-
-    masks: Masks
-    update: WeightUpdate
-    curve: list[Row]
+    masks: Masks  # projected onto the target; kept above score 0
+    update: WeightUpdate  # the gates' means
+    curve: list[Row]  # one row a step, with the keys of `objective.ROW`
 
 
 def new_gates(
@@ -71,7 +63,6 @@ def learn_gates(
     Args:
         model: causal LM on the gates' device; weights in any floating dtype.
         input_ids: taken in order, again from the start when exhausted.
-        gates: from `new_gates`.
         saver: state is read from it first and written to it, by rank 0, as training goes.
         world: the processes that share each step's windows; all end with the same gates.
 

@@ -18,18 +18,13 @@ Layout = Literal["uneven", "uniform", "padded"]
 def nearest_multiple(count: int, multiple: int, width: int) -> int:
     """n' = floor((n + T/2) / T) · T (TVA-Prune section 3.2, Eq. 3), clamped to [T, width].
 
-    Departure: Eq. 3 gives 0 for n < T/2; here at least one multiple stays. The caller decides about blocks
-    that lost every unit.
+    Departure: Eq. 3 gives 0 for n < T/2; here at least one multiple stays. Callers decide about blocks without units.
     """
     return min(max((2 * count + multiple) // (2 * multiple) * multiple, multiple), width)
 
 
 def check_multiples(topology: Topology, hidden_multiple: int, intermediate_multiple: int) -> None:
-    """Refuse multiples that do not fit the model.
-
-    Raises:
-        ValueError: names the parameter, its value and the width.
-    """
+    """Raise a ValueError that names the parameter, its value and the width if a multiple does not divide the width."""
     for name, multiple, width in (
         ("hidden", hidden_multiple, topology.hidden),
         ("intermediate", intermediate_multiple, topology.intermediate),
@@ -49,18 +44,17 @@ def adapt(
 ) -> Masks:
     """Resize the masks of hidden and of each layer's intermediate to multiples, and to what the layout can hold.
 
-    Best units first by score (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays
-    without one. kv_heads are aligned by head_dim already.
+    Best units first by score (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays without one.
+    kv_heads are aligned by head_dim already.
 
     rounding:
         nearest: each width to its nearest multiple, as in the paper; the sparsity moves with it.
         budget: hidden to its nearest multiple; then whole multiples of intermediate units, over all layers
             together, best mean score first, while the parameters stay within the target.
-
     layout:
         uneven: nothing more is asked.
-        padded: the base family's config describes the widest layer, so hidden takes the nearest width that
-            it accepts (LlamaConfig wants a multiple of the query heads).
+        padded: the base family's config describes the widest layer, so hidden takes the nearest width that it accepts
+            (LlamaConfig wants a multiple of the query heads).
         uniform: every layer the same widths, which that config accepts; with `budget` the least lost within the
             target, with `nearest` the layers' mean widths rounded.
 

@@ -21,10 +21,7 @@ def lost_by_width(
     """What is lost when a vector of the axis keeps its n best units: float64, index n from 0 to the width.
 
     A unit counts its parameters times exp(steepness · score). With steepness 1 that is its importance, as the score is
-    the logarithm of importance per parameter.
-
-    Returns:
-        One row for hidden, one a layer for the others.
+    the logarithm of importance per parameter. One row for hidden, one a layer for the others.
     """
     parameters = getattr(dense_unit_costs(topology), axis).view(-1, 1)
     score = masks.score[axis].double().clamp(max=_HIGHEST).view(-1, topology.width(axis))

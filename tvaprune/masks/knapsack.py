@@ -27,21 +27,13 @@ class Solution(NamedTuple):
 
 @dataclass(frozen=True)
 class Knapsack:
-    """The choices of all groups.
+    """The choices of all groups."""
 
-    Attributes:
-        group: int [choices], from 0 to groups - 1.
-        label: int [choices], what the choice stands for.
-        costs: by name, float64 [choices].
-        fixed: by name, the part of each sum that does not depend on the choices.
-        groups: their number; some may have no choices left.
-    """
-
-    group: np.ndarray
-    label: np.ndarray
-    costs: dict[str, np.ndarray]
-    fixed: dict[str, float]
-    groups: int
+    group: np.ndarray  # int [choices], from 0 to groups - 1
+    label: np.ndarray  # int [choices], what the choice stands for
+    costs: dict[str, np.ndarray]  # by name, float64 [choices]
+    fixed: dict[str, float]  # by name, the part of each sum that does not depend on the choices
+    groups: int  # their number; some may have no choices left
 
     def only(self, allowed: np.ndarray) -> "Knapsack":
         """With these choices alone; bool [choices]."""
@@ -49,11 +41,7 @@ class Knapsack:
         return replace(self, group=self.group[allowed], label=self.label[allowed], costs=costs)
 
     def least(self, objective: str, limits: Limits, gap: float) -> Solution | None:
-        """The solution of the lowest sum of one cost within limits on others; None if there is none.
-
-        Args:
-            gap: how far the sum may be above the least possible, relative.
-        """
+        """The solution of the lowest sum of one cost within limits on others, to a relative gap; None without one."""
         limits = {name: (low - self.fixed[name], high - self.fixed[name]) for name, (low, high) in limits.items()}
         smaller = self._useful(objective, limits)
         if not smaller.has_all_groups():

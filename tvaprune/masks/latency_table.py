@@ -33,16 +33,14 @@ class LatencyTable:
             rest [hidden]: embedding, rotary angles, final norm, vocabulary product, argmax.
             attention [hidden, kv_heads]: a layer's norm, projections, attention, cache and residual.
             mlp [hidden, intermediate]: a layer's norm, projections, activation and residual.
-        iqr_ms: the interquartile ranges, alike.
-        made_on: device, dtype, threads, versions and lengths.
     """
 
     hidden: list[int]
     intermediate: list[int]
     kv_heads: list[int]
     ms: Times
-    iqr_ms: Times
-    made_on: dict[str, Any]
+    iqr_ms: Times  # interquartile ranges
+    made_on: dict[str, Any]  # device, dtype, threads, versions and lengths
 
     def parts(self, of: Latency) -> tuple[Tensor, Tensor, Tensor]:
         """rest [hidden], attention [hidden, kv_heads] and mlp [hidden, intermediate] of a phase or a request."""
@@ -92,10 +90,7 @@ def write_staircase(path: Path, table: LatencyTable | None) -> None:
 
 
 def write_table(directory: Path, table: LatencyTable | None) -> None:
-    """Write the artifact; None says in it that nothing was timed.
-
-    It is the one artifact that differs between two runs, because it holds timings.
-    """
+    """Write the artifact, whose timings differ between two runs; None says in it that nothing was timed."""
     if table is None:
         write_artifact(directory, "profile", {}, enabled=False)
         return
@@ -106,11 +101,7 @@ def write_table(directory: Path, table: LatencyTable | None) -> None:
 
 
 def read_table(directory: Path, topology: Topology) -> LatencyTable:
-    """Read a table and check that it describes the model.
-
-    Raises:
-        ArtifactError: it is damaged, without timings, or of a model of other sizes.
-    """
+    """Read a table. Raises ArtifactError if it is damaged, without timings, or of a model of other sizes."""
     tensors, meta = read_artifact(directory, "profile")
     if not meta["enabled"]:
         raise ArtifactError(

@@ -24,15 +24,10 @@ def log_alpha(mean: Float[Tensor, "*units"], log_var: Float[Tensor, "*units"]) -
 
 @dataclass(frozen=True)
 class Masks:
-    """Which units stay, and how much they matter.
+    """Which units stay, and how much they matter; shapes of `Topology.gate_shape`."""
 
-    Attributes:
-        keep: per axis, shapes of `Topology.gate_shape`; True = keep.
-        score: float32 of the same shapes; higher = keep. log_alpha for gates, a shifted score for the baselines.
-    """
-
-    keep: dict[Axis, Bool[Tensor, "..."]]
-    score: dict[Axis, Float[Tensor, "..."]]
+    keep: dict[Axis, Bool[Tensor, "..."]]  # True = keep
+    score: dict[Axis, Float[Tensor, "..."]]  # float32, higher = keep: log_alpha, or a baseline's shifted score
 
     @classmethod
     def dense(cls, topology: Topology) -> "Masks":
@@ -57,11 +52,7 @@ def write_masks(directory: Path, masks: Masks, **meta: Any) -> None:
 
 
 def read_masks(directory: Path, topology: Topology) -> Masks:
-    """Read masks and check that they fit the model.
-
-    Raises:
-        ArtifactError: the artifact is damaged or was made for a model of other sizes.
-    """
+    """Read masks. Raises ArtifactError if they are damaged or were made for a model of other sizes."""
     tensors, _ = read_artifact(directory, "masks")
     shapes = {f"{axis}.{part}": topology.gate_shape(axis) for axis in AXES for part in ("keep", "score")}
     check_shapes(directory, tensors, shapes)

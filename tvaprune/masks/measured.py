@@ -64,20 +64,14 @@ def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, layou
 
 
 class Chosen(NamedTuple):
-    """Widths of a model, one a layer except for hidden, and their costs.
-
-    Attributes:
-        lost: importance of the dropped units.
-        parameters: of the decoder layers.
-        latency_ms: predicted.
-    """
+    """Widths of a model, one a layer except for hidden, and their costs."""
 
     hidden: int
     intermediate: list[int]
     kv_heads: list[int]
-    lost: float
-    parameters: float
-    latency_ms: float
+    lost: float  # importance of the dropped units
+    parameters: float  # of the decoder layers
+    latency_ms: float  # predicted
 
 
 def widths_within_parameters(
@@ -98,13 +92,7 @@ def widths_within_parameters(
 
     The heads stay because they are slow and have little importance next to MLP units: the second step would drop heads
     first, which costs perplexity (docs/lab-log.md). A padded model computes its widest layer in every layer, so it
-    takes the first step only.
-
-    Args:
-        slack: share of the least loss that may be added for speed.
-
-    Raises:
-        ValueError: no widths of the table meet the budget.
+    takes the first step only. Raises ValueError if no widths of the table meet the budget.
     """
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
     for programs in _programs(topology, masks, table, of, layout):
@@ -132,10 +120,7 @@ def widths_within_latency(
     """The widths of least loss whose predicted latency is at most AIM times a share of the dense model's.
 
     Uneven layers keep the masks' heads if some widths of the MLPs are fast enough with them. A padded model is as slow
-    as its widest layer in every layer, so all its layers get the same widths.
-
-    Raises:
-        ValueError: no widths of the table are fast enough.
+    as its widest layer in every layer, so all its layers get the same widths. Raises ValueError if none is fast enough.
     """
     dense = table.dense(of, topology)
     limits = {"latency_ms": (0.0, AIM * latency_target * dense)}
@@ -161,17 +146,11 @@ def _fits(topology: Topology, chosen: Chosen, layout: Layout) -> bool:
 
 
 class _Program(NamedTuple):
-    """The choices at one hidden width.
-
-    Attributes:
-        layers: that each group stands for; they take the same width.
-        choices: labelled by width; first the groups of the attention blocks, then those of the MLPs. Their costs are
-            lost, parameters and latency_ms.
-    """
+    """The choices at one hidden width: first the groups of the attention blocks, then those of the MLPs."""
 
     hidden: int
-    layers: int
-    choices: Knapsack
+    layers: int  # how many each group stands for; they take the same width
+    choices: Knapsack  # labelled by width; the costs are lost, parameters and latency_ms
 
     def is_attention(self) -> np.ndarray:
         """bool [choices]."""

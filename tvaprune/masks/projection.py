@@ -59,12 +59,7 @@ def solve_threshold(
 ) -> float:
     """The lowest threshold whose kept parameters are within the budget, by bisection.
 
-    This replaces the published code's choice of the best checkpoint inside a window of sparsities, which
-    saves nothing at all if the window is missed.
-
-    Args:
-        scores: float per axis, higher = keep; a unit at +inf is never dropped.
-        target_sparsity: share of the decoder layers' parameters to remove, 0 to 1.
+    Higher scores = keep; a unit at +inf is never dropped. Sparsity is a share of the decoder layers' parameters.
 
     Raises:
         UnreachableSparsityError: dropping every unit that may be dropped is not enough.
@@ -114,12 +109,9 @@ def project(
 ) -> Masks:
     """Masks that meet the budget exactly, as near as one cheapest unit allows.
 
-    A single threshold on the score over all axes, then the best of the units just below it that still fit:
-    a residual dimension or a head can be worth many intermediate units, so the threshold alone may
-    overshoot. The score is shifted so that the threshold is 0 again.
-
-    Args:
-        axes: axes in play; the others are kept whole.
+    A single threshold on the score over all axes, then the best of the units just below it that still fit: a residual
+    dimension or a head can be worth many intermediate units, so the threshold alone may overshoot. The score is shifted
+    so that the threshold is 0 again. Axes outside of `axes` are kept whole.
 
     Raises:
         UnreachableSparsityError: the axes in play cannot remove so much.

@@ -29,9 +29,8 @@ class PublishedMasksError(ValueError):
 def read_published_masks(file: Path, topology: Topology) -> tuple[Masks, WeightUpdate]:
     """Read the authors' gates for a model.
 
-    Keep where log_alpha = log(mu² / sigma²) > 0 (section 3.1), with mu to be folded. Nothing of the pickle is
-    executed: three names are known to it, none of them the pickle's own choice, and the tensors' bytes inside go
-    through torch.load's own allow-list.
+    Keep where log_alpha = log(mu² / sigma²) > 0 (section 3.1), with mu to be folded. Nothing of the pickle is executed
+    (`_TensorsOnly`), and the tensors' bytes inside go through torch.load's own allow-list.
 
     Raises:
         FileNotFoundError: no such file.

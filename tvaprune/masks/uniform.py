@@ -25,10 +25,7 @@ def uniform_widths(
 
     For every number of heads and every hidden width, the intermediate width is the largest that the budget leaves;
     the best of these triples wins. An axis that the masks left whole stays whole, unless nothing fits then (a single
-    head that one layer dropped, say).
-
-    Raises:
-        ValueError: no triple of multiples fits the budget and the config.
+    head that one layer dropped, say). Raises ValueError if no triple of multiples fits the budget and the config.
     """
     lost = {axis: lost_by_width(topology, masks, axis).sum(0) for axis in AXES}
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)

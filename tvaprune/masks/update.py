@@ -48,11 +48,7 @@ def write_update(directory: Path, update: WeightUpdate, **meta: Any) -> None:
 
 
 def read_update(directory: Path, topology: Topology) -> WeightUpdate:
-    """Read an update and check that it fits the model.
-
-    Raises:
-        ArtifactError: the artifact is damaged or was made for a model of other sizes.
-    """
+    """Read an update. Raises ArtifactError if it is damaged or was made for a model of other sizes."""
     tensors, _ = read_artifact(directory, "update")
     sites = [site for site in SITES if f"channel.{site}" in tensors]
     shapes: dict[str, tuple[int, ...]] = {f"{axis}.scale": topology.gate_shape(axis) for axis in AXES}

@@ -11,23 +11,14 @@ METHOD_OPTIONS: dict[str, type] = {"tva": TvaOptions, "paper": PaperOptions, **B
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """A method with its options, and what it is to reach.
+    """A method with its options, and what it is to reach. Axes outside of `axes` stay whole."""
 
-    Attributes:
-        method: a key of METHOD_OPTIONS.
-        options: an instance of the method's class there.
-        sparsity: share of the decoder layers' parameters to remove.
-        axes: axes in play; the others stay whole.
-        seed: of initialisation, noise and random scores.
-        gradient_checkpointing: recompute activations in the gates' backward.
-    """
-
-    method: str
-    options: Any
-    sparsity: float
+    method: str  # a key of METHOD_OPTIONS
+    options: Any  # an instance of the method's class there
+    sparsity: float  # share of the decoder layers' parameters to remove
     axes: tuple[Literal["hidden", "intermediate", "kv_heads"], ...] = ("hidden", "intermediate", "kv_heads")
-    seed: int = 0
-    gradient_checkpointing: bool = False
+    seed: int = 0  # of initialisation, noise and random scores
+    gradient_checkpointing: bool = False  # recompute activations in the gates' backward
 
     @property
     def trains_gates(self) -> bool:

@@ -14,12 +14,10 @@ Name = Annotated[str, Field(min_length=1)]
 class RecoveryOptions(LossOptions):
     """What the section finetune_lora of params.yaml sets, and the seed.
 
-    Construction raises pydantic's ValidationError (a ValueError) for a value that is out of range, and for options
-    that contradict each other.
+    As in `LossOptions`, construction raises ValidationError, also for options that contradict each other.
     """
 
     seed: int = Field(ge=0, lt=2**31, description="Adapter initialisation, order of the windows, dropout.")
-
     rank: int = Field(ge=1, description="LoRA rank r; may exceed a narrow layer's width.")
     alpha: float = Field(gt=0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(ge=0, lt=1, description="On the adapter's input.")

@@ -27,13 +27,8 @@ class CheckpointMismatchError(ValueError):
 def target_names(model: PreTrainedModel, targets: Literal["all-linear"] | Sequence[str]) -> list[str]:
     """Full names of the linear modules to adapt, in the model's order.
 
-    lm_head stays frozen, because the loss uses its weight. Modules that pruning left empty are skipped.
-
-    Args:
-        targets: "all-linear", or last names of linear modules (q_proj, down_proj, ...).
-
-    Raises:
-        ValueError: a target is lm_head, or names no linear module.
+    lm_head stays frozen, because the loss uses its weight. Modules that pruning left empty are skipped. Targets are
+    last names (q_proj, ...). Raises ValueError for a target that is lm_head, or names no linear module.
     """
     head = model.get_output_embeddings()
     names = [
@@ -68,11 +63,7 @@ def add_lora(model: PreTrainedModel, options: RecoveryOptions) -> PeftModel:
 
 
 def save_adapter(model: PeftModel, directory: Path, base_model: str) -> None:
-    """Write the adapter in PEFT's format.
-
-    Args:
-        base_model: the compact model's path, which the adapter's configuration names.
-    """
+    """Write the adapter in PEFT's format; its configuration names the compact model by the path `base_model`."""
     model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
     # PEFT's card is an empty template.
     (directory / "README.md").unlink(missing_ok=True)
@@ -92,10 +83,8 @@ def merge_adapter(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 def save_like(model: PreTrainedModel, original: Path, directory: Path, leave: Collection[str] = ()) -> None:
     """Write a model directory that differs from `original` only in the weights' values.
 
-    Files, tensor names, shards and dtypes are the same; configuration, tokenizer and modeling code are copied.
-
-    Args:
-        leave: names of files that are not copied, because they describe the original's weights.
+    Files, tensor names, shards and dtypes are the same; configuration, tokenizer and modeling code are copied, except
+    for the files named in `leave`, which describe the original's weights.
 
     Raises:
         CheckpointMismatchError: the model and the original do not have the same tensors.

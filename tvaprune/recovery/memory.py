@@ -36,7 +36,6 @@ def finetuning_memory(
 
     Args:
         student, teacher: configs of the compact and the dense model; no weights are loaded.
-        seq_len: tokens a window.
         dtype: of both models' frozen weights.
         device_type: "cuda" counts the stock attention, "cpu" the one that `finetune` uses there.
 

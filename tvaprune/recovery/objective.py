@@ -29,12 +29,7 @@ def batch_loss(
     input_ids: Int[Tensor, "batch seq"],
     options: LossOptions,
 ) -> DistillationLoss:
-    """The loss on a batch; cross-entropy alone without a teacher.
-
-    Args:
-        windows: indices by which the teacher knows the batch.
-        input_ids: int64, the batch's tokens, on the student's device.
-    """
+    """The loss on a batch, which the teacher knows by the indices `windows`; cross-entropy alone without a teacher."""
     return distillation_loss(
         student_hidden(student, input_ids),
         frozen_head(student),

@@ -30,11 +30,7 @@ def write_curve(path: Path, curve: Sequence[CurveRow]) -> None:
 def quality_metrics(curve: Sequence[CurveRow], nll_best: float, nll_teacher: float, seconds: float) -> dict[str, Any]:
     """Validation losses, in nats a token, and the share of the lost quality that training recovered.
 
-    Args:
-        seconds: of training, validation included.
-
-    Returns:
-        validation; and recovered, only where the student starts worse than its teacher.
+    `seconds` includes validation. The share is given only where the student starts worse than its teacher.
     """
     measured = [row.validation_ce for row in curve if row.validation_ce is not None]
     start, tokens = measured[0], curve[-1].tokens

@@ -27,12 +27,7 @@ def frozen_head(model: PreTrainedModel) -> Float[Tensor, "vocab width"]:
 
 
 class Teacher:
-    """The dense model's hidden states of training windows, recomputed at each use.
-
-    Args:
-        model: on the device that it is to run on.
-        input_ids: int32 or int64 [windows, seq], on any device.
-    """
+    """The dense model's hidden states of training windows (int32 or int64, on any device), recomputed at each use."""
 
     def __init__(self, model: PreTrainedModel, input_ids: Int[Tensor, "windows seq"]) -> None:
         self._model = model.eval()
@@ -48,14 +43,10 @@ class Teacher:
 
 
 class CachedTeacher:
-    """The same states, computed once; the model is not needed afterwards.
+    """The same states of every window that training will use, computed once; the model is not needed afterwards.
 
-    Args:
-        teacher: the source.
-        windows: every window that training will use.
-        batch_size: windows a forward pass.
-        path: memory-mapped file of windows · seq · width numbers in the model's dtype. A complete file of the same run
-            is used again.
+    `path` is a memory-mapped file of windows · seq · width numbers in the model's dtype. A complete file of the same
+    run is used again.
     """
 
     def __init__(self, teacher: Teacher, windows: Collection[int], batch_size: int, path: Path) -> None:

@@ -38,17 +38,11 @@ class DivergedError(ValueError):
 
 
 class Finetuned(NamedTuple):
-    """The best adapter, and how training went.
+    """The best adapter, and how training went."""
 
-    Attributes:
-        model: holds the weights of the step with the lowest validation loss.
-        metrics: nested numbers for metrics/finetune.json.
-        curve: a row for the start and one for every step.
-    """
-
-    model: PeftModel
-    metrics: dict[str, Any]
-    curve: list[CurveRow]
+    model: PeftModel  # holds the weights of the step with the lowest validation loss
+    metrics: dict[str, Any]  # nested numbers for metrics/finetune.json
+    curve: list[CurveRow]  # a row for the start and one for every step
 
 
 def finetune(
@@ -69,8 +63,7 @@ def finetune(
     Args:
         student: the compact model; gets the adapter in place.
         teacher: the dense model, same vocabulary. Its validation loss is measured too, as the goal of recovery.
-        train_ids: token ids, any integer dtype.
-        validation_ids: windows of other documents than `train_ids`.
+        train_ids, validation_ids: any integer dtype; windows of other documents for validation.
         process: the processes of its world share each step's windows, and end with the same adapter.
         state: resumed from, and saved to by rank 0.
 
@@ -109,11 +102,7 @@ def finetune(
 
 @dataclass
 class _Trainer:
-    """The state of training, and one step of it.
-
-    Attributes:
-        own_windows: for every step, the indices of this process's windows.
-    """
+    """The state of training, and one step of it."""
 
     model: PeftModel
     teacher: Teacher | CachedTeacher | None
@@ -121,7 +110,7 @@ class _Trainer:
     validation_ids: Tensor
     options: RecoveryOptions
     process: Process
-    own_windows: list[list[int]]
+    own_windows: list[list[int]]  # for every step, the indices of this process's windows
     teacher_nll: float
     step: int = 0
     seconds: float = 0.0
@@ -217,8 +206,7 @@ class _Trainer:
     def _add_gradients(self) -> Tensor:
         """Forward and backward over this process's windows of the step.
 
-        Returns:
-            Means of loss, CE and distillation over those windows; float32 [3].
+        Returns the means of loss, CE and distillation over those windows, float32 [3].
         """
         options, device = self.options, self.process.device
         self.model.train()

@@ -64,7 +64,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values of a .jsonl or .jsonl.gz file, one a line. Raises ArtifactError, by line number, if one is not JSON."""
+    """The values of a .jsonl or .jsonl.gz file, one a line. Raises ArtifactError with the line that is not JSON."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:

@@ -36,7 +36,7 @@ def test_masked_equals_compact_equals_gates_in_place(family: str, empty_layer: i
     model = load(dense)
     with GatedModel(model, topology).inserted() as gated, torch.no_grad():
         kept = int(masks.keep["hidden"].sum())
-        gated.set(hard_gates(masks.keep, update.scale), kept, channel_mu=update.channel_scale)
+        gated.set(hard_gates(masks.keep, update.scale), kept, channel_means=update.channel_scale)
         in_place = compare(model(PROMPTS).logits, reloaded)
 
     for parity in (folded, in_place):

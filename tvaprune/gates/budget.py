@@ -27,7 +27,7 @@ from tvaprune.options.gates import TvaOptions
 
 
 def cubic_ramp(progress: float, target: float, ramp: float) -> float:
-    """Scheduled sparsity: rises fast, then slowly, over a share `ramp` of the steps; 0: at once (Zhu and Gupta 2017)."""
+    """Scheduled sparsity: rises fast, then slowly, over a share `ramp` of the steps; 0: at once (Zhu, Gupta 2017)."""
     rising = min(progress / ramp, 1.0) if ramp > 0 else 1.0
     return target * (1 - (1 - rising) ** 3)
 

@@ -16,7 +16,7 @@ from tvaprune.distributed import join
 from tvaprune.gates.training import learn_gates, new_gates
 
 # At a high rate the paper's noisy steps amplify the rounding of sums over processes.
-CASES = {"tva": TVA, "deterministic": DETERMINISTIC, "paper": replace(PAPER, lr=0.005)}
+CASES = {"tva": TVA, "deterministic": DETERMINISTIC, "paper": replace(PAPER, lr=0.002)}
 
 
 def main(case: str, family: str, sharded: str, out: str) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option, echo
+from typer import Option, echo, secho
 
 from stages._launch import join_processes, process_command
 from stages._options import Curve, Metrics, Model, ParamsFile, Windows
@@ -13,7 +13,7 @@ from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.gates.memory import memory_table
 from tvaprune.masks.masks import write_masks
 from tvaprune.masks.update import write_update
-from tvaprune.methods import check_request, find_masks, masks_metrics, write_curve, write_widths
+from tvaprune.methods import check_request, find_masks, masks_metrics, projection_warning, write_curve, write_widths
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
@@ -61,4 +61,6 @@ def main(
     write_json(metrics, report)
     write_curve(curve, found.curve)
     write_widths(widths, found.masks)
+    if warning := projection_warning(report):
+        secho(f"warning: {warning}", fg="yellow", err=True)
     echo(f"sparsity {report['sparsity_decoder']:.4f} of the decoder, target {params.sparsity}")

@@ -25,6 +25,10 @@ KL_ALONE = LossOptions(ce_weight=0.0, distillation_weight=1.0, distillation="kl"
 CE_ALONE = replace(KL_ALONE, ce_weight=1.0, distillation_weight=0.0)
 
 
+class DivergedError(ValueError):
+    """The loss or its gradient is not finite."""
+
+
 class DistillationLoss(NamedTuple):
     """Means over the labelled tokens, fp32 scalars; only `loss` carries a gradient."""
 

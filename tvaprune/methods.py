@@ -140,7 +140,10 @@ def validation_nll(
 
 
 def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str, Any]:
-    """metrics/masks.json: sparsities as shares, parameters as counts, times in seconds, perplexities on validation."""
+    """metrics/masks.json: sparsities as shares, parameters as counts, times in seconds, perplexities on validation.
+
+    sparsity_learned is that of the last step, before the projection.
+    """
     topology = Topology.of(config)
     decoder = dense_decoder_parameters(topology)
     decoder_kept = kept_decoder_parameters(topology, found.masks.keep)
@@ -149,9 +152,11 @@ def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str
         shared_parameters(topology, width, config.vocab_size, config.tie_word_embeddings)
         for width in (topology.hidden, hidden)
     )
+    reached = 1 - decoder_kept / decoder
     return {
         "target_sparsity": target_sparsity,
-        "sparsity_decoder": 1 - decoder_kept / decoder,
+        "sparsity_learned": found.curve[-1]["sparsity"] if found.curve else reached,
+        "sparsity_decoder": reached,
         "sparsity_model": 1 - (decoder_kept + kept) / (decoder + dense),
         "params_dense": decoder + dense,
         "params_kept": decoder_kept + kept,
@@ -161,6 +166,17 @@ def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str
         "peak_memory_bytes": found.peak_memory_bytes,
         "validation_ppl": {name: math.exp(min(nll, 50.0)) for name, nll in found.validation_nll.items()},
     }
+
+
+def projection_warning(report: dict[str, Any]) -> str | None:
+    """What to tell the user where the projection, and not the training, made the sparsity."""
+    learned, reached = report["sparsity_learned"], report["sparsity_decoder"]
+    if abs(learned - reached) <= 0.01:
+        return None
+    return (
+        f"training reached a sparsity of {learned:.4f}, and the projection made {reached:.4f} of it; the units between "
+        "were not learned. Train longer, or change the options of the method"
+    )
 
 
 def write_curve(path: Path, curve: list[Row]) -> None:

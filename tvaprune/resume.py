@@ -122,7 +122,7 @@ class ResumableRun:
     def load(self) -> dict[str, Any] | None:
         """The last complete state; None if there is none, or if it is damaged."""
         try:
-            return torch.load(self._state_path, weights_only=True)
+            return torch.load(self._state_path, map_location="cpu", weights_only=True)
         except Exception:
             return None
 

@@ -25,9 +25,10 @@ from tvaprune.gates.insertion import GatedModel, SquaredGradients, hard_gates
 from tvaprune.gates.paper import NoisePool, kl, pool_size
 from tvaprune.gates.straight_through import tangent_to_budget
 from tvaprune.gates.training import Learned, learn_gates, new_gates
+from tvaprune.losses import DivergedError
 from tvaprune.masks.masks import log_alpha
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, solve_threshold
-from tvaprune.methods import check_request, find_masks
+from tvaprune.methods import check_request, find_masks, masks_metrics, projection_warning
 from tvaprune.options.gates import GateOptions, PaperOptions, PerAxis, TvaOptions
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 
@@ -115,6 +116,42 @@ def test_the_papers_form_learns_and_is_projected_onto_the_target() -> None:
     learned = learn(PAPER)
     assert learned.curve[-1]["sparsity"] > 0.02
     assert sparsity(topology, learned.masks.widths()) == pytest.approx(0.3, abs=0.002)
+
+
+def report(options: GateOptions) -> dict[str, Any]:
+    request = MaskRequest("paper" if isinstance(options, PaperOptions) else "tva", options, 0.3)
+    model = tiny_model("llama")
+    return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, 0.3)
+
+
+def test_the_learned_sparsity_is_told_from_the_projected_one() -> None:
+    """At the paper's start the sparsity loss has no gradient: the projection makes what training did not learn."""
+    saturated = report(replace(PAPER, steps=4, init_log_var=-9.0, slope=10.0, lr=0.01))
+    assert saturated["sparsity_learned"] < 0.01
+    assert saturated["sparsity_decoder"] >= 0.3
+    assert "training reached a sparsity of 0.00" in (projection_warning(saturated) or "")
+    assert projection_warning(report(replace(TVA, steps=8))) is None
+
+
+@pytest.mark.parametrize("factor", [torch.nan, 1e38])
+def test_a_step_that_is_not_finite_stops_and_leaves_the_last_good_state(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = budget.objective, []
+
+    def breaking(*arguments: Any) -> Any:
+        calls.append(0)
+        parts = plain(*arguments)
+        return parts._replace(loss=parts.loss * factor * factor) if len(calls) == 15 else parts
+
+    monkeypatch.setattr(budget, "objective", breaking)
+    saver = Memory()
+    with pytest.raises(DivergedError, match=r"learn_masks: step 15, windows \[4, 5\]: loss (nan|inf)"):
+        learn(TVA, saver=saver)
+    state = saver.load()
+    assert state is not None
+    assert len(state["curve"]) == 10
+    assert all(score.isfinite().all() for score in state["gates"]["score"].values())
 
 
 @pytest.mark.parametrize("options", [TVA, DETERMINISTIC, PAPER], ids=["tva", "deterministic", "paper"])

@@ -1,5 +1,6 @@
 """Train gates over frozen weights, until the target sparsity is met."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.objective import Batch, Row
 from tvaprune.gates.paper import PaperGates
 from tvaprune.gates.straight_through import StraightThroughGates
-from tvaprune.losses import next_token_labels
+from tvaprune.losses import DivergedError, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
@@ -68,6 +69,7 @@ def learn_gates(
 
     Raises:
         ValueError: a step's windows cannot be shared equally, or curvature_tokens does not divide seq_len.
+        DivergedError: the loss or its gradient is not finite; what was saved stays.
     """
     options = gates.options
     block = getattr(options, "curvature_tokens", None)
@@ -96,6 +98,12 @@ def learn_gates(
                 with torch.no_grad():
                     teacher = hidden_states(model, windows).flatten(0, 1)
             row = gates.step(gated, Batch(windows, next_token_labels(windows), teacher), step, world)
+            if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
+                raise DivergedError(
+                    f"learn_masks: step {step + 1}, windows {indices}: loss {row['loss']}, gradient norm "
+                    f"{row['gradient_norm']}. Check the model's weights for NaN; use TVAPRUNE_DTYPE=float32, or a "
+                    f"lower learning rate in learn_masks.{section}. The state of the last {SAVE_EVERY} steps is kept"
+                )
             curve.append({"step": step + 1, **row})
             bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "sparsity", "target")}, refresh=False)
             if saver is not None and world.is_main and (step + 1) % SAVE_EVERY == 0:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.sharding import to_process
 from tvaprune.distributed import Process
+from tvaprune.losses import DivergedError
 from tvaprune.options.recovery import RecoveryOptions
 from tvaprune.recovery.lora import add_lora
 from tvaprune.recovery.objective import batch_loss, mean_nll
@@ -31,10 +32,6 @@ from tvaprune.resume import SavedState
 
 # Attributes of a `_Trainer` that a saved state holds as they are.
 _SAVED = ("step", "seconds", "step_seconds", "best", "best_step", "best_nll", "teacher_nll")
-
-
-class DivergedError(ValueError):
-    """The loss is no longer a finite number."""
 
 
 class Finetuned(NamedTuple):

@@ -35,7 +35,7 @@ def main(
 ) -> None:
     """Reads data/model, artifacts/adapted, artifacts/update and params.yaml (compact); writes artifacts/compact, a
     Hugging Face directory with its certificate and model card, and metrics/compact.json. Fails where compact and masked
-    logits differ by more than compact.max_abs_logit_diff, here, in a fresh process, or in llama.cpp.
+    logits differ by more than compact.max_rel_logit_diff, here, in a fresh process, or in llama.cpp.
     """
     params = CompactParams.load(params_file)
     topology = Topology.of(load_config(model))
@@ -45,7 +45,7 @@ def main(
         write_gguf(out, out / GGUF, params.gguf)
     input_ids = prompt_ids(AutoTokenizer.from_pretrained(model), params.prompt_tokens)
     reference = Reference("masked dense model", input_ids, masked_dense_logits(model, masks, folded, input_ids))
-    bound, report = params.max_abs_logit_diff, sizes(topology, masks, size)
+    bound, report = params.max_rel_logit_diff, sizes(topology, masks, size)
     parity = against_reference("masked = compact", reference, compact_logits(out, input_ids), bound)
     write_json(metrics, {**report, **parity.figures, **cost})
     _, meta = read_artifact(adapted, "masks")

@@ -46,7 +46,7 @@ from tvaprune.proof.checks import against_reference, fresh_checks
 from tvaprune.proof.parity import compact_logits, masked_dense_logits, same_choices
 from tvaprune.verify import main, verify
 
-BOUND = 1e-3
+BOUND = 1e-4
 REPOSITORY = Path(__file__).parents[2]
 PARAMS = REPOSITORY / "params.yaml"
 MADE_WITH = {"learn_masks": {"method": "tva", "sparsity": 0.4}}
@@ -152,6 +152,16 @@ def test_the_bound_fails_a_model_that_is_another(out: Path) -> None:
     again = certify(out, reference, BOUND, Provenance.read(out))
     assert [check.passed for check in again] == [False, True]  # it generates consistently, but something else
     assert [check.passed for check in verify(out)] == [False, True]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_bound_is_relative_to_the_logits(scale: float) -> None:
+    """Rounding of large logits is no fault, and a fault in small ones is found."""
+    logits = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0)) * scale
+    reference = Reference("masked dense model", torch.zeros(2, 4, dtype=torch.int64), logits)
+    for share, passed in [(0.5, True), (3.0, False)]:
+        moved = logits + share * BOUND * logits.abs().max()
+        assert against_reference("masked = compact", reference, moved, BOUND).passed is passed
 
 
 def _flip_a_weight(out: Path) -> str:

@@ -91,7 +91,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("profile_hardware/narrowest_hidden", 0, r"profile_hardware\.narrowest_hidden = 0"),
     ("adapt_dimensions/rounding", "up", r"adapt_dimensions\.rounding = 'up'"),
     ("update_weights/method", "median", r"update_weights\.method = 'median': .*'mean' or 'none'"),
-    ("compact/max_abs_logit_diff", 0, r"compact\.max_abs_logit_diff = 0"),
+    ("compact/max_rel_logit_diff", 0, r"compact\.max_rel_logit_diff = 0"),
     ("finetune_lora/steps", None, r"steps = None and epochs = None: set exactly one"),
     ("finetune_lora/epochs", 2, r"steps = 100 and epochs = 2\.0: set exactly one"),
     ("finetune_lora/targets", ["lm_head"], r"not lm_head"),

@@ -14,7 +14,9 @@ class CompactParams(StageParams):
         description="uneven: each layer as wide as its mask; uniform, padded: the base family's own config."
     )
     gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(description="Type of model.gguf to write; null: none.")
-    max_abs_logit_diff: float = Field(description="Largest difference of the masked and the compact model.", gt=0)
+    max_rel_logit_diff: float = Field(
+        description="Largest difference of the masked and the compact logits, as a share of the largest logit.", gt=0
+    )
     prompt_tokens: int = Field(description="Tokens in each prompt of that comparison.", ge=2)
 
     def used(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tvaprune.artifacts import write_json
 
 # The reference is a safetensors file by another name, because loaders take *.safetensors for weights.
 CERTIFICATE, REFERENCE, GGUF = "parity.json", "parity.tensors", "model.gguf"
-SCHEMA = 1
+SCHEMA = 2
 STORED_POSITIONS = 4  # a vocabulary of 128 thousand in float32 is half a megabyte a position
 PROMPTS = {
     "city": "The history of the city begins with a small settlement by the river, where traders met in the spring.",
@@ -93,7 +93,7 @@ def write_certificate(
 
 @dataclass(frozen=True)
 class Certificate:
-    """What verification needs of a certificate; `bound` is of the absolute logit difference."""
+    """What verification needs of a certificate; `bound` is of the logit difference as a share of the largest logit."""
 
     bound: float
     trust_remote_code: bool

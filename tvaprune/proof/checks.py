@@ -21,7 +21,7 @@ from tvaprune.proof.parity import compare, same_choices
 
 # Tokens of each prompt that generation starts from, and new tokens. Few: without a cache each costs a whole pass.
 GENERATE_AFTER, NEW_TOKENS = 16, 32
-# Models whose logits differ by at most the bound can choose tokens whose logits differ by at most twice the bound.
+# Models whose logits differ by at most d can choose tokens whose logits differ by at most twice d.
 TIE = 2
 # Nats, of the likeliest token after each prompt, for files of rounded weights. A pruned SmolLM2-135M differs by 0.01 in
 # bf16 and 0.07 in q8_0. Unlikely tokens differ by more (0.7 in q8_0): reported, not bounded.
@@ -43,9 +43,15 @@ print(json.dumps({{"chosen": chosen, "first": [[list(one), list(one.values())] f
 def against_reference(
     name: str, reference: Reference, logits: Float[Tensor, "prompts tokens vocab"], bound: float
 ) -> Check:
-    """Compare logits with the reference's, at the positions that it has."""
-    parity = compare(reference.logits, logits[:, -reference.logits.shape[1] :], tie=TIE * bound)
-    return _check(name, parity._asdict(), {"max_abs_logit_diff": bound, "argmax_agreement": 1})
+    """Compare logits with the reference's, at the positions that it has; `bound` as in `fresh_checks`."""
+    tie = _tie(reference.logits, bound)
+    parity = compare(reference.logits, logits[:, -reference.logits.shape[1] :], tie)
+    return _check(name, parity._asdict(), {"max_rel_logit_diff": bound, "argmax_agreement": 1})
+
+
+def _tie(logits: Tensor, bound: float) -> float:
+    """Logits this close may change places within the relative bound."""
+    return TIE * bound * float(logits.abs().max())
 
 
 def _check(name: str, figures: dict[str, float], bounds: dict[str, float]) -> Check:
@@ -60,7 +66,8 @@ def _check(name: str, figures: dict[str, float], bounds: dict[str, float]) -> Ch
 def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_remote_code: bool) -> list[Check]:
     """Check a directory in fresh processes: reloaded, generating with a cache and without, and in llama.cpp.
 
-    The directory may have been moved, and may hold a model.gguf. `bound` is of the absolute logit difference. With
+    The directory may have been moved, and may hold a model.gguf. `bound` is of the difference of logits as a share of
+    the largest logit: rounding grows with what a model computes, and a damaged model computes larger numbers. With
     trust_remote_code the directory's own modeling file computes.
 
     Raises:
@@ -90,9 +97,11 @@ def _cache_check(beginnings: Tensor, found: dict[str, Tensor], bound: float) -> 
         "tokens": cached.shape[1],
         "max_abs_logit_diff": parity.max_abs_logit_diff,
         "max_rel_logit_diff": parity.max_rel_logit_diff,
-        "token_agreement": same_choices(found["step_logits_uncached"], uncached, cached, TIE * bound),
+        "token_agreement": same_choices(
+            found["step_logits_uncached"], uncached, cached, _tie(found["step_logits_uncached"], bound)
+        ),
     }
-    return _check("generation with cache = without", figures, {"max_abs_logit_diff": bound, "token_agreement": 1})
+    return _check("generation with cache = without", figures, {"max_rel_logit_diff": bound, "token_agreement": 1})
 
 
 def _reload(
@@ -138,10 +147,10 @@ def _gguf_check(file: Path, beginnings: Tensor, found: dict[str, Tensor], bound:
         "max_abs_logprob_diff": first.max_abs_logit_diff,
         "max_rel_logprob_diff": first.max_rel_logit_diff,
         "first_token_logprob_diff": max(best),
-        "token_agreement": same_choices(expected, found["tokens"], torch.tensor(answered["chosen"]), TIE * bound),
+        "token_agreement": same_choices(expected, found["tokens"], torch.tensor(answered["chosen"]), _tie(expected, bound)),
     }
     if all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in GGUFReader(file).tensors):
-        return _check(name, figures, {"max_abs_logprob_diff": bound, "token_agreement": 1})
+        return _check(name, figures, {"max_rel_logprob_diff": bound, "token_agreement": 1})
     return _check(name, figures, {"first_token_logprob_diff": ROUNDED_BOUND})
 
 

@@ -20,6 +20,7 @@ from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import check_baseline, score_baseline
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.distributed import ALONE, World
+from tvaprune.gates.fixed_masks import FixedMaskGates
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.objective import ROW, Row
 from tvaprune.gates.training import Learned, learn_gates, new_gates
@@ -98,6 +99,10 @@ def find_masks(
     else:
         problem = Problem(model, topology, input_ids, request.sparsity, request.axes, request.seed, progress)
         learned = Learned(*score_baseline(request.method, problem, request.options), [])
+        if request.means_steps:
+            options = TvaOptions(steps=request.means_steps)
+            gates = FixedMaskGates(topology, options, learned.masks, device)
+            learned = learn_gates(model, input_ids, gates, saver, progress)
     return Found(
         masks=learned.masks,
         update=learned.update,

@@ -111,6 +111,24 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(options: GateOptions) -
     assert undisturbed.curve == resumed.curve
 
 
+@pytest.mark.parametrize("method", ["flap", "magnitude"])
+def test_means_are_trained_on_a_baselines_masks(method: str) -> None:
+    """The masks stay; the means bring the masked model nearer to the text that they learn."""
+    model = tiny_model("llama")
+    windows = torch.cat([WINDOWS, WINDOWS], 1)[:, :32]  # blocks of 32 tokens, as by default
+    axes: tuple[Axis, ...] = ("intermediate", "kv_heads")
+    request = MaskRequest(method, METHOD_OPTIONS[method](), 0.3, axes)
+    bare = find_masks(model, windows, windows, request, progress=False)
+    trained = find_masks(model, windows, windows, replace(request, means_steps=20), progress=False)
+    for axis in AXES:
+        assert torch.equal(bare.masks.keep[axis], trained.masks.keep[axis])
+        assert torch.equal(bare.masks.score[axis], trained.masks.score[axis])
+    assert trained.validation_nll["binary"] == pytest.approx(bare.validation_nll["binary"])
+    assert trained.validation_nll["mean"] < bare.validation_nll["binary"]
+    assert not trained.update.bias
+    assert [row["sparsity"] for row in trained.curve] == pytest.approx([row["target"] for row in trained.curve])
+
+
 def test_the_papers_form_learns_and_is_projected_onto_the_target() -> None:
     topology = Topology.of(tiny_model("llama").config)
     learned = learn(PAPER)

@@ -2,7 +2,8 @@
 
 Trained by gradient: the gates' means, and the means per channel. Each step keeps the units with the best scores, as
 many as the scheduled sparsity leaves room for, and multiplies by 0 or the mean. Where scores come from is up to the
-subclass: in closed form (`closed_form`) or by a straight-through gradient (`straight_through`).
+subclass: in closed form (`closed_form`), by a straight-through gradient (`straight_through`), or from a baseline
+(`fixed_masks`).
 
 Departures from TVA-Prune section 3.1: no noise is sampled, and there is no KL term and no Lagrangian (`paper` has
 them). The kept parameters equal the schedule at every step. Dropped dimensions are zero and outside of the norm while
@@ -21,7 +22,7 @@ from tvaprune.distributed import World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_above, solve_threshold
+from tvaprune.masks.projection import keep_above, project, solve_threshold
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.gates import TvaOptions
 
@@ -137,14 +138,22 @@ class BudgetGates:
         """Move the scores, after the means."""
         raise NotImplementedError
 
+    def scheduled_sparsity(self, progress: float) -> float:
+        """The sparsity at a share of the run, 0 to 1."""
+        return cubic_ramp(progress, self.target_sparsity, self.options.ramp)
+
+    def select(self, scheduled_sparsity: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
+        """The units that a step keeps, and the threshold that their scores are above."""
+        scores = {axis: self.score[axis] if axis in self.axes else self.score[axis] + torch.inf for axis in AXES}
+        threshold = solve_threshold(self.topology, scores, scheduled_sparsity)
+        return keep_above(scores, threshold), threshold
+
     def step(self, gated: GatedModel, batch: Batch, index: int, world: World) -> Row:
         """One optimiser step under the budget, `index` from 0; gradients are averaged over the world's processes."""
         options, topology = self.options, self.topology
         progress = (index + 1) / options.steps
-        scheduled = cubic_ramp(progress, self.target_sparsity, options.ramp)
-        scores = {axis: self.score[axis] if axis in self.axes else self.score[axis] + torch.inf for axis in AXES}
-        threshold = solve_threshold(topology, scores, scheduled)
-        keep = keep_above(scores, threshold)
+        scheduled = self.scheduled_sparsity(progress)
+        keep, threshold = self.select(scheduled)
         gates = {axis: (keep[axis] * self.mean[axis]).requires_grad_() for axis in AXES}
         channel_mean = {site: mean.detach().clone().requires_grad_() for site, mean in self.channel_mean.items()}
         squares = self.squares(batch.input_ids.shape[1])
@@ -165,11 +174,15 @@ class BudgetGates:
         return row(loss, norm, sparsity(topology, widths), scheduled, widths["hidden"])
 
     def learned(self) -> tuple[Masks, WeightUpdate]:
-        """Scores, not yet projected, and means; on the CPU."""
+        """Masks, projected onto the target, and means; on the CPU."""
         scores = {axis: score.cpu() for axis, score in self.score.items()}
+        masks = Masks({axis: score > 0 for axis, score in scores.items()}, scores)
+        return project(self.topology, masks, self.target_sparsity, self.axes), self.learned_means()
+
+    def learned_means(self) -> WeightUpdate:
+        """The means per unit and per channel, on the CPU."""
         means = {axis: mean.cpu() for axis, mean in self.mean.items()}
-        channels = {site: mean.cpu() for site, mean in self.channel_mean.items()}
-        return Masks({axis: score > 0 for axis, score in scores.items()}, scores), WeightUpdate(means, {}, channels)
+        return WeightUpdate(means, {}, {site: mean.cpu() for site, mean in self.channel_mean.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -22,6 +22,7 @@ from tvaprune.gates.budget import adamw, take_step
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
 from tvaprune.masks.masks import EPSILON, Masks, log_alpha
+from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.gates import PaperOptions
 
@@ -169,10 +170,11 @@ class PaperGates:
         return sample
 
     def learned(self) -> tuple[Masks, WeightUpdate]:
-        """log_alpha, not yet projected, and means; on the CPU."""
+        """Masks from log_alpha, projected onto the target, and means; on the CPU."""
         scores = {axis: log_alpha(self.mean[axis], self.log_var[axis]).cpu() for axis in AXES}
         means = {axis: mean.cpu() for axis, mean in self.mean.items()}
-        return Masks({axis: score > 0 for axis, score in scores.items()}, scores), WeightUpdate(means)
+        masks = Masks({axis: score > 0 for axis, score in scores.items()}, scores)
+        return project(self.topology, masks, self.target_sparsity, self.axes), WeightUpdate(means)
 
     def state_dict(self) -> dict[str, Any]:
         return {

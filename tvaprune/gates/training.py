@@ -18,7 +18,6 @@ from tvaprune.gates.paper import PaperGates
 from tvaprune.gates.straight_through import StraightThroughGates
 from tvaprune.losses import DivergedError, next_token_labels
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.gates import GateOptions, PaperOptions
 from tvaprune.resume import Saver
@@ -108,5 +107,4 @@ def learn_gates(
             bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "sparsity", "target")}, refresh=False)
             if saver is not None and world.is_main and (step + 1) % SAVE_EVERY == 0:
                 saver.save({"gates": gates.state_dict(), "curve": curve})
-    masks, update = gates.learned()
-    return Learned(project(gates.topology, masks, gates.target_sparsity, gates.axes), update, curve)
+    return Learned(*gates.learned(), curve)

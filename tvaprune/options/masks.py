@@ -19,6 +19,7 @@ class MaskRequest:
     axes: tuple[Literal["hidden", "intermediate", "kv_heads"], ...] = ("hidden", "intermediate", "kv_heads")
     seed: int = 0  # of initialisation, noise and random scores
     gradient_checkpointing: bool = False  # recompute activations in the gates' backward
+    means_steps: int = 0  # steps that train means on a baseline's masks, by the defaults of TvaOptions; 0: none
 
     @property
     def trains_gates(self) -> bool:

@@ -24,6 +24,10 @@ class LearnMasksParams(StageParams):
     ] = Field(description="What finds the masks; its options are in the section of its name.")  # fmt: skip
     axes: tuple[AxisName, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
+    means_steps: int = Field(
+        description="Baselines: steps that train means on their masks as tva does, in place of their biases; 0: none.",
+        ge=0,
+    )
     tva: gates.TvaOptions = Field(description="The method of this project.")
     paper: gates.PaperOptions = Field(description="The paper's own training.")
     random: baselines.RandomOptions = Field(description="Random scores.")
@@ -39,17 +43,20 @@ class LearnMasksParams(StageParams):
     @classmethod
     def declared(cls) -> list[str]:
         """A change of one method's options does not rerun another method."""
-        own = [f"{cls.section}.{name}" for name in ("method", "axes", "gradient_checkpointing")]
+        own = [f"{cls.section}.{name}" for name in ("method", "axes", "gradient_checkpointing", "means_steps")]
         return [*own, f"{cls.section}.${{{cls.section}.method}}", *cls.shared]
 
     def request(self) -> MaskRequest:
         return MaskRequest(
-            self.method, getattr(self, self.method), self.sparsity, self.axes, self.seed, self.gradient_checkpointing
-        )
+            self.method, getattr(self, self.method), self.sparsity, self.axes, self.seed, self.gradient_checkpointing,
+            self.means_steps,
+        )  # fmt: skip
 
     def used(self) -> dict[str, Any]:
         """Without the options of other methods than the one in use."""
         values = self.model_dump(mode="json", include={"sparsity", "seed", "method", "axes", self.method})
+        if not self.request().trains_gates and self.means_steps:
+            values["means_steps"] = self.means_steps
         if self.method == "tva" and self.tva.ablation == "deterministic":
             values["tva"] = {name: value for name, value in values["tva"].items() if not name.startswith("curvature_")}
         return {self.section: values}

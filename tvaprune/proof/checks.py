@@ -147,7 +147,9 @@ def _gguf_check(file: Path, beginnings: Tensor, found: dict[str, Tensor], bound:
         "max_abs_logprob_diff": first.max_abs_logit_diff,
         "max_rel_logprob_diff": first.max_rel_logit_diff,
         "first_token_logprob_diff": max(best),
-        "token_agreement": same_choices(expected, found["tokens"], torch.tensor(answered["chosen"]), _tie(expected, bound)),
+        "token_agreement": same_choices(
+            expected, found["tokens"], torch.tensor(answered["chosen"]), _tie(expected, bound)
+        ),
     }
     if all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in GGUFReader(file).tensors):
         return _check(name, figures, {"max_rel_logprob_diff": bound, "token_agreement": 1})

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 from typer import Option, echo
 
 from stages._command import command
-from tools import markdown
+from tools import markdown, saved_runs
+from tools.saved_runs import Run
 from tvaprune.masks.latency_table import PHASES
 
 METRICS = Path("metrics")
@@ -137,11 +138,24 @@ def _leaves(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
+def save_run(name: str, experiment: str | None) -> None:
+    """Save the workspace's run, or that of an experiment, and say what was left out of it."""
+    path, left_out = saved_runs.save(name, Run.of_experiment(experiment) if experiment else Run.of_workspace())
+    echo(str(path))
+    for metrics, reason in left_out.items():
+        echo(f"{metrics} left out: {reason}", err=True)
+
+
 @command
 def main(
+    save: Annotated[str | None, Option(help="Save the last run's metrics as metrics/results/NAME.json.")] = None,
+    experiment: Annotated[str | None, Option(help="With --save, an experiment's (`dvc exp show`) metrics.")] = None,
     experiments: Annotated[bool, Option(help="Add the experiments of this commit, and their settings.")] = False,
 ) -> None:
     """Reads metrics/ and, with --experiments, `dvc exp show --json`; prints the tables as Markdown."""
+    if save:
+        save_run(save, experiment)
+        return
     echo(workspace_table({path.stem: json.loads(path.read_text()) for path in METRICS.glob("*.json")}))
     if experiments:
         shown = shown_experiments()

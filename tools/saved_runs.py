@@ -41,6 +41,11 @@ def saved_path(name: str) -> Path:
     return SAVED / f"{name}.json"
 
 
+def read_saved(folder: Path = SAVED) -> dict[str, dict[str, Any]]:
+    """All saved runs by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
 def git(*arguments: str) -> str:
     """The output of a git command. Raises ValueError with git's message if it fails."""
     done = subprocess.run(["git", *arguments], capture_output=True, text=True)
@@ -204,11 +209,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def value_at(content: dict[str, Any], key: str) -> Any:
-    """The value under a dotted key; None where there is none."""
+def value_at(content: dict[str, Any], key: str, default: Any = None) -> Any:
+    """The value under a dotted key; the default where there is none."""
     found: Any = content
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
+        if not isinstance(found, dict) or part not in found:
+            return default
+        found = found[part]
     return found
 
 

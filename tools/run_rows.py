@@ -146,16 +146,10 @@ def run_row(name: str, row: Row, params: str) -> str | None:
     if status := reproduce(row.targets):
         return f"dvc repro ended with {status}"
     try:
-        _, left_out = save(name, Run.of_workspace())
+        save(name, Run.of_workspace(), row.targets)
     except (ValueError, FileNotFoundError) as error:
         return str(error)
-    measured = [
-        next(iter(each)) for stage in row.targets for each in read_yaml(Path("dvc.yaml"))["stages"][stage]["metrics"]
-    ]
-    missing = [f"{path}: {left_out[path]}" for path in measured if path in left_out]
-    if missing:
-        saved_path(name).unlink()
-    return "; ".join(missing) or None
+    return None
 
 
 @command

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -167,8 +167,12 @@ class Pipeline:
         return {out["path"]: out["md5"] for out in self.locked[stage].get("outs", [])}
 
 
-def record(name: str, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is saved of a run, and why metrics were left out, by their file. Raises ValueError if nothing is left."""
+def record(name: str, run: Run, measured: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is saved of a run, and why metrics were left out, by their file.
+
+    Raises:
+        ValueError: no metrics are left, or those of a stage in `measured` would be left out.
+    """
     pipeline = Pipeline(run)
     metrics, stages, left_out = {}, set(), {}
     for path, stage in pipeline.metrics():
@@ -177,6 +181,8 @@ def record(name: str, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
         else:
             metrics[Path(path).stem] = json.loads(run.read(path) or b"null")
             stages |= pipeline.ancestors(stage)
+    if lacking := [reason for stage in measured if (reason := pipeline.stale(stage))]:
+        raise ValueError(f"{name}: {', '.join(lacking)}")
     if not metrics:
         raise ValueError(f"{name}: no stage that measures is up to date: {', '.join(sorted(set(left_out.values())))}")
     keys = {key for stage in stages for key in pipeline.declared(stage)}
@@ -185,10 +191,10 @@ def record(name: str, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
     return content | {"seed": pipeline.params["seed"], "params": params, "metrics": metrics}, left_out
 
 
-def save(name: str, run: Run) -> tuple[Path, dict[str, str]]:
-    """Write metrics/results/NAME.json; the path, and why metrics were left out, by their file."""
+def save(name: str, run: Run, measured: Iterable[str] = ()) -> tuple[Path, dict[str, str]]:
+    """Write metrics/results/NAME.json; the path, and why metrics were left out, by their file. Raises as `record`."""
     check_name(name)
-    content, left_out = record(name, run)
+    content, left_out = record(name, run, measured)
     write_json(saved_path(name), content)
     return saved_path(name), left_out
 

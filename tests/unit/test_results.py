@@ -143,6 +143,9 @@ def test_the_speed_of_other_masks_is_left_out(pipeline: Path) -> None:
     content, left_out = record("row", Run.of_workspace())
     assert set(content["metrics"]) == {"masks", "perplexity"}
     assert left_out == {"metrics/speed.json": "speed ran with another artifacts/masks"}
+    with pytest.raises(ValueError, match="row: speed ran with another artifacts/masks"):
+        save("row", Run.of_workspace(), ["eval", "speed"])
+    assert not Path("metrics/results").exists()
     assert "speed" not in content["params"]
     assert content["params"]["learn"] == {"method": "tva", "tva": {"steps": 5}}
 

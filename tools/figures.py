@@ -1,8 +1,8 @@
 """Figures of the pipeline's metrics, as PNG and SVG.
 
 `python -m tools.figures` draws latency against width from metrics/profile.csv, the benchmark's rounds from
-metrics/speed.csv, and, with `--experiments`, speedup against sparsity and quality against latency over the experiments
-of the current commit (`dvc exp show`). It names the figures that it has no data for.
+metrics/speed.csv, and speedup against sparsity and quality against latency over the saved runs of metrics/results. It
+names the figures that it has no data for.
 """
 
 import csv
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from typer import Option, echo
 
 from stages._command import command
-from tools.results import measured_experiments, shown_experiments
+from tools.saved_runs import read_saved
 from tvaprune.masks.latency_table import PHASES
 
 Panel = Callable[[Axes, Any, str], None]
@@ -25,7 +25,7 @@ UNITS = {"prefill": "ms", "decode": "ms a token"}
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned model of one experiment, and the dense model in the same run."""
+    """One pruned model of one saved run, and the dense model in the same run."""
 
     name: str
     method: str
@@ -38,17 +38,22 @@ class Point:
         return self.speed[phase][model]["latency_ms"]
 
 
-def points(shown: list[dict[str, Any]]) -> list[Point]:
-    """The experiments in `dvc exp show --json` that have speed and perplexity, each once."""
+def points(saved: dict[str, dict[str, Any]]) -> list[Point]:
+    """The saved runs, by name, that have speed and perplexity."""
     found = []
-    for name, params, metrics in measured_experiments(shown):
-        if speed := metrics.get("speed"):
-            perplexity, method = metrics["perplexity"], params["learn_masks"]["method"]
-            best = perplexity.get("finetuned", perplexity["compact"])["ppl"]
-            point = Point(name, method, params["sparsity"], speed, best, perplexity["dense"]["ppl"])
-            if point not in found:
-                found.append(point)
+    for name, run in saved.items():
+        speed, perplexity = (run["metrics"].get(key) for key in ("speed", "perplexity"))
+        if speed and perplexity:
+            dense, pruned = (_validation_ppl(perplexity[model]) for model in ("dense", "compact"))
+            best = _validation_ppl(perplexity["finetuned"]) if "finetuned" in perplexity else pruned
+            params = run["params"]
+            found.append(Point(name, params["learn_masks"]["method"], params["sparsity"], speed, best, dense))
     return found
+
+
+def _validation_ppl(measured: dict[str, Any]) -> float:
+    """Of the validation text; there is one."""
+    return next(iter(measured["validation"].values()))["ppl"]
 
 
 def pareto(latency_and_loss: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -94,7 +99,7 @@ def qualities(axes: Axes, measured: list[Point], phase: str) -> None:
     axes.plot(*zip(*dense, strict=True), "k*", label="dense")
     front = pareto([*dense, *((point.latency_ms(phase), point.perplexity) for point in measured)])
     axes.plot(*zip(*front, strict=True), color="grey", linewidth=0.8, label="best so far", drawstyle="steps-post")
-    axes.set(title=phase, xlabel=UNITS[phase], ylabel="held-out perplexity", yscale="log")
+    axes.set(title=phase, xlabel=UNITS[phase], ylabel="validation perplexity", yscale="log")
     axes.legend()
 
 
@@ -122,19 +127,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 @command
 def main(
-    experiments: Annotated[bool, Option(help="Also draw the experiments of this commit.")] = False,
-    metrics: Annotated[Path, Option(help="Folder with profile.csv and speed.csv.")] = Path("metrics"),
+    metrics: Annotated[Path, Option(help="Folder with profile.csv, speed.csv and results/.")] = Path("metrics"),
     out: Annotated[Path, Option(help="Folder to write to.")] = Path("artifacts/figures"),
 ) -> None:
-    """Reads metrics/ and, with --experiments, `dvc exp show --json`; writes PNG and SVG."""
+    """Reads metrics/; writes PNG and SVG."""
+    measured, remedy = points(read_saved(metrics / "results")), "no saved run has speed and perplexity"
     wanted: list[tuple[str, Panel, Any, str]] = [
         ("latency_by_width", staircase, read_rows(metrics / "profile.csv"), "run dvc repro profile_hardware"),
         ("rounds", rounds, read_rows(metrics / "speed.csv"), "run dvc repro benchmark_speed"),
+        ("speedup_by_sparsity", speedups, measured, remedy),
+        ("quality_by_latency", qualities, measured, remedy),
     ]
-    if experiments:
-        measured, remedy = points(shown_experiments()), "run dvc exp run; no experiment has speed and perplexity yet"
-        wanted.append(("speedup_by_sparsity", speedups, measured, remedy))
-        wanted.append(("quality_by_latency", qualities, measured, remedy))
     for name, panel, content, remedy in wanted:
         if content:
             draw(out, name, panel, content)

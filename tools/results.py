@@ -1,148 +1,210 @@
-"""The tables of docs/results.md, from the metrics that the pipeline wrote.
+"""The tables of README.md and docs/*.md, from metrics/*.json (the default run) and metrics/results/*.json (saved runs).
 
-`python -m tools.results` prints the workspace's table; with `--experiments` also one row for each experiment of the
-current commit (`dvc exp show`), and one for each setting that ran with several seeds.
+docs/results.yaml defines the tables. A page holds one between `<!-- table: NAME -->` and `<!-- end of table -->`.
+Without options the table `default` is printed for the workspace's own run. To add a row, define it in
+docs/results.yaml, run `python -m tools.run_rows NAME`, name it in a table, and run `python -m tools.results --write`.
 """
 
 import json
-import statistics
-import subprocess
-import sys
-from collections import defaultdict
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typer import Option, echo
 
 from stages._command import command
-from tools import markdown
-from tvaprune.masks.latency_table import PHASES
+from tools import markdown, saved_runs
+from tools.columns import SavedRun, cell, column
+from tools.run_rows import DEFINITIONS, Row, read_rows
+from tools.saved_runs import SAVED, WORKSPACE, Run, value_at
+from tvaprune.params.loading import read_yaml
 
 METRICS = Path("metrics")
-TASKS = (("piqa", "acc"), ("hellaswag", "acc_norm"), ("arc_easy", "acc"))
-NAMES = {"dense": "dense", "compact": "pruned", "finetuned": "pruned + LoRA"}
-# Sections that the pruned model does not depend on.
-AFTER_PRUNING = ("finetune_lora.", "benchmark_speed.", "eval_zeroshot.")
+MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 
 
-def workspace_table(metrics: dict[str, Any]) -> str:
-    """One row for each model that was measured, from the contents of metrics/NAME.json by NAME."""
-    compact, perplexity, zeroshot = metrics["compact"], metrics["perplexity"], metrics["zeroshot"]
-    rows = []
-    for key in filter(perplexity.__contains__, NAMES):
-        parameters = compact["params_dense" if key == "dense" else "params_kept"]
-        cells = [NAMES[key], f"{parameters / 1e6:.1f} M", f"{perplexity[key]['ppl']:.1f}"]
-        for phase in PHASES:
-            rate, dense = (metrics["speed"][phase][model]["tokens_per_s"] for model in (key, "dense"))
-            cells.append(f"{rate:.0f} ({rate / dense:.2f}×)")
-        scores = zeroshot[key]
-        rows.append([*cells, *(f"{scores[task][kind]:.3f}" for task, kind in TASKS), f"{scores['mean_acc']:.3f}"])
-    head = ["", "parameters", "perplexity", *(f"{phase} tok/s" for phase in PHASES)]
-    table = markdown.table([*head, "PIQA", "HellaSwag", "ARC-easy", "mean of six"], rows)
-    rows_scored = f"{zeroshot['limit']:.0f}" if zeroshot["limit"] else "all"
-    return (
-        f"{table}\n\n{compact['sparsity_decoder']:.1%} of the decoder removed ({compact['sparsity_model']:.1%} of the "
-        f"model). Perplexity on {perplexity['tokens']:.0f} held-out tokens in windows of {perplexity['window']:.0f}; "
-        f"zero-shot on {rows_scored} rows of each task (standard error about "
-        f"{zeroshot['dense']['mean_acc_stderr']:.3f} of the mean); masks learned in "
-        f"{metrics['masks']['seconds']:.0f} s, masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
+class TableRow(BaseModel):
+    """A label and the saved runs it shows: a name, several (mean ± deviation), or those by group of columns."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str = Field(description="First cell.")
+    saved: str | list[str] | dict[str, str | list[str]] = Field(description="Names of saved runs.")
+    model: Literal["dense", "compact", "finetuned"] = Field(default="compact", description="Whose figures.")
+
+    def names(self, group: str = "") -> list[str]:
+        """Of a group of columns; without a group, of the row's first."""
+        found = self.saved
+        if isinstance(found, dict):
+            found = found.get(group, []) if group else next(iter(found.values()))
+        return [found] if isinstance(found, str) else found
+
+
+class Table(BaseModel):
+    """Columns by name, some in groups: {"0.2": [validation, seconds]} takes the saved runs that a row has for 0.2."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    columns: list[str | dict[str, list[str]]]
+    rows: list[TableRow]
+    notes: list[Literal["sizes", "texts", "zeroshot", "learning", "machine"]] = Field(
+        default=[], description="Sentences under the table, about its first run; `machine` is about all."
     )
 
+    def flat(self) -> list[tuple[str, str]]:
+        """Group and name of each column; no group is ''."""
+        grouped = [{"": [each]} if isinstance(each, str) else each for each in self.columns]
+        return [(group, name) for part in grouped for group, names in part.items() for name in names]
 
-def shown_experiments() -> list[dict[str, Any]]:
-    """The output of `dvc exp show --json` for the current commit."""
-    command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def measured_experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, parameters and metrics by file name of every experiment in `dvc exp show --json` that was evaluated.
-
-    Experiments that failed, wait or still run are left out: they show the commit's metrics beside their own parameters.
-    """
-    for experiment in (one for revision in shown for one in [revision, *(revision.get("experiments") or [])]):
-        if (experiment.get("executor") or {}).get("state", "success") != "success":
-            continue
-        for one in experiment.get("revs") or [experiment]:
-            data = one.get("data") or {}
-            metrics = {Path(path).stem: file.get("data") or {} for path, file in (data.get("metrics") or {}).items()}
-            if not one.get("error") and metrics.get("perplexity") and metrics.get("masks"):
-                params = ((data.get("params") or {}).get("params.yaml") or {}).get("data") or {}
-                yield str(one.get("name") or one["rev"][:7]), params, metrics
+    def names(self) -> list[str]:
+        """The saved runs that the table shows, each once."""
+        groups = {group for group, _ in self.flat()}
+        return list(dict.fromkeys(name for row in self.rows for group in sorted(groups) for name in row.names(group)))
 
 
-def experiments_table(shown: list[dict[str, Any]]) -> str:
-    """One row for each experiment with metrics, sorted by sparsity and perplexity.
+@dataclass
+class Results:
+    """What docs/results.yaml defines, and the runs that it is about."""
 
-    `changed` names the parameters that differ from the workspace's and have no column. The speeds of an experiment that
-    did not run the benchmark are the commit's, and left out.
-    """
-    measured = list(measured_experiments(shown))
-    rows = set()
-    for _name, params, metrics in measured:
-        _, base, base_metrics = measured[0]
-        speed = metrics.get("speed") or {}
-        if params != base and speed == base_metrics.get("speed"):
-            speed = {}
-        perplexity, compact = metrics["perplexity"], metrics["perplexity"]["compact"]["ppl"]
-        cells = (
-            *_setting(params, base),
-            str(params["sparsity"]),
-            f"{compact:.1f}",
-            f"{perplexity['finetuned']['ppl']:.1f}" if "finetuned" in perplexity else "",
-            f"{compact / perplexity['dense']['ppl']:.2f}",
-            f"{metrics['masks']['seconds']:.0f}",
-            *(f"{speed[phase]['speedup']:.2f}×" if phase in speed else "" for phase in PHASES),
+    rows: dict[str, Row]
+    tables: dict[str, Table]
+    runs: dict[str, SavedRun] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls) -> "Results":
+        """Raises ValueError for a definition or column that is wrong."""
+        tables = {}
+        for name, content in (read_yaml(DEFINITIONS).get("tables") or {}).items():
+            try:
+                tables[name] = Table.model_validate(content)
+            except ValidationError as error:
+                places = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+                raise ValueError(f"{DEFINITIONS}: table {name}: {'; '.join(places)}") from None
+            for _, each in tables[name].flat():
+                column(each)
+        return cls(read_rows(), tables, {WORKSPACE: workspace_run(), **saved_runs.read_saved(SAVED)})
+
+    def render(self, table: Table) -> str:
+        """The table in Markdown. Runs without a file are left out, and so are rows without any figure."""
+        head = [""] + [f"{group}: {column(name).head}" if group else column(name).head for group, name in table.flat()]
+        rows = []
+        for row in table.rows:
+            cells = []
+            for group, name in table.flat():
+                runs = [self.runs[each] for each in row.names(group) if each in self.runs]
+                cells.append(cell(column(name), runs, row.model))
+            if any(cells):
+                rows.append([row.label, *cells])
+        shown = [self.runs[name] for name in table.names() if name in self.runs]
+        notes = [note for kind in table.notes if shown for note in _notes(kind, shown)]
+        return "\n\n".join([markdown.table(head, rows), *([" ".join(notes)] if notes else [])])
+
+    def problems(self) -> Iterator[str]:
+        """Rows without a file, files without a row in a table, and files that are not of their row."""
+        used = set()
+        for name, table in self.tables.items():
+            used |= set(table.names())
+            yield from (
+                f"table {name}: {SAVED}/{each}.json is missing" for each in table.names() if each not in self.runs
+            )
+        yield from (f"{SAVED}/{name}.json is in no table" for name in self.runs if name not in used | {WORKSPACE})
+        for name in sorted(set(self.rows) & set(self.runs)):
+            run = self.runs[name]
+            params = {**run["params"], "seed": run["seed"]}
+            for key, value in self.rows[name].set.items():
+                if value_at(params, key, value) != value:  # a key that its stages did not read is not there
+                    yield f"{SAVED}/{name}.json was run with another {key} than {DEFINITIONS} has"
+
+
+def workspace_run() -> SavedRun:
+    """metrics/*.json and params.yaml as a saved run; of the default run where they are as in git."""
+    params = read_yaml(Path("params.yaml"))
+    metrics = {path.stem: json.loads(path.read_text()) for path in METRICS.glob("*.json")}
+    return {"name": WORKSPACE, "seed": params["seed"], "params": params, "metrics": metrics}
+
+
+def _notes(kind: str, runs: list[SavedRun]) -> Iterator[str]:
+    metrics = runs[0]["metrics"]
+    if kind == "sizes" and (compact := metrics.get("compact")):
+        decoder, model = compact["sparsity_decoder"], compact["sparsity_model"]
+        yield f"{decoder:.1%} of the decoder removed ({model:.1%} of the model)."
+        yield f"Masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
+    if kind == "texts" and isinstance(tokens := value_at(metrics, "perplexity.tokens"), dict):
+        counts = [f"{sum(tokens[part].values()):,} {part} tokens" for part in ("validation", "test") if part in tokens]
+        yield f"Perplexity on {' and '.join(counts)} in windows of {metrics['perplexity']['window']}."
+    if kind == "zeroshot" and (error := value_at(metrics, "zeroshot.dense.mean_stderr")):
+        rows = f"{limit:.0f}" if (limit := metrics["zeroshot"]["limit"]) else "all"
+        yield f"Zero-shot on {rows} rows of each task (standard error of the mean about {error:.3f})."
+    if kind == "learning" and "masks" in metrics:
+        yield f"Masks learned in {metrics['masks']['seconds']:.0f} s."
+    if kind == "machine":
+        machines = [run["machine"] for run in runs if "machine" in run]
+        found = (
+            f"{each['processor']}, {each['threads']} of {each['logical_cores']} cores, {each['dtype']}, "
+            f"torch {each['torch']}, transformers {each['transformers']}"
+            for each in machines
         )
-        rows.add((params["sparsity"], compact, cells))
-    head = ["method", "axes", "changed", "sparsity", "pruned ppl", "+ LoRA", "× dense", "learning s", *PHASES]
-    return markdown.table(head, [cells for *_, cells in sorted(rows)])
+        if machines:
+            yield f"Computed on {'; '.join(dict.fromkeys(found))}."
 
 
-def seeds_table(shown: list[dict[str, Any]]) -> str:
-    """One row for each setting that ran with several seeds: mean and sample standard deviation of the perplexity."""
-    measured = list(measured_experiments(shown))
-    settings: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
-    for _name, params, metrics in measured:
-        setting = _setting(params, measured[0][1], "seed", *AFTER_PRUNING)
-        settings[params["sparsity"], *setting][params["seed"]] = metrics["perplexity"]["compact"]["ppl"]
-    rows = []
-    for (sparsity, *names), by_seed in sorted(settings.items()):
-        if len(by_seed) > 1:
-            mean, deviation = statistics.mean(by_seed.values()), statistics.stdev(by_seed.values())
-            figures = [f"{mean:.1f}", f"{deviation:.2f}", f"{deviation / mean:.1%}"]
-            rows.append([*names, str(sparsity), " ".join(map(str, sorted(by_seed))), *figures])
-    head = ["method", "axes", "changed", "sparsity", "seeds", "pruned ppl, mean", "standard deviation", "of the mean"]
-    return markdown.table(head, rows)
+def pages() -> list[Path]:
+    return [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 
 
-def _setting(params: dict[str, Any], base: dict[str, Any], *ignored: str) -> tuple[str, str, str]:
-    """Method, axes, and `section.key=value` of the other parameters that differ from the base.
+def rewritten(results: Results, page: str) -> str:
+    """A page's text with its tables made anew. Raises ValueError for a table that is not defined."""
 
-    `ignored` are names, or sections with their dot, to leave out.
-    """
-    ours, theirs = dict(_leaves(params)), dict(_leaves(base))
-    columns = ("sparsity", "learn_masks.method", "learn_masks.axes", *ignored)
-    differ = [name for name in ours if not name.startswith(columns) and ours[name] != theirs.get(name)]
-    learn = params["learn_masks"]
-    return learn["method"], " ".join(learn["axes"]), " ".join(f"{name}={ours[name]}" for name in sorted(differ))
+    def table(match: re.Match[str]) -> str:
+        if match[1] not in results.tables:
+            raise ValueError(f"{DEFINITIONS} has no table {match[1]}")
+        return f"<!-- table: {match[1]} -->\n{results.render(results.tables[match[1]])}\n<!-- end of table -->"
+
+    return MARKED.sub(table, page)
 
 
-def _leaves(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in params.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def check(results: Results) -> list[str]:
+    """What is wrong with the files and the pages; nothing if every table is what the files give."""
+    problems = list(results.problems())
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+    placed = {match[1] for text in texts.values() for match in MARKED.finditer(text)}
+    problems += [f"table {name} is on no page" for name in results.tables if name not in placed]
+    for page, text in texts.items():
+        if len(re.findall("<!-- table: ", text)) != len(MARKED.findall(text)):
+            problems.append(f"{page}: a table has no end")
+        for match in MARKED.finditer(text):
+            if rewritten(results, match[0]) != match[0]:
+                problems.append(
+                    f"{page}: table {match[1]} is not what the files give; run `python -m tools.results --write`"
+                )
+    return problems
 
 
 @command
 def main(
-    experiments: Annotated[bool, Option(help="Add the experiments of this commit, and their settings.")] = False,
+    write: Annotated[bool, Option("--write", help="Rewrite the tables of README.md and docs/*.md.")] = False,
+    checked: Annotated[bool, Option("--check", help="Fail if a table or a saved run is not as it should be.")] = False,
+    save: Annotated[str | None, Option(help="Save the last run's metrics as metrics/results/NAME.json.")] = None,
+    experiment: Annotated[str | None, Option(help="With --save: an experiment of `dvc exp run` in its place.")] = None,
 ) -> None:
-    """Reads metrics/ and, with --experiments, `dvc exp show --json`; prints the tables as Markdown."""
-    echo(workspace_table({path.stem: json.loads(path.read_text()) for path in METRICS.glob("*.json")}))
-    if experiments:
-        shown = shown_experiments()
-        echo(f"\n{experiments_table(shown)}\n\n{seeds_table(shown)}")
+    """Reads metrics/, metrics/results/ and docs/results.yaml; writes or checks the pages, or saves a run."""
+    if experiment and not save:
+        raise ValueError("--experiment needs --save NAME")
+    if save:
+        path, left_out = saved_runs.save(save, Run.of_experiment(experiment) if experiment else Run.of_workspace())
+        echo(str(path))
+        for metrics, reason in left_out.items():
+            echo(f"{metrics} left out: {reason}", err=True)
+        return
+    results = Results.read()
+    if write:
+        for page in pages():
+            page.write_text(rewritten(results, page.read_text(encoding="utf-8")), encoding="utf-8")
+    if write or checked:
+        if problems := check(results):
+            raise ValueError("\n".join(problems))
+        return
+    echo(results.render(results.tables[WORKSPACE]))

@@ -8,43 +8,29 @@ from matplotlib.figure import Figure
 from tools import figures
 
 
-def experiment(name: str, sparsity: float, ppl: float, speedup: float, finetuned: float | None = None) -> dict:
+def run(method: str, sparsity: float, ppl: float, speedup: float, finetuned: float | None = None) -> dict:
     speed = {
         phase: {"dense": {"latency_ms": 60.0}, "compact": {"latency_ms": 60.0 / speedup}, "speedup": speedup}
         for phase in figures.PHASES
     }
-    perplexity = {"dense": {"ppl": 20.0}, "compact": {"ppl": ppl}}
-    if finetuned is not None:
-        perplexity["finetuned"] = {"ppl": finetuned}
-    metrics = {
-        "metrics/perplexity.json": {"data": perplexity},
-        "metrics/masks.json": {"data": {"seconds": 10.0}},
-        "metrics/speed.json": {"data": speed},
-    }
-    params = {"params.yaml": {"data": {"sparsity": sparsity, "learn_masks": {"method": name, "axes": ["hidden"]}}}}
-    return {"rev": name * 3, "name": name, "data": {"metrics": metrics, "params": params}}
+    measured = {"dense": 20.0, "compact": ppl, "finetuned": finetuned}
+    perplexity = {model: {"validation": {"text": {"ppl": value}}} for model, value in measured.items() if value}
+    params = {"sparsity": sparsity, "learn_masks": {"method": method}}
+    return {"params": params, "metrics": {"perplexity": perplexity, "speed": speed}}
 
 
-SHOWN = [
-    {
-        **experiment("tva", 0.2, 30.0, 1.2, finetuned=25.0),
-        "experiments": [{"revs": [experiment("flap", 0.5, 90.0, 1.5)]}],
-    },
-    {"rev": "empty", "data": None},
-    experiment("tva", 0.2, 30.0, 1.2, finetuned=25.0),
-]
+SAVED = {"first": run("tva", 0.2, 30.0, 1.2, finetuned=25.0), "second": run("flap", 0.5, 90.0, 1.5)}
 
 
-def test_points_are_the_experiments_own_figures_once() -> None:
-    found = figures.points(SHOWN)
-    assert [(point.name, point.sparsity, point.perplexity) for point in found] == [
-        ("tva", 0.2, 25.0),
-        ("flap", 0.5, 90.0),
+def test_points_are_the_saved_runs_own_figures() -> None:
+    without_speed = run("depth", 0.2, 30.0, 1.2)
+    del without_speed["metrics"]["speed"]
+    found = figures.points({**SAVED, "third": without_speed})
+    assert [(point.name, point.method, point.sparsity, point.perplexity) for point in found] == [
+        ("first", "tva", 0.2, 25.0),
+        ("second", "flap", 0.5, 90.0),
     ]
     assert found[1].latency_ms("decode") == pytest.approx(40.0)
-    without_speed = experiment("tva", 0.2, 30.0, 1.2)
-    del without_speed["data"]["metrics"]["metrics/speed.json"]
-    assert figures.points([without_speed]) == []
 
 
 def test_the_front_holds_those_that_nothing_beats() -> None:
@@ -85,8 +71,8 @@ def test_every_measured_round_and_width_is_drawn(tmp_path: Path) -> None:
     assert decode == [(32.0, 0.2), (64.0, 0.3)]
 
 
-def test_every_experiment_is_drawn_under_its_method(tmp_path: Path) -> None:
-    measured = figures.points(SHOWN)
+def test_every_saved_run_is_drawn_under_its_method(tmp_path: Path) -> None:
+    measured = figures.points(SAVED)
     for panel in lines(figures.draw(tmp_path, "speedups", figures.speedups, measured)):
         assert (panel["tva"], panel["flap"]) == ([(0.2, 1.2)], [(0.5, 1.5)])
     drawn = figures.draw(tmp_path, "qualities", figures.qualities, measured)

@@ -1,0 +1,206 @@
+"""The columns of result tables: each takes one figure out of a saved run.
+
+A saved run is the content of metrics/results/NAME.json. Columns of a model's figures take them of `dense`, `compact`
+(pruned) or `finetuned` (pruned + LoRA); a name with `lora_` before it takes them of `finetuned`.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tools.saved_runs import value_at
+from tvaprune.masks.latency_table import PHASES
+
+SavedRun = dict[str, Any]
+Value = float | str | None
+AXES = ("hidden", "intermediate", "kv_heads")
+# Each task's name and the metric that it is reported in.
+TASKS = {
+    "piqa": ("PIQA", "acc"),
+    "hellaswag": ("HellaSwag", "acc_norm"),
+    "arc_easy": ("ARC-easy", "acc"),
+    "arc_challenge": ("ARC-challenge", "acc_norm"),
+    "winogrande": ("WinoGrande", "acc"),
+    "boolq": ("BoolQ", "acc"),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column is headed, its value in a saved run for a model, and how a number is written.
+
+    Attributes:
+        error: the value's standard error in a saved run, shown after it.
+    """
+
+    head: str
+    value: Callable[[SavedRun, str], Value]
+    write: Callable[[float], str] = "{:.2f}".format
+    error: Callable[[SavedRun, str], Value] | None = None
+
+
+def cell(column: Column, runs: Sequence[SavedRun], model: str) -> str:
+    """The value in one run; in several their mean ± sample standard deviation. Empty where a run lacks it."""
+    values = [column.value(run, model) for run in runs]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if len(numbers) < len(values) or not values:
+        return " ".join(dict.fromkeys(str(value) for value in values if isinstance(value, str)))
+    text = column.write(statistics.fmean(numbers))
+    if len(numbers) > 1:
+        return f"{text} ± {statistics.stdev(numbers):.2g}"
+    error = column.error(runs[0], model) if column.error else None
+    return f"{text} ± {column.write(error)}" if isinstance(error, int | float) else text
+
+
+def column(name: str) -> Column:
+    """The column of a name. Raises ValueError if there is none."""
+    if name.startswith("lora_"):
+        found = column(name.removeprefix("lora_"))
+        return Column(f"+ LoRA {found.head}", lambda run, _: found.value(run, "finetuned"), found.write, found.error)
+    if name.startswith(("params.", "metrics.")):
+        return Column(name.rpartition(".")[2].replace("_", " "), lambda run, _: _plain(value_at(run, name)), _number)
+    if name.startswith("test_ratio."):
+        label = name.removeprefix("test_ratio.")
+        return Column(f"{label} × dense", lambda run, model: _ratio(run, model, f"test.{label}"), _large)
+    if name not in COLUMNS:
+        raise ValueError(
+            f"no column {name}; columns are {', '.join(COLUMNS)}, test_ratio.LABEL, params.KEY, metrics.KEY"
+        )
+    return COLUMNS[name]
+
+
+def at(path: str, scale: float = 1) -> Callable[[SavedRun, str], Value]:
+    """The number under a dotted path of the metrics, `{model}` in it replaced; not there: None."""
+
+    def value(run: SavedRun, model: str) -> Value:
+        found = value_at(run["metrics"], path.format(model=model))
+        return found * scale if isinstance(found, int | float) else None
+
+    return value
+
+
+def _validation(run: SavedRun, model: str) -> Value:
+    """The perplexity on the validation text; there is one."""
+    texts = value_at(run["metrics"], f"perplexity.{model}.validation")
+    return next(iter(texts.values()))["ppl"] if texts else None
+
+
+def _ratio(run: SavedRun, model: str, part: str) -> Value:
+    """A perplexity over the dense model's; of a set of texts the geometric mean. `part` is validation or test.LABEL."""
+    if model == "dense":
+        return 1.0 if value_at(run["metrics"], f"perplexity.dense.{part}") else None
+    path = f"{part}_ratio" if "." not in part else f"{part}.ratio_to_dense"
+    return at(f"perplexity.{{model}}.{path}")(run, model)
+
+
+def _recovered(part: str) -> Callable[[SavedRun, str], Value]:
+    """The share of the log-likelihood lost by pruning that fine-tuning brought back."""
+
+    def value(run: SavedRun, _model: str) -> Value:
+        pruned, finetuned = (_ratio(run, model, part) for model in ("compact", "finetuned"))
+        if not isinstance(pruned, int | float) or not isinstance(finetuned, int | float) or pruned == 1:
+            return None
+        return 1 - math.log(finetuned) / math.log(pruned)
+
+    return value
+
+
+def _params_count(run: SavedRun, model: str) -> Value:
+    return at("compact.params_dense" if model == "dense" else "compact.params_kept", 1e-6)(run, model)
+
+
+def _heads(run: SavedRun, model: str) -> Value:
+    """Key-value heads that are kept, over all layers."""
+    return at("adapt.kv_heads_kept")(run, model)
+
+
+def _axes(run: SavedRun, _model: str) -> Value:
+    axes = value_at(run["params"], "learn_masks.axes") or []
+    return "all" if len(axes) == len(AXES) else ", ".join(axes)
+
+
+def _rate(phase: str) -> Callable[[SavedRun, str], Value]:
+    """Tokens a second, and in brackets how many times the dense model's."""
+
+    def value(run: SavedRun, model: str) -> Value:
+        rate, dense = (value_at(run["metrics"], f"speed.{phase}.{each}.tokens_per_s") for each in (model, "dense"))
+        return f"{rate:.0f} ({rate / dense:.2f}×)" if rate and dense else None
+
+    return value
+
+
+def _mean_of_dense(run: SavedRun, model: str) -> Value:
+    mean, dense = (value_at(run["metrics"], f"zeroshot.{each}.mean") for each in (model, "dense"))
+    return mean / dense if mean and dense else None
+
+
+def _large(value: float) -> str:
+    """Perplexities and ratios: two decimals below 10, one below 1000, then none."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:,.1f}" if value < 999.95 else f"{value:,.0f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _plain(value: Any) -> Value:
+    """A parameter as a cell: numbers stay, everything else is text."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _zeroshot() -> dict[str, Column]:
+    columns = {"mean": Column("mean", at("zeroshot.{model}.mean"), "{:.3f}".format)}
+    error = {"mean": at("zeroshot.{model}.mean_stderr")}
+    for task, (title, metric) in TASKS.items():
+        path = f"zeroshot.{{model}}.{task}.{metric}"
+        columns[task] = Column(f"{title} ({metric})", at(path), "{:.3f}".format)
+        error[task] = at(f"{path}_stderr")
+    both = {f"{name}_stderr": Column(each.head, each.value, each.write, error[name]) for name, each in columns.items()}
+    return columns | both | {"mean_of_dense": Column("mean, of dense", _mean_of_dense)}
+
+
+def _speed() -> dict[str, Column]:
+    columns: dict[str, Column] = {}
+    for phase in PHASES:
+        columns[phase] = Column(phase, at(f"speed.{phase}.speedup"), "{:.2f}×".format)
+        columns[f"{phase}_limit"] = Column(f"{phase} limit", at(f"speed.{phase}.limit"), "{:.2f}×".format)
+        columns[f"{phase}_efficiency"] = Column(f"{phase} efficiency", at(f"speed.{phase}.efficiency"))
+        columns[f"{phase}_ms"] = Column(f"{phase} ms", at(f"speed.{phase}.{{model}}.latency_ms"), "{:,.1f}".format)
+        columns[f"{phase}_rate"] = Column(f"{phase} tok/s", _rate(phase))
+    return columns
+
+
+_share = "{:.0%}".format
+COLUMNS: dict[str, Column] = {
+    "method": Column("method", lambda run, _: value_at(run["params"], "learn_masks.method")),
+    "axes": Column("axes", _axes),
+    "sparsity": Column("target", lambda run, _: str(run["params"]["sparsity"])),
+    "seeds": Column("seeds", lambda run, _: str(run["seed"])),
+    # Perplexity: of the validation text, which decisions were made on, and of the test texts, which none was.
+    "validation": Column("validation ppl", _validation, _large),
+    "validation_ratio": Column("× dense", lambda run, model: _ratio(run, model, "validation"), _large),
+    "test_ratio": Column("test × dense", lambda run, model: _ratio(run, model, "test"), _large),
+    "recovered_validation": Column("recovered, validation", _recovered("validation"), _share),
+    "recovered_test": Column("recovered, test", _recovered("test"), _share),
+    "recovered_in_domain": Column("recovered, in domain", at("finetune.recovered.share"), _share),
+    "finetune_steps": Column("LoRA steps", at("finetune.steps"), "{:.0f}".format),
+    "finetune_minutes": Column("LoRA min", at("finetune.seconds", 1 / 60), "{:.1f}".format),
+    # Mask learning.
+    "seconds": Column("s", at("masks.seconds"), "{:,.0f}".format),
+    "peak_gb": Column("GB", at("masks.peak_memory_bytes", 1e-9), "{:.1f}".format),
+    "steps": Column("steps", at("masks.steps"), "{:.0f}".format),
+    "sparsity_learned": Column("learned sparsity", at("masks.sparsity_learned"), "{:.4f}".format),
+    # Sizes.
+    "params": Column("parameters", _params_count, "{:.1f} M".format),
+    "heads": Column("heads", _heads, "{:.0f}".format),
+    "hidden": Column("hidden", at("adapt.hidden_after"), "{:.0f}".format),
+    "intermediate": Column("intermediate", at("adapt.intermediate_mean_after"), "{:.1f}".format),
+    "sparsity_decoder": Column("removed, decoder", at("compact.sparsity_decoder"), "{:.1%}".format),
+    "sparsity_model": Column("removed, model", at("compact.sparsity_model"), "{:.1%}".format),
+    **_zeroshot(),
+    **_speed(),
+}

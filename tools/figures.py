@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from typer import Option, echo
 
 from stages._command import command
-from tools.results import measured_experiments, shown_experiments
+from tools.results import measured_experiments, shown_experiments, validation_ppl
 from tvaprune.masks.latency_table import PHASES
 
 Panel = Callable[[Axes, Any, str], None]
@@ -31,7 +31,7 @@ class Point:
     method: str
     sparsity: float  # target, a fraction of the decoder's parameters
     speed: dict[str, Any]  # by phase, as in metrics/speed.json
-    perplexity: float  # of the fine-tuned model if there is one, else of the pruned model
+    perplexity: float  # on validation text, of the fine-tuned model if there is one, else of the pruned model
     dense_perplexity: float
 
     def latency_ms(self, phase: str, model: str = "compact") -> float:
@@ -44,8 +44,8 @@ def points(shown: list[dict[str, Any]]) -> list[Point]:
     for name, params, metrics in measured_experiments(shown):
         if speed := metrics.get("speed"):
             perplexity, method = metrics["perplexity"], params["learn_masks"]["method"]
-            best = perplexity.get("finetuned", perplexity["compact"])["ppl"]
-            point = Point(name, method, params["sparsity"], speed, best, perplexity["dense"]["ppl"])
+            best = validation_ppl(perplexity.get("finetuned", perplexity["compact"]))
+            point = Point(name, method, params["sparsity"], speed, best, validation_ppl(perplexity["dense"]))
             if point not in found:
                 found.append(point)
     return found
@@ -94,7 +94,7 @@ def qualities(axes: Axes, measured: list[Point], phase: str) -> None:
     axes.plot(*zip(*dense, strict=True), "k*", label="dense")
     front = pareto([*dense, *((point.latency_ms(phase), point.perplexity) for point in measured)])
     axes.plot(*zip(*front, strict=True), color="grey", linewidth=0.8, label="best so far", drawstyle="steps-post")
-    axes.set(title=phase, xlabel=UNITS[phase], ylabel="held-out perplexity", yscale="log")
+    axes.set(title=phase, xlabel=UNITS[phase], ylabel="validation perplexity", yscale="log")
     axes.legend()
 
 

@@ -5,6 +5,7 @@ current commit (`dvc exp show`), and one for each setting that ran with several 
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -26,13 +27,19 @@ NAMES = {"dense": "dense", "compact": "pruned", "finetuned": "pruned + LoRA"}
 AFTER_PRUNING = ("finetune_lora.", "benchmark_speed.", "eval_zeroshot.")
 
 
+def validation_ppl(measured: dict[str, Any]) -> float:
+    """Geometric mean of a model's perplexities on validation text, from its part of metrics/perplexity.json."""
+    texts = measured["validation"].values()
+    return math.prod(text["ppl"] for text in texts) ** (1 / len(texts))
+
+
 def workspace_table(metrics: dict[str, Any]) -> str:
     """One row for each model that was measured, from the contents of metrics/NAME.json by NAME."""
     compact, perplexity, zeroshot = metrics["compact"], metrics["perplexity"], metrics["zeroshot"]
     rows = []
     for key in filter(perplexity.__contains__, NAMES):
         parameters = compact["params_dense" if key == "dense" else "params_kept"]
-        cells = [NAMES[key], f"{parameters / 1e6:.1f} M", f"{perplexity[key]['ppl']:.1f}"]
+        cells = [NAMES[key], f"{parameters / 1e6:.1f} M", f"{validation_ppl(perplexity[key]):.1f}"]
         for phase in PHASES:
             rate, dense = (metrics["speed"][phase][model]["tokens_per_s"] for model in (key, "dense"))
             cells.append(f"{rate:.0f} ({rate / dense:.2f}×)")
@@ -40,10 +47,11 @@ def workspace_table(metrics: dict[str, Any]) -> str:
         rows.append([*cells, *(f"{scores[task][kind]:.3f}" for task, kind in TASKS), f"{scores['mean_acc']:.3f}"])
     head = ["", "parameters", "perplexity", *(f"{phase} tok/s" for phase in PHASES)]
     table = markdown.table([*head, "PIQA", "HellaSwag", "ARC-easy", "mean of six"], rows)
+    tokens = sum(perplexity["tokens"]["validation"].values())
     rows_scored = f"{zeroshot['limit']:.0f}" if zeroshot["limit"] else "all"
     return (
         f"{table}\n\n{compact['sparsity_decoder']:.1%} of the decoder removed ({compact['sparsity_model']:.1%} of the "
-        f"model). Perplexity on {perplexity['tokens']:.0f} held-out tokens in windows of {perplexity['window']:.0f}; "
+        f"model). Perplexity on {tokens:.0f} validation tokens in windows of {perplexity['window']:.0f}; "
         f"zero-shot on {rows_scored} rows of each task (standard error about "
         f"{zeroshot['dense']['mean_acc_stderr']:.3f} of the mean); masks learned in "
         f"{metrics['masks']['seconds']:.0f} s, masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
@@ -85,13 +93,14 @@ def experiments_table(shown: list[dict[str, Any]]) -> str:
         speed = metrics.get("speed") or {}
         if params != base and speed == base_metrics.get("speed"):
             speed = {}
-        perplexity, compact = metrics["perplexity"], metrics["perplexity"]["compact"]["ppl"]
+        perplexity = metrics["perplexity"]
+        compact = validation_ppl(perplexity["compact"])
         cells = (
             *_setting(params, base),
             str(params["sparsity"]),
             f"{compact:.1f}",
-            f"{perplexity['finetuned']['ppl']:.1f}" if "finetuned" in perplexity else "",
-            f"{compact / perplexity['dense']['ppl']:.2f}",
+            f"{validation_ppl(perplexity['finetuned']):.1f}" if "finetuned" in perplexity else "",
+            f"{compact / validation_ppl(perplexity['dense']):.2f}",
             f"{metrics['masks']['seconds']:.0f}",
             *(f"{speed[phase]['speedup']:.2f}×" if phase in speed else "" for phase in PHASES),
         )
@@ -106,7 +115,7 @@ def seeds_table(shown: list[dict[str, Any]]) -> str:
     settings: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
     for _name, params, metrics in measured:
         setting = _setting(params, measured[0][1], "seed", *AFTER_PRUNING)
-        settings[params["sparsity"], *setting][params["seed"]] = metrics["perplexity"]["compact"]["ppl"]
+        settings[params["sparsity"], *setting][params["seed"]] = validation_ppl(metrics["perplexity"]["compact"])
     rows = []
     for (sparsity, *names), by_seed in sorted(settings.items()):
         if len(by_seed) > 1:

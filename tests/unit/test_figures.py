@@ -13,9 +13,8 @@ def experiment(name: str, sparsity: float, ppl: float, speedup: float, finetuned
         phase: {"dense": {"latency_ms": 60.0}, "compact": {"latency_ms": 60.0 / speedup}, "speedup": speedup}
         for phase in figures.PHASES
     }
-    perplexity = {"dense": {"ppl": 20.0}, "compact": {"ppl": ppl}}
-    if finetuned is not None:
-        perplexity["finetuned"] = {"ppl": finetuned}
+    by_model = {"dense": 20.0, "compact": ppl, "finetuned": finetuned}
+    perplexity = {name: {"validation": {"wiki": {"ppl": one}}} for name, one in by_model.items() if one is not None}
     metrics = {
         "metrics/perplexity.json": {"data": perplexity},
         "metrics/masks.json": {"data": {"seconds": 10.0}},

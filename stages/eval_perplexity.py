@@ -1,4 +1,4 @@
-"""Measure the perplexity of the dense, the compact and the fine-tuned model on the same held-out text."""
+"""Measure the perplexity of the dense, the compact and the fine-tuned model on the same validation and test text."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from stages._options import Compact, Finetuned, Heldout, Metrics, Model, ParamsF
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.measures.comparison import present_models
-from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts, report
+from tvaprune.measures.perplexity import describe, evaluate, heldout_windows, read_texts, report
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
 
@@ -29,7 +29,7 @@ def main(
     params = EvalPerplexityParams.load(params_file)
     models = present_models(dense, compact, finetuned)
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    windows = heldout_windows(read_texts(heldout), tokenizer, params.window, params.windows)
+    windows = heldout_windows(read_texts(heldout), tokenizer, params.window, params.validation, params.test)
     results = {}
     with join_processes() as process:
         for name, path in models.items():
@@ -38,6 +38,7 @@ def main(
             )
         if not process.world.is_main:
             return
-    write_json(metrics, report(results, params.window))
-    for name, result in results.items():
-        echo(f"{name}: perplexity {result.ppl:.2f} ± {result.ppl_stderr:.2f}")
+    measured = report(results, params.window)
+    write_json(metrics, measured)
+    for name in results:
+        echo(describe(name, measured[name]))

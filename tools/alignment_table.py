@@ -54,15 +54,17 @@ def alternatives(
 def perplexities(
     model: Path, masks: dict[str, Masks], update: WeightUpdate, texts: Path, params: EvalPerplexityParams
 ) -> dict[str, float]:
-    """By name, of the compact models before fine-tuning."""
-    windows = heldout_windows(read_texts(texts), AutoTokenizer.from_pretrained(model), params.window, params.windows)
+    """By name, of the compact models before fine-tuning; geometric mean over the validation texts."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    windows = heldout_windows(read_texts(texts), tokenizer, params.window, params.validation, {})
     found = {}
     for name, each in masks.items():
         with tempfile.TemporaryDirectory() as work:
             directory = model if name == "dense" else Path(work)
             if name != "dense":
                 compact(model, each, update, directory)
-            found[name] = evaluate(load(directory, torch.float32), windows, params.batch_size, name).ppl
+            measured = evaluate(load(directory, torch.float32), windows, params.batch_size, name)["validation"]
+            found[name] = statistics.geometric_mean(text.ppl for text in measured.values())
     return found
 
 

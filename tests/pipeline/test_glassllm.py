@@ -29,7 +29,7 @@ def test_glassllm_is_pruned_recovered_and_better_than_by_chance(tmp_path: Path) 
     content["sample_calibration"].update(samples=64, finetune_samples=64)
     content["learn_masks"]["tva"].update(steps=60, curvature_windows=8)
     content["finetune_lora"].update(steps=20)
-    content["eval_perplexity"].update(windows=32)
+    content["eval_perplexity"].update(validation={"encyclopedia": 32}, test={})
     yaml.dump(content, workspace.root / "params.yaml")
     workspace.commit()
 
@@ -39,10 +39,10 @@ def test_glassllm_is_pruned_recovered_and_better_than_by_chance(tmp_path: Path) 
     assert compacted["sparsity_decoder"] >= 0.2
     assert metrics(workspace, "masks")["sparsity_decoder"] == pytest.approx(0.2, abs=0.01)
     for model in ("dense", "compact", "finetuned"):
-        assert math.isfinite(learned[model]["ppl"])
+        assert math.isfinite(learned[model]["validation"]["encyclopedia"]["ppl"])
 
     workspace.set_param("learn_masks.method", "random")
     workspace.repro("eval_perplexity")
     chance = metrics(workspace, "perplexity")
     assert chance["dense"] == learned["dense"]
-    assert learned["compact"]["ppl"] < chance["compact"]["ppl"]
+    assert learned["compact"]["validation_ratio"] < chance["compact"]["validation_ratio"]

@@ -42,7 +42,7 @@ def test_an_unplanted_run_shares_nothing_and_declares_its_text(finished: Workspa
     windows = found["finetuning"]["windows"]
     assert set(windows) == {"letters", "notes"}
     assert sum(windows.values()) == 16 + 2
-    assert found["finetuning"]["in_domain"] == 0
+    assert found["finetuning"]["same_kind"] == {"stories": 0, "more_letters": 1}
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from tvaprune import load
 from tvaprune.measures.zeroshot import TASKS
 
 MODELS = ("dense", "compact", "finetuned")
+TEXTS = ("validation.stories", "test.stories", "test.more_letters")
 KEYS = {
-    "leaks": ["ngram", "largest_overlap", "finetuning.in_domain"],
+    "leaks": ["ngram", "largest_overlap", "finetuning.same_kind.stories"],
     "masks": [
         "target_sparsity", "sparsity_decoder", "sparsity_model", "params_dense", "params_kept", "steps", "seconds",
         "hidden_kept", "peak_memory_bytes",
@@ -36,7 +37,12 @@ KEYS = {
         "prefill.speedup", "decode.speedup", "batch", "prefill_tokens", "decode_prompt_tokens", "decode_tokens",
         "dtype_bits", "device_is_cuda", "threads",
     ],
-    "perplexity": ["window", "tokens", *(f"{model}.ppl" for model in MODELS)],
+    "perplexity": [
+        "window",
+        *(f"tokens.{text}" for text in TEXTS),
+        *(f"{model}.{text}.ppl" for model in MODELS for text in TEXTS),
+        *(f"{model}.{name}_ratio" for model in MODELS[1:] for name in ("validation", "test")),
+    ],
     "zeroshot": [
         "limit",
         *(f"{model}.{task}.{figure}" for model in MODELS for task in TASKS for figure in ("acc", "acc_stderr")),

@@ -50,7 +50,10 @@ def test_two_processes_find_what_one_finds(paired: Workspace) -> None:
         else:
             torch.testing.assert_close(two_masks[name], expected, rtol=0, atol=1e-4)
     for model in ("dense", "compact", "finetuned"):
-        assert two["perplexity"][model]["ppl"] == pytest.approx(one["perplexity"][model]["ppl"], rel=1e-3)
+        for name, texts in one["perplexity"]["tokens"].items():
+            for text in texts:
+                found, expected = (each["perplexity"][model][name][text]["ppl"] for each in (two, one))
+                assert found == pytest.approx(expected, rel=1e-3)
     assert two["zeroshot"]["dense"] == one["zeroshot"]["dense"]
     assert two["finetune"]["tokens"] == one["finetune"]["tokens"]
     assert two["finetune"]["validation"] == pytest.approx(one["finetune"]["validation"], rel=1e-3)

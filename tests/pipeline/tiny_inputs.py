@@ -22,11 +22,19 @@ SMALL: dict[str, dict[str, Any]] = {
         "calibration": {
             "exclude_heldout": True,
             "sources": [
-                {"source": "local", "label": "letters", "path": "inputs/letters"},
-                {"source": "local", "label": "notes", "path": "inputs/notes.jsonl", "text_field": "body"},
+                {"source": "local", "label": "letters", "kind": "letters", "path": "inputs/letters"},
+                {
+                    "source": "local", "label": "notes", "kind": "notes", "path": "inputs/notes.jsonl",
+                    "text_field": "body",
+                },
             ],
         },
-        "heldout": {"sources": [{"source": "local", "label": "stories", "path": "inputs/stories"}]},
+        "heldout": {
+            "sources": [
+                {"source": "local", "label": "stories", "kind": "stories", "path": "inputs/stories"},
+                {"source": "local", "label": "more_letters", "kind": "letters", "path": "inputs/more_letters"},
+            ],
+        },
         "zeroshot": {"source": "local", "path": "inputs/zeroshot"},
     },
     "sample_calibration": {
@@ -40,18 +48,20 @@ SMALL: dict[str, dict[str, Any]] = {
     "benchmark_speed": {
         "prefill_tokens": 16, "decode_prompt_tokens": 4, "decode_tokens": 4, "repeats": 3, "max_warmup": 2,
     },
-    "eval_perplexity": {"window": 32, "windows": 4},
+    "eval_perplexity": {
+        "window": 32, "validation": {"stories": 4}, "test": {"stories": 4, "more_letters": 2},
+    },
     "eval_zeroshot": {"limit": 3},
 }  # fmt: skip
 SMALL_GATES = {"steps": 60, "curvature_windows": 2}
 
 
 def write_inputs(directory: Path) -> None:
-    """A random Llama with its tokenizer, three sets of texts, six tasks."""
-    letters, notes, stories = (_texts(seed) for seed in range(3))
+    """A random Llama with its tokenizer, four sets of texts, six tasks."""
+    letters, notes, stories, more_letters = (_texts(seed) for seed in range(4))
     directory.mkdir()
     _write_model(directory / "model", letters)
-    for name, texts in (("letters", letters), ("stories", stories)):
+    for name, texts in (("letters", letters), ("stories", stories), ("more_letters", more_letters)):
         (directory / name).mkdir()
         for number, text in enumerate(texts):
             (directory / name / f"{number:02}.txt").write_text(text)

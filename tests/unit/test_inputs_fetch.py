@@ -52,9 +52,9 @@ fetch_inputs:
   model: {{source: local, path: {folder}/model}}
   calibration:
     sources:
-      - {{source: local, label: own, path: {folder}/own.jsonl, license: CC0}}
-      - {{source: local, label: second, path: {folder}/own.jsonl}}
-  heldout: {{sources: [{{source: local, label: held, path: {folder}/held.jsonl}}]}}
+      - {{source: local, label: own, kind: notes, path: {folder}/own.jsonl, license: CC0}}
+      - {{source: local, label: second, kind: notes, path: {folder}/own.jsonl}}
+  heldout: {{sources: [{{source: local, label: held, kind: stories, path: {folder}/held.jsonl}}]}}
   zeroshot: {{source: local, path: {folder}/tasks}}
 """
     )
@@ -88,6 +88,7 @@ def test_what_is_held_out_is_not_in_the_calibration_text(inputs: Path) -> None:
     assert (data / "calibration" / "own.jsonl").read_text() == '{"id": "own/0", "text": "own"}\n'
     meta: dict[str, Any] = json.loads((data / "calibration" / "meta.json").read_text())
     assert meta["sources"]["own"] == {
+        "kind": "notes",
         "source": "local",
         "name": "own.jsonl",
         "license": "CC0",
@@ -102,7 +103,7 @@ def test_what_is_held_out_is_not_in_the_calibration_text(inputs: Path) -> None:
 
 
 def test_a_second_run_writes_the_same_bytes_and_nothing_else(inputs: Path) -> None:
-    edit(inputs, "label: second, path: ", "label: second, text_field: title, path: ")
+    edit(inputs, "label: second, ", "label: second, text_field: title, ")
     (inputs / "in" / "own.jsonl").write_text('{"text": "own", "title": "T"}\n')
     assert run(inputs, "one").exit_code == 0
     killed = inputs / "two" / ".model.partial"  # what a killed run leaves

@@ -50,8 +50,8 @@ def write(folder: Path, kind: str) -> Path:
 
 def source_of(folder: Path, kind: str, documents: int = 60, seed: int = 0) -> TextHub | TextLocal:
     if kind == "hub":
-        return TextHub(label="corpus", repo=str(folder), revision="main", documents=documents, seed=seed)
-    return TextLocal(label="corpus", path=folder, documents=documents, seed=seed)
+        return TextHub(label="corpus", kind="web", repo=str(folder), revision="main", documents=documents, seed=seed)
+    return TextLocal(label="corpus", kind="web", path=folder, documents=documents, seed=seed)
 
 
 def taken(source: TextHub | TextLocal, read: list[int] | None = None, **options: Any) -> list[Document]:

@@ -1,14 +1,16 @@
 """Texts: cleaning, reading of every format, and what the held-out text keeps out."""
 
 import bz2
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from tvaprune.artifacts import ArtifactError
 from tvaprune.inputs.documents import Document, clean, drop_known, load_documents, write_documents
-from tvaprune.inputs.sources import InputError, TextLocal
+from tvaprune.inputs.sources import InputError, TextField, TextLocal, TextPackage
 from tvaprune.inputs.texts import clean_transcript, read_documents
 from tvaprune.inputs.wikipedia import plain_text, read_dump
 from tvaprune.resume import ResumableRun
@@ -19,10 +21,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path_factory.mktemp("workspace"))
 
 
-def read(path: Path, text_field: str = "text") -> list[Document]:
+def read(path: Path, text_field: TextField = "text") -> list[Document]:
     with ResumableRun("fetch_inputs", {}, []) as state:
         return list(
-            read_documents(TextLocal(label="x", path=path, text_field=text_field), path.parent / "unused", state)
+            read_documents(
+                TextLocal(label="x", kind="x", path=path, text_field=text_field), path.parent / "unused", state
+            )
         )
 
 
@@ -63,7 +67,7 @@ def test_local_files_of_all_formats(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"body": "x"}\n', InputError, "a.jsonl row 0: no text in field 'text'; it has body"),
         ("a.jsonl", "{", ArtifactError, "a.jsonl, line 1: not valid JSON"),
-        ("a.csv", "x", InputError, "no .txt, .jsonl or .parquet file"),
+        ("a.csv", "x", InputError, "no file that ends in .txt, .jsonl, .parquet, .arrow"),
     ],
 )
 def test_unreadable_text_is_named(
@@ -72,6 +76,53 @@ def test_unreadable_text_is_named(
     (tmp_path / name).write_text(content)
     with pytest.raises(error, match=message):
         read(tmp_path)
+
+
+def test_several_fields_are_joined_by_an_empty_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"problem": "What is\\t2 + 2?", "solution": "4."}\n')
+    assert read(tmp_path / "a.jsonl", ("problem", "solution")) == [Document("a/0", "What is 2 + 2?\n\n4.")]
+    with pytest.raises(InputError, match="no text in field 'answer'; it has problem, solution"):
+        read(tmp_path / "a.jsonl", ("problem", "answer"))
+
+
+def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
+    assert [document.text for document in read(tmp_path / "saved")] == ["one", "two"]
+
+
+def test_code_keeps_its_indentation_and_lines_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "index" / "texts_for_test-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    code = "def one():\n\n\n    return 1  # two spaces\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("texts/deep/b.py", code)
+        archive.writestr("texts/a.py", "")
+        archive.writestr("texts/py.typed", "")
+        archive.writestr("texts/news.cor", "first  text\nsecond\u2028text\n")
+        about = "Metadata-Version: 2.1\nName: texts-for-test\nVersion: 1.0\n"
+        archive.writestr("texts_for_test-1.0.dist-info/METADATA", about)
+        archive.writestr("texts_for_test-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+
+    def read_package(**own: str) -> list[Document]:
+        sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        common = {"label": "x", "kind": "x", "name": "texts-for-test", "version": "1.0", "license": "none"}
+        source = TextPackage.model_validate({**common, "sha256": sha256, **own})
+        with ResumableRun("fetch_inputs", {}, []) as state:
+            return list(read_documents(source, tmp_path / own["format"], state))
+
+    assert read_package(format="code", member="texts/") == [
+        Document("a.py", ""),
+        Document("deep/b.py", code.strip()),
+    ]
+    assert [document.text for document in read_package(format="lines", member="texts/news.cor")] == [
+        "first text",
+        "second text",
+        "",
+    ]
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:

@@ -136,31 +136,21 @@ def test_a_damaged_or_missing_task_is_named(tmp_path: Path) -> None:
         evaluation_documents(tmp_path / "held", tmp_path / "tasks")
 
 
-HUB = {"source": "hub", "repo": "a/wikitext"}
-PACKAGE = {"source": "package", "name": "texts"}
-
-
-@pytest.mark.parametrize(
-    ("learned", "held", "windows_of_it", "in_domain"),
-    [
-        (HUB, HUB, 4, 1),
-        (HUB, HUB, 0, 0),
-        (PACKAGE, PACKAGE, 4, 1),
-        (HUB, PACKAGE, 4, 0),
-        ({"source": "local", "name": "x"}, {"source": "local", "name": "x"}, 4, 0),
-    ],
-)
-def test_in_domain_text_is_declared(
-    tmp_path: Path, learned: dict[str, str], held: dict[str, str], windows_of_it: int, in_domain: int
-) -> None:
-    for name, source in (
-        ("calibration", {"mine": learned, "own": PACKAGE | {"name": "own"}}),
-        ("heldout", {"h": held}),
+@pytest.mark.parametrize(("windows_of_it", "same_kind"), [(4, 1), (0, 0)])
+def test_text_of_a_kind_that_was_learned_from_is_declared(tmp_path: Path, windows_of_it: int, same_kind: int) -> None:
+    """By kind, not by package: two packages can hold text of Wikipedia, and one can hold text of two kinds."""
+    for name, kinds in (
+        ("calibration", {"extracts": "wikipedia", "speeches": "speeches"}),
+        ("heldout", {"dump": "wikipedia", "solutions": "mathematics"}),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "meta.json").write_text(json.dumps({"sources": source}))
-    parts = {"mine": windows_of_it, "own": 3}
+        sources = {label: {"kind": kind, "source": "package", "name": "one"} for label, kind in kinds.items()}
+        (tmp_path / name / "meta.json").write_text(json.dumps({"sources": sources}))
+    parts = {"extracts": windows_of_it, "speeches": 3}
     counts = {part: parts for all_parts in module.LEARNED_FROM.values() for part in all_parts}
     declared = declare_sources(counts, tmp_path / "calibration", tmp_path / "heldout")
-    assert declared["finetuning"] == {"in_domain": in_domain, "windows": {"mine": 2 * windows_of_it, "own": 6}}
+    assert declared["finetuning"] == {
+        "same_kind": {"dump": same_kind, "solutions": 0},
+        "windows": {"extracts": 2 * windows_of_it, "speeches": 6},
+    }
     assert set(declared) == {"calibration", "finetuning"}

@@ -99,6 +99,9 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("benchmark_speed/batch_sizes", [], r"benchmark_speed\.batch_sizes = \[\]"),
     ("benchmark_speed/repeats", 1, r"benchmark_speed\.repeats = 1"),
     ("eval_perplexity/window", 1, r"eval_perplexity\.window = 1"),
+    ("eval_perplexity/validation", {}, r"eval_perplexity\.validation = \{\}"),
+    ("eval_perplexity/test/law", 1, r"eval_perplexity\.test\.law = 1"),
+    ("fetch_inputs/heldout/sources/1/kind", "Pure Mathematics", r"heldout\.sources\.1\.kind = 'Pure Mathematics'"),
     ("eval_zeroshot/limit", 1, r"eval_zeroshot\.limit = 1"),
     ("eval_zeroshot/tasks", ["sums"], r"eval_zeroshot\.tasks\.0 = 'sums'"),
     ("eval_zeroshot/limits", 3, r"eval_zeroshot\.limits: unknown key; known keys are batch_size, limit, tasks"),
@@ -126,6 +129,11 @@ def test_a_mistake_is_refused_and_named(changed: Callable[[str, Any], Path], key
             "sample_calibration/mix",
             {"tales": 2},
             r"sample_calibration\.mix: names tales, but the sources .* are speeches, .*; remove it",
+        ),
+        (
+            "eval_perplexity/test",
+            {"wikipedia": 4, "poems": 4},
+            r"eval_perplexity\.test: names poems, but the sources .* are wikipedia, mathematics, .*; remove it",
         ),
         (
             "fetch_inputs/calibration/sources/5/label",

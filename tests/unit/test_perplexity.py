@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -12,7 +14,17 @@ from tests.tiny_models import tiny_model
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 from tvaprune.measures.comparison import present_models, read_rows, spread_evenly
-from tvaprune.measures.perplexity import Perplexity, evaluate, heldout_windows, read_texts, report, token_nll
+from tvaprune.measures.perplexity import (
+    Perplexity,
+    describe,
+    evaluate,
+    heldout_windows,
+    nll_by_window,
+    read_texts,
+    report,
+    token_nll,
+    windows_of,
+)
 
 EOS = 1
 
@@ -60,7 +72,7 @@ def test_equals_a_direct_computation(which: str, windows: torch.Tensor, request:
     flat = [value for window in nll for value in window]
     mean = sum(flat) / len(flat)
     means = torch.tensor([sum(window) / len(window) for window in nll])
-    result = evaluate(model, windows, batch_size=2)
+    result = Perplexity.of(nll_by_window(model, windows, batch_size=2), window=24)
     assert result.tokens == len(flat) == 5 * 23
     assert result.nll_per_token == pytest.approx(mean, rel=1e-5)
     assert result.ppl == pytest.approx(math.exp(mean), rel=1e-5)
@@ -68,9 +80,9 @@ def test_equals_a_direct_computation(which: str, windows: torch.Tensor, request:
 
 
 def test_batches_and_chunks_change_nothing(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    whole = evaluate(model, windows, batch_size=5)
+    whole = nll_by_window(model, windows, batch_size=5)
     for batch_size in (1, 3, 64):
-        assert evaluate(model, windows, batch_size).nll_per_token == pytest.approx(whole.nll_per_token, rel=1e-6)
+        torch.testing.assert_close(nll_by_window(model, windows, batch_size), whole, rtol=1e-6, atol=0)
     with torch.no_grad():
         reference = token_nll(model, windows, positions_at_once=10_000)
         for positions in (1, 7, 23):
@@ -79,26 +91,76 @@ def test_batches_and_chunks_change_nothing(model: PreTrainedModel, windows: torc
 
 def test_accepts_int32_and_keeps_the_models_mode(model: PreTrainedModel, windows: torch.Tensor) -> None:
     model.train()
-    assert evaluate(model, windows.int(), 2) == evaluate(model, windows, 2)
+    assert torch.equal(nll_by_window(model, windows.int(), 2), nll_by_window(model, windows, 2))
     assert model.training
     model.eval()
 
 
-def test_a_single_window_has_no_standard_error(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    assert math.isnan(evaluate(model, windows[:1], 1).ppl_stderr)
+def test_a_single_window_has_no_standard_error() -> None:
+    assert math.isnan(Perplexity.of(torch.tensor([2.0], dtype=torch.float64), 24).ppl_stderr)
+
+
+def test_texts_are_measured_together_as_they_are_alone(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    sets = {"validation": {"a": windows[:2]}, "test": {"b": windows[2:3], "a": windows[3:]}}
+    together = evaluate(model, sets, batch_size=3)
+    assert {name: list(texts) for name, texts in together.items()} == {"validation": ["a"], "test": ["b", "a"]}
+    for name, texts in sets.items():
+        for label, own in texts.items():
+            alone = Perplexity.of(nll_by_window(model, own, 1), 24)
+            assert together[name][label].ppl == pytest.approx(alone.ppl, rel=1e-6)
+            assert together[name][label].tokens == alone.tokens
 
 
 def test_windows_join_documents_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
-    windows = heldout_windows(["w2 w3 w4", "w5", "w6 w7 w8 w9"], tokenizer, window=3, windows=3)
+    windows, none = windows_of(["w2 w3 w4", "w5", "w6 w7 w8 w9"], tokenizer, 3, validation=3, test=0)
+    assert none.shape == (0, 3)
     assert windows.tolist() == [[2, 3, 4], [EOS, 5, EOS], [6, 7, 8]]  # w9 and the last EOS fill no window
 
 
 def test_windows_are_spread_over_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
     text = " ".join(f"w{i}" for i in range(2, 92))
-    windows = heldout_windows([text], tokenizer, window=9, windows=5)
+    windows, _ = windows_of([text], tokenizer, 9, validation=5, test=0)
+    _, tested = windows_of([text], tokenizer, 9, validation=0, test=5)
+    assert torch.equal(windows, tested)
     assert windows[:, 0].tolist() == [2 + 9 * i for i in (1, 3, 5, 7, 9)]
-    with pytest.raises(ValueError, match=r"windows = 11 of window = 9 .* 91 tokens, enough for 10"):
-        heldout_windows([text], tokenizer, window=9, windows=11)
+    with pytest.raises(ValueError, match=r"windows = 11 of window = 9 tokens: validation text x has 91 .* for 10"):
+        windows_of([text], tokenizer, 9, validation=11, test=0, label="x")
+    with pytest.raises(ValueError, match=r"test text x, without validation documents, has 0 tokens, enough for 0"):
+        windows_of([text], tokenizer, 9, validation=1, test=1, label="x")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    window=st.integers(2, 16),
+    validation=st.integers(0, 8),
+    test=st.integers(0, 8),
+)
+def test_no_document_is_in_both_validation_and_test(
+    tokenizer: PreTrainedTokenizerFast, lengths: list[int], window: int, validation: int, test: int
+) -> None:
+    """Each document repeats a word of its own, so that the words of a window say which documents are in it."""
+    texts = [" ".join([f"w{number + 2}"] * length) for number, length in enumerate(lengths)]
+    try:
+        chosen, tested = windows_of(texts, tokenizer, window, validation, test)
+    except ValueError:
+        alone = sum(lengths) + len(lengths)
+        assert alone // window < validation + test or validation
+        return
+    assert (chosen.shape, tested.shape) == ((validation, window), (test, window))
+    assert set(chosen.flatten().tolist()) & set(tested.flatten().tolist()) <= {EOS}
+    # Validation windows do not depend on the test windows.
+    assert torch.equal(chosen, windows_of(texts, tokenizer, window, validation, 0)[0])
+
+
+def test_windows_by_set_and_label(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = {name: [f"w{first} " * 9 for first in range(start, start + 4)] for name, start in (("a", 2), ("b", 10))}
+    found = heldout_windows(texts, tokenizer, 10, validation={"a": 1}, test={"b": 2, "a": 3})
+    assert {name: {label: own.shape[0] for label, own in each.items()} for name, each in found.items()} == {
+        "validation": {"a": 1},
+        "test": {"a": 3, "b": 2},
+    }
+    with pytest.raises(ValueError, match="no held-out text c; there is a, b"):
+        heldout_windows(texts, tokenizer, 10, validation={"a": 1}, test={"c": 1})
 
 
 @pytest.mark.parametrize(("available", "wanted"), [(1, 1), (10, 10), (10, 3), (3270, 40), (7, 6)])
@@ -119,15 +181,27 @@ def test_more_rows_than_there_are_is_refused() -> None:
 
 
 def test_report_is_finite_numbers(tmp_path: Path) -> None:
-    results = {
-        "dense": Perplexity(20.0, math.log(20), 0.5, 100),
-        "compact": Perplexity(30.0, math.log(30), 0.7, 100),
-    }
+    def measured(*ppl: float) -> dict[str, dict[str, Perplexity]]:
+        wiki, *others = (Perplexity(one, math.log(one), one / 40, 100) for one in ppl)
+        return {"validation": {"wiki": wiki}, "test": dict(zip(("wiki", "code"), others, strict=True))}
+
+    results = {"dense": measured(20, 10, 5), "compact": measured(30, 20, 40)}
     metrics = json.loads(json.dumps(report(results, window=16), allow_nan=False))
-    assert metrics["compact"]["ratio_to_dense"] == 1.5
-    assert "ratio_to_dense" not in metrics["dense"]
-    assert metrics["tokens"] == 100
+    assert metrics["tokens"] == {"validation": {"wiki": 100}, "test": {"wiki": 100, "code": 100}}
+    assert metrics["dense"]["validation"] == {
+        "wiki": {"ppl": 20, "nll_per_token": pytest.approx(math.log(20)), "ppl_stderr": 0.5}
+    }
+    assert metrics["compact"]["test"]["code"]["ratio_to_dense"] == pytest.approx(8)
+    assert metrics["compact"]["validation_ratio"] == pytest.approx(1.5)
+    assert metrics["compact"]["test_ratio"] == pytest.approx(4)
+    assert set(metrics["dense"]) == {"validation", "test"}
     assert "finetuned" not in metrics
+    assert describe("dense", metrics["dense"]) == "dense: perplexity, validation wiki 20.00; test wiki 10.00, code 5.00"
+    assert describe("compact", metrics["compact"]) == (
+        "compact: perplexity, validation wiki 30.00 (1.500 of dense); test wiki 20.00, code 40.00 (4.000 of dense)"
+    )
+    only_validation = {model: {"validation": sets["validation"], "test": {}} for model, sets in results.items()}
+    assert "test_ratio" not in report(only_validation, window=16)["compact"]
 
 
 def test_models_that_are_absent(tmp_path: Path) -> None:
@@ -148,7 +222,7 @@ def test_damaged_inputs_are_named(tmp_path: Path) -> None:
         read_texts(tmp_path)
     (tmp_path / "b.jsonl").write_text('{"id": "1", "text": "two"}\n')
     (tmp_path / "a.jsonl").write_text('{"id": "1", "text": "one"}\n')
-    assert read_texts(tmp_path) == ["one", "two"]
+    assert read_texts(tmp_path) == {"a": ["one"], "b": ["two"]}
     (tmp_path / "b.jsonl").write_text('{"id": "1", "text": "two"}\n{"id": \n')
     with pytest.raises(ArtifactError, match=r"b\.jsonl, line 2: not valid JSON"):
         read_rows(tmp_path / "b.jsonl")

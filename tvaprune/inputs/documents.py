@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tvaprune.artifacts import read_json_lines
-from tvaprune.inputs.sources import InputError
+from tvaprune.inputs.sources import InputError, TextField
 
 
 @dataclass(frozen=True)
@@ -20,36 +20,47 @@ class Document:
     title: str | None = None  # of an article, where the source has one
 
 
-def text_files(path: Path) -> list[Path]:
-    """A file, or all .txt, .jsonl and .parquet files below a directory, in name order."""
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+
+
+def text_files(path: Path, suffixes: Sequence[str] = TEXT_SUFFIXES) -> list[Path]:
+    """A file, or all files with these suffixes below a directory, in name order."""
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    if not (files := [file for file in found if file.suffix in {".txt", ".jsonl", ".parquet"}]):
-        raise InputError(f"{path}: no .txt, .jsonl or .parquet file")
+    if not (files := [file for file in found if file.suffix in suffixes]):
+        raise InputError(f"{path}: no file that ends in {', '.join(suffixes)}")
     return files
 
 
 def read_rows(file: Path) -> Iterator[Any]:
-    """The rows of a .jsonl, .jsonl.gz or .parquet file."""
+    """The rows of a .jsonl, .jsonl.gz or .parquet file, or of an .arrow file as `datasets` saves it."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
         for batch in parquet.ParquetFile(file).iter_batches():
             yield from batch.to_pylist()
+    elif file.suffix == ".arrow":
+        import pyarrow
+
+        with pyarrow.OSFile(str(file)) as opened:
+            for batch in pyarrow.ipc.open_stream(opened):
+                yield from batch.to_pylist()
     else:
         yield from read_json_lines(file)
 
 
-def field_of(row: Any, text_field: str, where: str) -> str:
-    """The text in a field, or an InputError that names the fields there are."""
+def field_of(row: Any, text_field: TextField, where: str) -> str:
+    """The text in a field, or in several with an empty line between; an InputError that names the fields there are."""
+    if not isinstance(text_field, str):
+        return "\n\n".join(field_of(row, one, where) for one in text_field)
     if isinstance(row, dict) and isinstance(text := row.get(text_field), str):
         return text
     known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"{where}: no text in field {text_field!r}; it has {known}")
 
 
-def document_of(row: Any, text_field: str, where: str, default_id: str) -> Document:
+def document_of(row: Any, text_field: TextField, where: str, default_id: str) -> Document:
     """A row's text, cleaned; its `id` and `title` where it has them."""
     text, title = field_of(row, text_field, where), row.get("title")
     title = title if isinstance(title, str) else None

@@ -190,21 +190,21 @@ def report(leaks: Leaks, n: int, declared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def declare_sources(windows: Mapping[str, Mapping[str, int]], calibration: Path, heldout: Path) -> dict[str, Any]:
-    """Which text was learned from: by key of `LEARNED_FROM`, `windows` by source, and `in_domain`.
+    """Which text was learned from: by key of `LEARNED_FROM`, `windows` by source, and `same_kind` by held-out text.
 
-    `in_domain` is 1 if one of these sources is the package or hub repository of a held-out text (as WikiText's train
-    split is of its test split), else 0. `windows` comes from meta.json: tensor -> source -> windows.
+    `same_kind` is 1 if one of these sources has the held-out text's kind, whatever package it comes from, else 0.
+    `windows` comes from meta.json: tensor -> source -> windows.
     """
-    learned, measured = _origins(calibration), set(_origins(heldout).values())
+    learned, measured = _kinds(calibration), _kinds(heldout)
     declared: dict[str, Any] = {}
     for name, parts in LEARNED_FROM.items():
         counts = {source: sum(windows[part][source] for part in parts) for source in windows[parts[0]]}
-        in_domain = any(count and learned.get(source) in measured for source, count in counts.items())
-        declared[name] = {"in_domain": int(in_domain), "windows": counts}
+        kinds = {learned[source] for source, count in counts.items() if count}
+        declared[name] = {"same_kind": {text: int(kind in kinds) for text, kind in measured.items()}, "windows": counts}
     return declared
 
 
-def _origins(directory: Path) -> dict[str, str]:
-    """Source -> package or repository; without local files, whose names do not say where they come from."""
+def _kinds(directory: Path) -> dict[str, str]:
+    """Source -> its kind of text."""
     sources = json.loads((directory / "meta.json").read_text())["sources"]
-    return {label: one.get("repo") or one["name"] for label, one in sources.items() if one["source"] != "local"}
+    return {label: one["kind"] for label, one in sources.items()}

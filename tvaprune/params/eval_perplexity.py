@@ -1,13 +1,23 @@
 """Parameters of the eval_perplexity stage."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from tvaprune.params.loading import StageParams
+
+Windows = dict[str, Annotated[int, Field(ge=2)]]
 
 
 class EvalPerplexityParams(StageParams):
     section = "eval_perplexity"
 
     window: int = Field(ge=2, description="tokens in a window; perplexities at different lengths are not comparable")
-    windows: int = Field(ge=2, description="number of windows, spread evenly over the held-out text")
+    validation: Windows = Field(
+        min_length=1,
+        description="held-out text -> windows for decisions, such as the choice of a parameter, spread evenly over it",
+    )
+    test: Windows = Field(
+        description="held-out text -> windows that no decision looks at; of documents without validation windows"
+    )
     batch_size: int = Field(ge=1, description="windows in one forward; changes speed and memory only")

@@ -49,7 +49,9 @@ def check_everything(path: Path) -> None:
         except ParameterError as error:
             problems.append(str(error))
     texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
+    perplexity = loaded.get("eval_perplexity")
     problems += _unknown_sources(texts, sampling) if texts and sampling else []
+    problems += _unknown_texts(texts, perplexity) if texts and perplexity else []
     problems += _broken_blocks(masks, sampling) if masks and sampling else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
@@ -62,6 +64,16 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
         f"{sampling.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
+    ]
+
+
+def _unknown_texts(texts: FetchInputsParams, perplexity: EvalPerplexityParams) -> list[str]:
+    labels = [source.label for source in texts.heldout.sources]
+    known = f"the sources of fetch_inputs.heldout are {', '.join(labels)}"
+    return [
+        f"{perplexity.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
+        for key, windows in (("validation", perplexity.validation), ("test", perplexity.test))
+        if (unknown := sorted(set(windows) - set(labels)))
     ]
 
 

@@ -37,6 +37,7 @@ from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_best
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.methods import check_request
 from tvaprune.options.baselines import (
     BASELINE_OPTIONS,
     BonsaiOptions,
@@ -49,6 +50,7 @@ from tvaprune.options.baselines import (
     RandomOptions,
     WandaSpOptions,
 )
+from tvaprune.options.masks import MaskRequest
 
 WINDOWS = torch.randint(0, 128, (4, 20), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
 UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
@@ -255,6 +257,15 @@ def test_protected_layers_stay_whole_and_the_others_pay() -> None:
         for axis in UNITS:
             assert masks.keep[axis][[0, 2]].all()
         assert budget - one_unit(topology, UNITS) < kept_decoder_parameters(topology, masks.keep) <= budget
+
+
+def test_protection_is_checked_before_any_work() -> None:
+    topology = Topology.of(tiny_model("llama").config)
+    for first, last, refused in ((4, 2, "protects the first 4 and the last 2"), (1, 1, "sparsity = 0.4")):
+        options = LlmPrunerOptions(protect_first=first, protect_last=last)
+        with pytest.raises(ValueError, match=refused):
+            check_request(MaskRequest("llm_pruner", options, 0.4, UNITS), topology)
+    check_request(MaskRequest("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1), 0.3, UNITS), topology)
 
 
 def test_percentiles_give_ties_to_the_lower_index() -> None:

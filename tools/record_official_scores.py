@@ -125,7 +125,7 @@ class _FlapRun:
         self.concatenated: list[Tensor] = []  # that of the one torch.cat: standardised scores of heads, then of units
         self.masks: dict[str, list[Tensor]] = {"kv_heads": [], "intermediate": []}
 
-    def start(self, function: str, ratio: float, compress: bool = True) -> None:
+    def start(self, function: str, ratio: float, structure: str = "AL-AM", compress: bool = True) -> None:
         """Call lib.prune's function with the published scripts' settings; without `compress` the masks are not used."""
         prune = importlib.import_module("lib.prune")
         cut = prune.compress
@@ -145,15 +145,8 @@ class _FlapRun:
             self.concatenated += tensors
             return torch.cat(tensors)
 
-        settings = Namespace(
-            nsamples=WINDOWS,
-            seed=0,
-            metrics="WIFV",
-            structure="AL-AM",
-            pruning_ratio=ratio,
-            remove_heads=-1,
-            unstr=True,
-        )
+        settings = Namespace(nsamples=WINDOWS, seed=0, pruning_ratio=ratio, structure=structure, unstr=True)
+        settings.metrics, settings.remove_heads = "WIFV", -1
         batches = [(window[None], None) for window in token_windows()]
         with ExitStack() as stack:
             stack.enter_context(patch.object(prune, "get_loaders", lambda *_, **__: (batches, None)))
@@ -190,19 +183,26 @@ def _position_embeddings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _flap(_: Path) -> list[Record]:
-    """The published AL-AM structure; heads as query heads [layers, heads]."""
+    """Scores with the published AL-AM structure, of query heads; masks and biases with both structures."""
     records = []
-    for ratio, changed in ((0.2, {}), (0.5, {}), (0.5, {"num_key_value_heads": 2})):
+    for structure, ratio, changed in (
+        ("AL-AM", 0.2, {}),
+        ("AL-AM", 0.5, {}),
+        ("UL-UM", 0.25, {}),
+        ("AL-AM", 0.5, {"num_key_value_heads": 2}),
+    ):
         run = _FlapRun(**changed)
         # With groups the published code scores, but cannot cut: its masks are of query heads, for k and v too.
-        run.start("prune_flap", ratio, compress=not changed)
-        heads, units = (part.view(LLAMA["num_hidden_layers"], -1) for part in run.concatenated)
-        found: Record = {"scores": {"kv_heads": heads, "intermediate": units}}
+        run.start("prune_flap", ratio, structure, compress=not changed)
+        found: Record = {}
+        if structure == "AL-AM":
+            heads, units = (part.view(LLAMA["num_hidden_layers"], -1) for part in run.concatenated)
+            found["scores"] = {"kv_heads": heads, "intermediate": units}
         if not changed:
             found["keep"] = {axis: torch.stack(masks) for axis, masks in run.masks.items()}
             modules = [(name, module) for name, module in run.model.named_modules() if isinstance(module, nn.Linear)]
             found["bias"] = {name: module.bias for name, module in modules if module.bias is not None}
-        settings = {"pruning_ratio": ratio, "metrics": "WIFV", "structure": "AL-AM", "llama": changed}
+        settings = {"pruning_ratio": ratio, "metrics": "WIFV", "structure": structure, "llama": changed}
         records.append(run_record("lib/prune.py:280 prune_flap", run.replaced, settings, **found))
     return records
 

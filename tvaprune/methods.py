@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import AXES, Topology, hidden_states, lm_head
+from tvaprune.baselines.allocation import protected_layers
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import check_baseline, score_baseline
 from tvaprune.cost import peak_memory_bytes
@@ -50,7 +51,7 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
-        UnreachableSparsityError: the axes in play cannot remove so much.
+        UnreachableSparsityError: the axes in play cannot remove so much of the layers that are not protected.
     """
     if request.method not in METHOD_OPTIONS:
         raise ValueError(f"learn_masks.method = {request.method!r}: use one of {', '.join(METHOD_OPTIONS)}")
@@ -59,6 +60,11 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
     if not request.trains_gates:
         check_baseline(request.method, request.axes, request.sparsity)
     alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in request.axes else torch.inf) for axis in AXES}
+    first, last = (getattr(request.options, f"protect_{end}", 0) for end in ("first", "last"))
+    whole = protected_layers(topology, first, last)
+    for axis, score in alike.items():
+        if axis != "hidden":
+            score[whole] = torch.inf
     solve_threshold(topology, alike, request.sparsity)
 
 

@@ -37,6 +37,7 @@ from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_best
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.methods import check_request
 from tvaprune.options.baselines import (
     BASELINE_OPTIONS,
     BonsaiOptions,
@@ -47,11 +48,18 @@ from tvaprune.options.baselines import (
     MagnitudeOptions,
     NirvanaOptions,
     RandomOptions,
+    WandaSpOptions,
 )
+from tvaprune.options.masks import MaskRequest
 
 WINDOWS = torch.randint(0, 128, (4, 20), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
 UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
 QUICK: dict[str, Any] = {
+    # The tiny models have three layers, all open.
+    **{
+        method: BASELINE_OPTIONS[method](protect_first=0, protect_last=0)
+        for method in ("random", "magnitude", "llm_pruner")
+    },
     "flap": FlapOptions(bias=False),
     "nirvana": NirvanaOptions(candidates=2, kl_windows=2),
     "bonsai": BonsaiOptions(rounds=2, submodels=4, prior_windows=2),
@@ -151,19 +159,12 @@ def test_another_seed_gives_other_masks(method: str) -> None:
     assert not torch.equal(first.score["intermediate"], second.score["intermediate"])
 
 
-@pytest.mark.parametrize("method", ["wanda_sp", "flap", "llm_pruner", "nirvana", "depth"])
+@pytest.mark.parametrize("method", ["wanda_sp", "llm_pruner", "nirvana", "depth"])
 def test_the_order_of_the_windows_does_not_matter(method: str) -> None:
-    options = BASELINE_OPTIONS[method]()
-    given, turned = (
-        score_and_update(method, windows=windows, options=options) for windows in (WINDOWS, WINDOWS.flip(0))
-    )
+    given, turned = (score(method, windows=windows) for windows in (WINDOWS, WINDOWS.flip(0)))
     for axis in AXES:
-        assert torch.equal(given[0].keep[axis], turned[0].keep[axis])
-        torch.testing.assert_close(given[0].score[axis], turned[0].score[axis])
-    assert bool(given[1].bias) == (method == "flap")
-    assert given[1].bias.keys() == turned[1].bias.keys()
-    for name, bias in given[1].bias.items():
-        torch.testing.assert_close(bias, turned[1].bias[name])
+        assert torch.equal(given.keep[axis], turned.keep[axis])
+        torch.testing.assert_close(given.score[axis], turned.score[axis])
 
 
 def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
@@ -191,6 +192,8 @@ def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
         score("bonsai", options=BonsaiOptions(windows=0))
     with pytest.raises(ValueError, match="no windows"):
         score("depth", windows=WINDOWS[:0])
+    with pytest.raises(ValueError, match="two or more"):
+        score("flap", windows=WINDOWS[:1])
     with pytest.raises(ValueError, match=r"learn_masks\.flap: expected FlapOptions"):
         score("flap", options=MagnitudeOptions())
 
@@ -243,6 +246,8 @@ def test_the_budget_is_met_within_a_tenth_of_a_point_though_heads_are_coarse(all
 
 def test_protected_layers_stay_whole_and_the_others_pay() -> None:
     for method, options in (
+        ("random", RandomOptions(protect_first=1, protect_last=1)),
+        ("magnitude", MagnitudeOptions(protect_first=1, protect_last=1)),
         ("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1)),
         ("loraprune", LoraPruneOptions(steps=4, prune_every=2, protect_first=1, protect_last=1)),
     ):
@@ -252,6 +257,15 @@ def test_protected_layers_stay_whole_and_the_others_pay() -> None:
         for axis in UNITS:
             assert masks.keep[axis][[0, 2]].all()
         assert budget - one_unit(topology, UNITS) < kept_decoder_parameters(topology, masks.keep) <= budget
+
+
+def test_protection_is_checked_before_any_work() -> None:
+    topology = Topology.of(tiny_model("llama").config)
+    for first, last, refused in ((4, 2, "protects the first 4 and the last 2"), (1, 1, "sparsity = 0.4")):
+        options = LlmPrunerOptions(protect_first=first, protect_last=last)
+        with pytest.raises(ValueError, match=refused):
+            check_request(MaskRequest("llm_pruner", options, 0.4, UNITS), topology)
+    check_request(MaskRequest("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1), 0.3, UNITS), topology)
 
 
 def test_percentiles_give_ties_to_the_lower_index() -> None:
@@ -288,11 +302,26 @@ def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
 
 def _inputs(model: PreTrainedModel, name: str) -> Tensor:
     """What enters a projection, all windows at once: float64 [tokens, inputs]."""
+    return _inputs_by_window(model, name).flatten(0, 1)
+
+
+def _inputs_by_window(model: PreTrainedModel, name: str) -> Tensor:
+    """float64 [windows, tokens, inputs]."""
     caught: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     model(input_ids=WINDOWS.long())
     handle.remove()
-    return caught[0].flatten(0, 1).double()
+    return caught[0].double()
+
+
+def _fluctuation(windows: Tensor) -> Tensor:
+    """FLAP's running update, window by window: [windows, tokens, inputs] to [inputs]."""
+    out = torch.zeros(windows.shape[-1], dtype=windows.dtype)
+    for index in range(1, len(windows)):
+        mean = windows[: index + 1].flatten(0, 1).mean(0)
+        around = ((windows[index] - mean) ** 2).sum(0)
+        out = out * (index - 1) / index + around / (index + 1)
+    return out
 
 
 def _pool_heads(topology: Topology, per_input: Tensor) -> Tensor:
@@ -311,20 +340,60 @@ def test_wanda_and_flap_scores_by_their_formulas(family: str) -> None:
     problem = problem_of(model)
     statistics = input_statistics(problem)
     wanda, flap = wanda_scores(problem, statistics), flap_scores(problem, statistics)
-    plain = magnitude_scores(model, topology, UNITS)
     for layer in range(topology.layers):
         for axis, name in (("kv_heads", "self_attn.o_proj"), ("intermediate", "mlp.down_proj")):
             path = f"model.layers.{layer}.{name}"
             x, w = _inputs(model, path), model.get_submodule(path).weight.double()
-            reference = {"wanda": w.abs().sum(0) * x.norm(dim=0), "magnitude": w.square().sum(0)}
-            variance = ((x - x.mean(0)) ** 2).mean(0) * w.square().sum(0)
-            reference["flap"] = (variance - variance.mean()) / variance.std()
+            reference = {"wanda": w.abs().sum(0) * x.norm(dim=0)}
+            metric = _fluctuation(_inputs_by_window(model, path)) * w.square().sum(0)
+            metric = metric**2 if axis == "kv_heads" else metric
+            reference["flap"] = (metric - metric.mean()) / metric.std()
             if axis == "kv_heads":
                 reference = {key: _pool_heads(topology, value) for key, value in reference.items()}
                 reference["flap"] = reference["flap"] / topology.query_rows
             torch.testing.assert_close(wanda[axis][layer].double(), reference["wanda"], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(plain[axis][layer].double(), reference["magnitude"], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(flap[axis][layer].double(), reference["flap"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_fluctuation_of_alike_windows_is_their_variance() -> None:
+    """But for a factor: means and first window do not matter then."""
+    windows = WINDOWS[:1].expand(3, -1)
+    statistics = input_statistics(problem_of(tiny_model("llama"), windows=windows))["intermediate"]
+    variance = statistics.squares / statistics.tokens - statistics.mean.square()
+    ratio = statistics.fluctuation / variance
+    torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio[0, 0])))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_wanda_scores_every_layer_behind_pruned_layers(family: str) -> None:
+    """Against whole forwards of a model whose readers lose the dropped units' columns, layer by layer."""
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    sequential = score("wanda_sp", family, model=model)
+    together = score("wanda_sp", family, model=model, options=WandaSpOptions(sequential=False))
+    assert any(not torch.equal(sequential.keep[axis], together.keep[axis]) for axis in UNITS)
+    for layer in range(topology.layers):
+        readers = (("kv_heads", "self_attn.o_proj"), ("intermediate", "mlp.down_proj"))
+        found = {name: _inputs(model, f"model.layers.{layer}.{name}") for _, name in readers}
+        for axis, name in readers:
+            w = model.get_submodule(f"model.layers.{layer}.{name}").weight
+            reference = w.double().abs().sum(0) * found[name].norm(dim=0)
+            if axis == "kv_heads":
+                reference = _pool_heads(topology, reference)
+            keep = sequential.keep[axis][layer]
+            assert torch.equal(keep, keep_best(reference, int(keep.sum())))
+            w.data *= keep.repeat_interleave(w.shape[1] // len(keep))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "qwen3"])
+def test_magnitude_of_a_unit_is_every_weight_it_owns(family: str) -> None:
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    squares = {name: parameter**2 for name, parameter in model.named_parameters()}
+    reference = _vectors(topology, squares, signed=False)
+    scores = magnitude_scores(model, topology, UNITS)
+    for axis in UNITS:
+        torch.testing.assert_close(scores[axis], reference[axis], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "llama_bias"])
@@ -429,15 +498,16 @@ def _vectors(topology: Topology, products: dict[str, Tensor], signed: bool) -> d
 FAMILIES = ["llama", "llama_tied", "llama_bias", "qwen3"]
 
 
+@pytest.mark.parametrize("importance", ["param_first", "vectorize"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llm_pruner_scores_equal_full_autograd(family: str) -> None:
+def test_llm_pruner_scores_equal_full_autograd(family: str, importance: str) -> None:
     model = tiny_model(family)
     topology = Topology.of(model.config)
-    scores = llm_pruner_scores(problem_of(model, AXES))
+    scores = llm_pruner_scores(problem_of(model, AXES), LlmPrunerOptions(importance=importance))
     model.requires_grad_(True)
     gradients = weight_gradients(model, loss(model))
     products = {name: (p * gradients[name]).detach() for name, p in model.named_parameters()}
-    reference = _vectors(topology, products, signed=True)
+    reference = _vectors(topology, products, signed=importance == "vectorize")
     for axis in AXES:
         torch.testing.assert_close(scores[axis], reference[axis], rtol=1e-3, atol=1e-5)
 

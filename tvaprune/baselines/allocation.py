@@ -85,7 +85,7 @@ def allocate_uniform(
         ValueError: every layer is protected.
         UnreachableSparsityError: the rest cannot remove so much.
     """
-    whole = _protected(topology, protect_first, protect_last)
+    whole = protected_layers(topology, protect_first, protect_last)
     counts = _rounded_counts(topology, target_sparsity, tuple(scores), whole)
     finest = _finest(topology, scores)
     ranked = {axis: percentiles(score).cpu() for axis, score in scores.items()}
@@ -110,7 +110,7 @@ class Stages:
     ) -> None:
         self.topology = topology
         self.keep: Keep = Masks.dense(topology).keep  # the units left
-        self._whole = _protected(topology, protect_first, protect_last)
+        self._whole = protected_layers(topology, protect_first, protect_last)
         self._score: Scores = {axis: torch.ones(topology.gate_shape(axis)) for axis in axes}
 
     def prune(self, scores: Scores, target_sparsity: float) -> None:
@@ -148,7 +148,7 @@ def make_scores_match_mask(keep: Keep, scores: Scores) -> Masks:
     return Masks(keep, matched)
 
 
-def _protected(topology: Topology, first: int, last: int) -> Bool[Tensor, " layers"]:
+def protected_layers(topology: Topology, first: int, last: int) -> Bool[Tensor, " layers"]:
     """Layers that stay whole; a ValueError if all do."""
     if first + last >= topology.layers:
         raise ValueError(

@@ -15,17 +15,22 @@ from tvaprune.options.baselines import FlapOptions
 def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
     """Var(X_j) · ‖W_:,j‖², z-scored per layer, one threshold over all layers and both axes (An et al., AAAI 2024).
 
-    The published AL-AM structure with the WIFV metric: every input's score is standardised within its layer and
-    module, a head's score is the mean of its inputs', and the budget is counted in parameters. Dropped inputs are
-    replaced by their mean: b = W · (mean(X) ⊙ (1 - m)) on o_proj and down_proj.
+    The published AL-AM structure with the WIFV metric, as in its code (FLAP 3bb57db, lib/prune.py:280-409): every
+    input's score is standardised within its layer and module (368), o_proj's squared before (336) and down_proj's not;
+    a head's score is the mean of its inputs' (373); the budget is counted in parameters (390). The paper does not
+    mention the square, which sets the balance of heads and units. Var is `InputStatistics.fluctuation`. Dropped inputs
+    are replaced by their mean: b = W · (mean(X) ⊙ (1 - m)) on o_proj and down_proj (172, 188).
 
-    Departures: the variance is over all tokens together; the published running update scales it by the tokens of a
-    window, which standardising undoes. Heads are pooled over whole groups.
+    Departures: heads are pooled over whole groups; the published code knows no groups. Where the threshold is a
+    head that the budget has no room for, units fill the rest; the published code stops at the nearest size (391).
 
     Raises:
-        ValueError: with `bias`, the model's projections have biases of their own, which a compact model would lose.
+        ValueError: only one window; with `bias`, the model's projections have biases of their own, which a compact
+            model would lose.
     """
     topology = problem.topology
+    if len(problem.windows) < 2:
+        raise ValueError("learn_masks: flap's fluctuation leaves out the first window, so it needs two or more")
     if options.bias and (topology.output_bias or topology.mlp_bias):
         raise ValueError(
             "learn_masks: flap's bias replaces those of o_proj and down_proj, and this model has some; "
@@ -40,9 +45,12 @@ def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
 
 def flap_scores(problem: Problem, statistics: dict[Axis, InputStatistics]) -> Scores:
     """float32 [layers, units] per axis in play, mean 0 over a layer."""
+    layers = list(layer_modules(problem.model))
     scores: Scores = {}
     for axis in problem.axes:
-        metric = statistics[axis].variance * column_sums(problem.model, axis, lambda w: w.double().square())
+        metric = statistics[axis].fluctuation * column_sums(layers, axis, lambda w: w.double().square())
+        if axis == "kv_heads":
+            metric = metric.square()
         standard = (metric - metric.mean(-1, keepdim=True)) / metric.std(-1, keepdim=True)
         inputs = problem.topology.query_rows if axis == "kv_heads" else 1
         scores[axis] = (per_unit(problem.topology, axis, standard) / inputs).float()

@@ -8,8 +8,12 @@ from pydantic import ConfigDict, Field
 Baseline = Literal["random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai", "loraprune", "depth"]
 Objective = Literal["logits", "loss"]
 Allocation = Literal["adaptive", "uniform"]
+Importance = Literal["param_first", "vectorize"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+First = Annotated[int, Field(ge=0, description="Layers to leave whole at the start.")]
+Last = Annotated[int, Field(ge=0, description="Layers to leave whole at the end.")]
+LayersAtOnce = Annotated[Count | None, Field(description="Layers with gradients in memory; null = all.")]
 
 
 class MethodOptions:
@@ -20,12 +24,14 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class RandomOptions(MethodOptions):
-    pass
+    protect_first: First = 4
+    protect_last: Last = 2
 
 
 @dataclass(frozen=True)
 class MagnitudeOptions(MethodOptions):
-    pass
+    protect_first: First = 4
+    protect_last: Last = 2
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,13 @@ class CalibratedOptions(MethodOptions):
 
 @dataclass(frozen=True)
 class ProtectingOptions(CalibratedOptions):
-    protect_first: Annotated[int, Field(ge=0, description="Layers to leave whole at the start.")] = 0
-    protect_last: Annotated[int, Field(ge=0, description="Layers to leave whole at the end.")] = 0
+    protect_first: First = 0
+    protect_last: Last = 0
 
 
 @dataclass(frozen=True)
 class WandaSpOptions(CalibratedOptions):
-    pass
+    sequential: Annotated[bool, Field(description="Score a layer where all before it are pruned; published.")] = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,13 @@ class FlapOptions(CalibratedOptions):
 
 @dataclass(frozen=True)
 class LlmPrunerOptions(ProtectingOptions):
-    pass
+    # As published: of 32 layers, the first four and the last two stay whole.
+    protect_first: First = 4
+    protect_last: Last = 2
+    importance: Annotated[Importance, Field(description="abs of each weight's product, or of a row's sum.")] = (
+        "param_first"
+    )
+    layers_at_once: LayersAtOnce = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class NirvanaOptions(CalibratedOptions):
     mlp_to_attention: Annotated[Positive, Field(description="gamma, share of units over share of heads dropped.")] = 1.0
     candidates: Annotated[Count, Field(description="Calibration sets to choose among by KL; 1 = no choice.")] = 1
     kl_windows: Annotated[Count, Field(description="Windows that the KL is measured on.")] = 8
-    layers_at_once: Annotated[Count | None, Field(description="Layers with gradients in memory; null = all.")] = None
+    layers_at_once: LayersAtOnce = None
 
 
 @dataclass(frozen=True)

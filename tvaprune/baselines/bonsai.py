@@ -86,7 +86,7 @@ def bonsai(problem: Problem, options: BonsaiOptions) -> Masks:
             least = submodel(stages.keep, modules, torch.zeros_like(designs[0]))
             reachable = 1 - kept_decoder_parameters(topology, least) / dense_decoder_parameters(topology)
             done = min(done + share, reachable)
-            stages.prune(_scores(prior, modules, coefficients), done)
+            stages.prune(scores_of_round(prior, modules, coefficients), done)
     return stages.masks()
 
 
@@ -171,7 +171,7 @@ def _by_module(modules: list[Module], values: Tensor) -> tuple[Tensor, ...]:
     return values.split([len(module.candidates) for module in modules])
 
 
-def _scores(prior: Scores, modules: list[Module], coefficients: Float[Tensor, " candidates"]) -> Scores:
+def scores_of_round(prior: Scores, modules: list[Module], coefficients: Float[Tensor, " candidates"]) -> Scores:
     """Candidates by coefficient in (0, 1), all others above them by their prior in (1, 2)."""
     scores = {axis: 1 + percentiles_over_layers(values) for axis, values in prior.items()}
     for module, part in zip(modules, _by_module(modules, percentiles(coefficients)), strict=True):

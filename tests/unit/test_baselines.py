@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from scipy.stats import kendalltau
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -23,11 +24,12 @@ from tvaprune.baselines.allocation import (
     make_scores_match_mask,
     percentiles,
 )
-from tvaprune.baselines.bonsai import ridge_utility
+from tvaprune.baselines.bonsai import candidate_modules, draw_mask, perplexity, prior_scores, submodel
+from tvaprune.baselines.bonsai_fit import fit_coefficients, kendall_tau
 from tvaprune.baselines.depth import depth, similarities
 from tvaprune.baselines.flap import flap_scores
 from tvaprune.baselines.llm_pruner import llm_pruner_scores
-from tvaprune.baselines.loraprune import Adapter, step_scores
+from tvaprune.baselines.loraprune import Adapter, ramp_share, step_scores
 from tvaprune.baselines.magnitude import magnitude_scores
 from tvaprune.baselines.nirvana import nirvana_scores
 from tvaprune.baselines.problem import Problem
@@ -62,8 +64,8 @@ QUICK: dict[str, Any] = {
     },
     "flap": FlapOptions(bias=False),
     "nirvana": NirvanaOptions(candidates=2, kl_windows=2),
-    "bonsai": BonsaiOptions(rounds=2, submodels=4, prior_windows=2),
-    "loraprune": LoraPruneOptions(steps=4, prune_every=2),
+    "bonsai": BonsaiOptions(prune_frac=0.2, submodels=10, submodel_windows=1, prior_windows=2),
+    "loraprune": LoraPruneOptions(steps=6, prune_every=2, batch_size=1, protect_first=0, protect_last=0),
 }
 CASES = [
     (method, axes)
@@ -161,7 +163,8 @@ def test_another_seed_gives_other_masks(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["wanda_sp", "llm_pruner", "nirvana", "depth"])
 def test_the_order_of_the_windows_does_not_matter(method: str) -> None:
-    given, turned = (score(method, windows=windows) for windows in (WINDOWS, WINDOWS.flip(0)))
+    options = NirvanaOptions(candidates=1) if method == "nirvana" else None
+    given, turned = (score(method, windows=windows, options=options) for windows in (WINDOWS, WINDOWS.flip(0)))
     for axis in AXES:
         assert torch.equal(given.keep[axis], turned.keep[axis])
         torch.testing.assert_close(given.score[axis], turned.score[axis])
@@ -184,8 +187,10 @@ def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
         score("llm_pruner", options=LlmPrunerOptions(protect_first=2, protect_last=1))
     with pytest.raises(ValueError, match="candidates"):
         score("nirvana", options=NirvanaOptions(candidates=7))
-    with pytest.raises(ValueError, match="submodels = 3"):
-        score("bonsai", options=BonsaiOptions(submodels=3))
+    with pytest.raises(UnreachableSparsityError):
+        score("bonsai", sparsity=0.9, axes=("intermediate",))
+    with pytest.raises(ValueError, match="submodels = 12"):
+        score("bonsai", options=BonsaiOptions(submodels=12))
     with pytest.raises(ValueError, match="bias"):
         score("flap", "llama_bias", options=FlapOptions())
     with pytest.raises(ValueError, match=r"learn_masks\.bonsai\.windows = 0"):
@@ -249,7 +254,7 @@ def test_protected_layers_stay_whole_and_the_others_pay() -> None:
         ("random", RandomOptions(protect_first=1, protect_last=1)),
         ("magnitude", MagnitudeOptions(protect_first=1, protect_last=1)),
         ("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1)),
-        ("loraprune", LoraPruneOptions(steps=4, prune_every=2, protect_first=1, protect_last=1)),
+        ("loraprune", LoraPruneOptions(steps=4, prune_every=2, batch_size=1, protect_first=1, protect_last=1)),
     ):
         masks = score(method, sparsity=0.2, options=options)
         topology = Topology.of(tiny_model("llama").config)
@@ -533,7 +538,7 @@ def test_nirvana_scores_equal_full_autograd(family: str, objective: str) -> None
 def test_nirvana_drops_the_same_share_of_heads_and_units_and_empties_no_layer() -> None:
     model = tiny_model("llama_mha", layers=5)
     for ratio in (1.0, 3.0):
-        options = NirvanaOptions(mlp_to_attention=ratio)
+        options = NirvanaOptions(mlp_to_attention=ratio, candidates=1)
         masks = score("nirvana", model=model, sparsity=0.5, options=options)
         dropped = {axis: float((~masks.keep[axis]).float().mean()) for axis in UNITS}
         assert dropped["intermediate"] == pytest.approx(ratio * dropped["kv_heads"], abs=ratio * 0.05 + 0.05)
@@ -546,7 +551,7 @@ def test_nirvana_takes_the_candidate_nearest_to_the_dense_model() -> None:
     chosen = score("nirvana", model=model, options=NirvanaOptions(candidates=3, kl_windows=4))
     divergences = []
     for windows in WINDOWS.tensor_split(3):
-        masks = score("nirvana", model=model, windows=windows, options=NirvanaOptions())
+        masks = score("nirvana", model=model, windows=windows, options=NirvanaOptions(candidates=1))
         with GatedModel(model, topology).inserted() as gated:
             dense = model(input_ids=WINDOWS.long()).logits[:, :-1].log_softmax(-1)
             gated.set(hard_gates(masks.keep), kept_hidden=topology.hidden)
@@ -586,23 +591,107 @@ def test_the_importance_of_loraprune_by_full_autograd() -> None:
 # ---- sub-models and layers
 
 
-def test_ridge_by_the_normal_equations() -> None:
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(10, 30, generator=generator) < 0.5
-    utility = torch.randn(10, generator=generator, dtype=torch.float64)
-    z = kept.double() - kept.double().mean(0)
-    strength = 0.5 * (z @ z.T).diagonal().mean()
-    direct = torch.linalg.solve(z.T @ z + strength * torch.eye(30).double(), z.T @ (utility - utility.mean()))
-    torch.testing.assert_close(ridge_utility(kept, utility, 0.5), direct)
+def _pairs(units: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random halves and their complements: bool [count, units]."""
+    halves = [torch.randperm(units, generator=generator) < units // 2 for _ in range(count // 2)]
+    return torch.stack([mask for half in halves for mask in (half, ~half)])
 
 
-def test_ridge_finds_the_units_that_matter() -> None:
+def test_the_regression_finds_the_units_that_matter_and_orders_all() -> None:
     generator = torch.Generator().manual_seed(0)
-    halves = torch.stack([torch.randperm(20, generator=generator) < 10 for _ in range(200)])
-    weight = torch.zeros(20, dtype=torch.float64)
-    weight[[3, 8]] = torch.tensor([2.0, 1.0]).double()
-    beta = ridge_utility(halves, halves.double() @ weight, 0.01)
-    assert beta.argsort(descending=True)[:2].tolist() == [3, 8]
+    kept = _pairs(40, 200, generator)
+    weight = torch.linspace(-1, 1, 40)[torch.randperm(40, generator=generator)].double()
+    noise = 0.2 * torch.randn(200, generator=generator, dtype=torch.float64)
+    found = fit_coefficients(kept, kept.double() @ weight + noise, torch.Generator().manual_seed(1))
+    assert float(torch.corrcoef(torch.stack([found.double(), weight]))[0, 1]) > 0.9
+    # More units than sub-models: an order of all units, where a converged lasso has at most as many as sub-models.
+    kept = _pairs(400, 60, generator)
+    weight = torch.randn(400, generator=generator, dtype=torch.float64)
+    found = fit_coefficients(kept, kept.double() @ weight, torch.Generator().manual_seed(1))
+    predicted = kendall_tau(kept.double() @ found.double(), kept.double() @ weight)
+    assert predicted > 0.5
+    assert int((found != 0).sum()) > 390
+
+
+def test_the_regression_is_repeatable_and_takes_equal_perplexities() -> None:
+    kept = _pairs(12, 40, torch.Generator().manual_seed(0))
+    utility = -kept[:, :3].sum(1).double()
+    first, second = (fit_coefficients(kept, utility, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert set(first.argsort()[:3].tolist()) == {0, 1, 2}
+    assert not fit_coefficients(kept, torch.full((40,), -1e8), torch.Generator().manual_seed(3)).any()
+    with pytest.raises(ValueError, match="4 sub-models"):
+        fit_coefficients(kept[:4], utility[:4], torch.Generator())
+
+
+def test_kendall_tau_is_that_of_scipy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for levels in (2, 5, 100):
+        first, second = (torch.randint(levels, (30,), generator=generator).float() for _ in range(2))
+        assert kendall_tau(first, second) == pytest.approx(float(kendalltau(first, second).statistic), abs=1e-6)
+    assert math.isnan(kendall_tau(first, torch.ones(30)))
+
+
+def test_the_prior_of_bonsai_by_its_formula() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    prior = prior_scores(problem_of(model))
+    for layer in range(topology.layers):
+        for axis, name in (("intermediate", "mlp.down_proj"), ("kv_heads", "self_attn.o_proj")):
+            path = f"model.layers.{layer}.{name}"
+            w, x = model.get_submodule(path).weight.double(), _inputs(model, path).view(4, 20, -1)
+            per_window = [w.abs().mean(0) * window.square().mean(0).sqrt() for window in x]
+            expected = sum(per_window) / 4
+            if axis == "kv_heads":
+                expected = _pool_heads(topology, expected) / topology.query_rows
+            torch.testing.assert_close(prior[axis][layer].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_submodels_of_bonsai_drop_a_share_of_each_module_and_never_its_best_units() -> None:
+    topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=40, group_size=1, head_dim=4)
+    generator = torch.Generator().manual_seed(0)
+    prior = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNITS}
+    keep = Masks.dense(topology).keep
+    keep["intermediate"][1, :20] = False
+    modules = candidate_modules(prior, keep, 0.05)
+    assert [module.axis for module in modules] == ["intermediate"] * 3 + ["kv_heads"] * 3
+    assert [len(module.candidates) for module in modules] == [6, 4, 6, 4, 4, 4]
+    assert [module.dropped for module in modules] == [4, 3, 4, 3, 3, 3]
+    for _ in range(20):
+        mask = draw_mask(modules, generator)
+        changed, complement = (submodel(keep, modules, kept) for kept in (mask, ~mask))
+        for axis in UNITS:
+            assert not (changed[axis] & ~keep[axis]).any()
+            assert torch.equal(changed[axis] | complement[axis], keep[axis])
+            for layer in range(3):
+                both = keep[axis][layer] & (changed[axis] ^ complement[axis])[layer]
+                rest = keep[axis][layer] & ~both
+                assert prior[axis][layer][both].max() < prior[axis][layer][rest].min()
+    # The distance to the best of the module, over the sum.
+    values = prior["intermediate"][1][modules[1].candidates - 60].double()
+    below = prior["intermediate"][1, 20:].max().double() - values
+    torch.testing.assert_close(modules[1].probability, below / below.sum())
+
+
+def test_bonsai_pools_layers_with_so_few_heads_that_none_could_be_halved() -> None:
+    topology = Topology(layers=30, hidden=16, intermediate=60, kv_heads=3, group_size=3, head_dim=4)
+    prior = {"kv_heads": torch.rand(30, 3, generator=torch.Generator().manual_seed(0))}
+    (module,) = candidate_modules(prior, Masks.dense(topology).keep, 0.05)
+    assert len(module.candidates) == 9
+    assert module.dropped == 5
+    relative = (prior["kv_heads"].double() / prior["kv_heads"].double().mean(1, keepdim=True)).flatten()
+    assert set(module.candidates.tolist()) == set(relative.argsort()[:9].tolist())
+    (equal,) = candidate_modules({"kv_heads": torch.ones(30, 3)}, Masks.dense(topology).keep, 0.05)
+    assert equal.probability.tolist() == pytest.approx([1 / 9] * 9)
+
+
+def test_the_perplexity_of_bonsai_is_bounded() -> None:
+    model = tiny_model("llama")
+    assert perplexity(problem_of(model)) == pytest.approx(math.exp(float(loss(model))), rel=1e-5)
+    model.lm_head.weight.mul_(1e4)
+    assert perplexity(problem_of(model)) == 1e8
+    model.lm_head.weight.fill_(math.nan)
+    assert perplexity(problem_of(model)) == 1e8
 
 
 def test_bonsai_runs_as_many_forwards_as_it_says_and_drops_dead_units_first() -> None:
@@ -612,13 +701,52 @@ def test_bonsai_runs_as_many_forwards_as_it_says_and_drops_dead_units_first() ->
         layer.mlp.down_proj.weight[:, dead] = 0
     forwards = []
     handle = model.model.register_forward_hook(lambda *_: forwards.append(1))
-    options = BonsaiOptions(rounds=2, submodels=6, submodel_windows=2, prior_windows=3)
-    masks = score("bonsai", model=model, sparsity=0.05, axes=("intermediate",), options=options)
+    options = BonsaiOptions(prune_frac=0.04, submodels=10, submodel_windows=2, prior_windows=3)
+    masks = score("bonsai", model=model, sparsity=0.08, axes=("intermediate",), options=options)
     handle.remove()
-    assert len(forwards) == 2 * (3 + 6 * 2)
+    assert len(forwards) == 2 * (3 + 10 * 2)
     dropped = (~masks.keep["intermediate"]).nonzero()[:, 1]
     assert len(dropped) > 20
     assert set(dropped.tolist()) <= set(dead.tolist())
+
+
+def test_loraprune_drops_the_same_share_of_every_open_layer_and_trains_to_the_end_of_the_ramp() -> None:
+    model = tiny_model("llama", layers=5)
+    forwards = []
+    handle = model.model.register_forward_hook(lambda *_: forwards.append(1))
+    options = LoraPruneOptions(steps=20, prune_every=5, batch_size=3, protect_first=1, protect_last=1)
+    masks = score("loraprune", model=model, sparsity=0.25, options=options)
+    handle.remove()
+    assert len(forwards) == 18 * 3
+    widths = masks.widths()
+    assert widths["intermediate"][[0, 4]].tolist() == [96, 96]
+    for axis in UNITS:
+        assert int(widths[axis][1:4].max() - widths[axis][1:4].min()) <= 1
+    assert [ramp_share(step, 100) for step in (1, 10, 90, 100)] == [0, 0, 1, 1]
+    assert ramp_share(50, 100) == pytest.approx(1 - 0.5**3)
+
+
+def test_stages_that_prune_alike_never_bring_back() -> None:
+    topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=4, group_size=1, head_dim=4)
+    generator = torch.Generator().manual_seed(0)
+    stages = Stages(topology, UNITS, 1, 0)
+    widths = {"intermediate": torch.tensor([60, 31, 30]), "kv_heads": torch.tensor([4, 1, 1])}
+    counts = []
+    for share in (0.3, 0.6, 1.0):
+        before = {axis: stages.keep[axis].clone() for axis in UNITS}
+        scores = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNITS}
+        stages.prune_alike(scores, widths, share)
+        for axis in UNITS:
+            assert not (stages.keep[axis] & ~before[axis]).any()
+            for layer in range(3):
+                expected = keep_best(
+                    scores[axis][layer].where(before[axis][layer], -torch.inf), int(stages.keep[axis][layer].sum())
+                )
+                assert torch.equal(stages.keep[axis][layer], expected)
+        counts.append([stages.keep[axis].sum(1).tolist() for axis in UNITS])
+    assert counts == [[[60, 52, 51], [4, 4, 4]], [[60, 43, 42], [4, 3, 3]], [[60, 31, 30], [4, 1, 1]]]
+    for axis in UNITS:
+        assert torch.equal(stages.masks().score[axis] > 0, stages.keep[axis])
 
 
 def _streams(model: PreTrainedModel) -> list[Tensor]:

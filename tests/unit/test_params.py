@@ -79,7 +79,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("learn_masks/tva/ste", 3, r"learn_masks\.tva\.ste: unknown key; known keys are ablation, .*steps"),
     ("learn_masks/flap/bias", ..., r"learn_masks\.flap = .*: .*missing: bias"),
     ("learn_masks/flap/bias", "much", r"learn_masks\.flap\.bias = 'much'"),
-    ("learn_masks/bonsai/submodels", 31, r"learn_masks\.bonsai\.submodels = 31: .*multiple of 2"),
+    ("learn_masks/bonsai/submodels", 32, r"learn_masks\.bonsai\.submodels = 32: .*multiple of 10"),
     ("learn_masks/paper/kl_weight/hidden", ..., r"learn_masks\.paper\.kl_weight\.hidden: missing"),
     ("adapt_dimensions/multiple", 0, r"adapt_dimensions\.multiple\.hidden = 0: .*greater than or equal to 1"),
     ("adapt_dimensions/multiple", {"hidden": 32}, r"adapt_dimensions\.multiple\.intermediate: missing"),

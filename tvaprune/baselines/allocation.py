@@ -9,7 +9,7 @@ a layer, and are above 0 exactly where a unit is kept.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import (
@@ -127,6 +127,24 @@ class Stages:
             # A stage's scores span less than 3, so that stages cannot overlap.
             self._score[axis] = torch.where(self.keep[axis], shifted[axis].clamp_max(2), score - 3)
         self.keep = keep
+
+    def prune_alike(self, scores: Scores, widths: dict[Axis, Int[Tensor, " layers"]], share: float) -> None:
+        """Drop, in every layer, a share of what separates it from its last width, by the lowest scores.
+
+        The number dropped is rounded down. The last stage's share is 1.
+
+        Args:
+            scores: those of dropped units are not read.
+            widths: units to be left after the last stage, by axis in play.
+        """
+        for axis, score in self._score.items():
+            width = self.topology.width(axis)
+            left = self.keep[axis]
+            rank = percentiles(scores[axis].cpu().where(left, -torch.inf))
+            dropped = (share * (width - widths[axis].cpu()) + 1e-9).int()[:, None]
+            shifted = rank - dropped / width
+            self._score[axis] = torch.where(left, shifted, score - 3)
+            self.keep[axis] = left & (shifted > 0)
 
     def masks(self) -> Masks:
         return make_scores_match_mask(self.keep, self._score)

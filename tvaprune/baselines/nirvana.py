@@ -17,13 +17,18 @@ from tvaprune.options.baselines import NirvanaOptions
 def nirvana(problem: Problem, options: NirvanaOptions) -> Masks:
     """Σ abs(w·g) over every weight a unit owns (Ai et al. 2025, the neural tangent kernel under sign descent).
 
-    As published, g is the gradient of the network's output (the largest logit of each vocabulary entry in a window,
-    averaged), not of a loss; heads and intermediate units are ranked separately, each over all layers, and the shares
-    dropped of the two are in the ratio gamma (`mlp_to_attention`); no layer loses its last unit. The windows can be
-    divided into candidate sets; the set whose masks have the lowest KL to the dense model's predictions is used.
+    As published (iDEA-iSAIL-Lab-UIUC/NIRVANA a6094c9, Llama/main.py): g is the gradient of the network's output (the
+    largest logit of each vocabulary entry in a window, averaged; line 221), not of a loss; heads are pooled over
+    their group (225-266); heads and intermediate units have a threshold each, over all layers (300-303), and the shares
+    dropped of the two are in the ratio gamma (`mlp_to_attention`; 289-296). The windows are divided into candidate
+    sets; the set whose masks have the lowest KL to the dense model's predictions is used (402-420). The published runs
+    set gamma 3.36 for 8B and 3.0 for 3B, take 4096 tokens a set, measure the KL on 8192 tokens and name the chosen
+    seed, but not how many were tried.
 
-    Departures: the gradient is that of the mean over windows in float32; `hidden` is ranked as a third axis, over
-    the embedding, the head and the norms too; KL is measured on windows spread over all candidates.
+    Departures: the gradient is that of the mean over windows in float32; a layer that would lose all its heads keeps
+    its best, where the published code keeps its last (line 121); intermediate widths are not rounded to multiples of 8
+    here, because a later stage adapts them; `hidden` is ranked as a third axis, over the embedding, the head and the
+    norms too; KL is measured on windows spread over all candidates.
 
     Raises:
         ValueError: more candidates than windows.

@@ -1,0 +1,202 @@
+"""Bonsai, NIRVANA and LoRAPrune against their own code, as tools/official_bonsai_nirvana.py recorded it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tools.official_bonsai_nirvana import LLAMA, PUBLISHED, SEED, TOKENS, WINDOWS, factors, tiny_llama, token_windows
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.topology import Axis, Topology
+from tvaprune.baselines.allocation import Stages, allocate_balanced
+from tvaprune.baselines.bonsai import (
+    Module,
+    candidate_modules,
+    perplexity,
+    prior_scores,
+    scores_of_round,
+    submodel,
+)
+from tvaprune.baselines.bonsai_fit import fit_coefficients
+from tvaprune.baselines.loraprune import Adapter, ramp_share, step_scores
+from tvaprune.baselines.nirvana import nirvana_scores
+from tvaprune.baselines.problem import Problem, drop_units
+from tvaprune.gates.insertion import GatedModel
+from tvaprune.masks.masks import Masks
+from tvaprune.options.baselines import NirvanaOptions
+
+OFFICIAL = Path(__file__).resolve().parents[1] / "official"
+UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
+BLOCKS: dict[Axis, str] = {"kv_heads": "self_attn", "intermediate": "mlp"}
+
+
+def record(method: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((OFFICIAL / f"{method}.json").read_text())
+    return content
+
+
+def problem_of(run: dict[str, Any]) -> Problem:
+    model = tiny_llama(**run["settings"].get("llama", {}))
+    return Problem(model, Topology.of(model.config), token_windows(), 0.5, UNITS, progress=False)
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_a_record_names_repository_commit_and_source(method: str) -> None:
+    content = record(method)
+    assert content["repository"] == PUBLISHED[method].repository
+    assert re.fullmatch("[0-9a-f]{40}", content["commit"])
+    assert (content["llama"], content["seed"], content["windows"]) == (LLAMA, SEED, [WINDOWS, TOKENS])
+    for run in content["runs"]:
+        assert run["source"].split(":")[0] in PUBLISHED[method].files
+        assert run["replaced"]
+
+
+# ---- Bonsai: one round of the published code
+
+
+BONSAI = record("bonsai")["runs"][0]
+
+
+def bonsai_modules(problem: Problem) -> list[tuple[str, Module]]:
+    """Ours by the published names, in the order of the record."""
+    share = BONSAI["settings"]["prune_frac"]
+    found = candidate_modules(prior_scores(problem), Masks.dense(problem.topology).keep, share)
+    by_name = {}
+    for module in found:
+        layer = int(module.candidates[0]) // problem.topology.width(module.axis)
+        by_name[f"{BLOCKS[module.axis]}.{layer}"] = module
+    return [(name, by_name[name]) for name in BONSAI["modules"]]
+
+
+def official_order(problem: Problem, name: str, module: Module) -> Tensor:
+    """Where each of our candidates is among the published ones."""
+    width = problem.topology.width(module.axis)
+    published = BONSAI["modules"][name]["candidates"]
+    return torch.tensor([published.index(int(unit) % width) for unit in module.candidates])
+
+
+def bonsai_designs(problem: Problem) -> Tensor:
+    """The published masks of all modules in a row, over our candidates: bool [submodels, candidates]."""
+    parts = [
+        torch.tensor(BONSAI["modules"][name]["masks"])[:, official_order(problem, name, module)].bool()
+        for name, module in bonsai_modules(problem)
+    ]
+    return torch.cat(parts, 1)
+
+
+def bonsai_coefficients(problem: Problem) -> Tensor:
+    """The published coefficients over our candidates, float32."""
+    modules = bonsai_modules(problem)
+    published = torch.tensor(BONSAI["coefficients"]).split([len(module.candidates) for _, module in modules])
+    parts = zip(modules, published, strict=True)
+    return torch.cat([part[official_order(problem, name, module)] for (name, module), part in parts])
+
+
+def test_the_prior_of_bonsai() -> None:
+    problem = problem_of(BONSAI)
+    prior = prior_scores(problem)
+    for axis, block in BLOCKS.items():
+        official = [BONSAI["modules"][f"{block}.{layer}"]["prior"] for layer in range(problem.topology.layers)]
+        torch.testing.assert_close(prior[axis], torch.tensor(official), rtol=1e-5, atol=1e-7)
+
+
+def test_the_candidates_of_bonsai_and_how_they_are_drawn() -> None:
+    problem = problem_of(BONSAI)
+    for name, module in bonsai_modules(problem):
+        published = BONSAI["modules"][name]
+        order = official_order(problem, name, module)
+        assert sorted(order.tolist()) == list(range(len(published["candidates"])))
+        official = torch.tensor(published["probability"], dtype=torch.float64)[order]
+        torch.testing.assert_close(module.probability, official, rtol=1e-4, atol=1e-6)
+        for index, mask in enumerate(published["masks"]):
+            dropped = len(mask) - sum(mask)
+            assert dropped == (len(mask) - module.dropped if index % 2 else module.dropped)
+
+
+def test_the_utilities_of_bonsai_are_those_of_the_published_submodels() -> None:
+    problem = problem_of(BONSAI)
+    modules = [module for _, module in bonsai_modules(problem)]
+    keep = Masks.dense(problem.topology).keep
+    found = []
+    with GatedModel(problem.model, problem.topology).inserted() as gated:
+        for design in bonsai_designs(problem):
+            drop_units(gated, submodel(keep, modules, design))
+            found.append(-perplexity(problem))
+    assert found == pytest.approx(BONSAI["utilities"], rel=1e-4)
+
+
+def test_the_regression_of_bonsai() -> None:
+    problem = problem_of(BONSAI)
+    utilities = torch.tensor(BONSAI["utilities"], dtype=torch.float64)
+    found = fit_coefficients(bonsai_designs(problem), utilities, torch.Generator().manual_seed(0))
+    official = bonsai_coefficients(problem)
+    torch.testing.assert_close(found, official, rtol=1e-4, atol=1e-7)
+
+
+def test_bonsai_drops_the_published_units_and_what_else_the_budget_takes() -> None:
+    problem = problem_of(BONSAI)
+    topology, share = problem.topology, BONSAI["settings"]["prune_frac"]
+    modules = [module for _, module in bonsai_modules(problem)]
+    stages = Stages(topology, UNITS)
+    stages.prune(scores_of_round(prior_scores(problem), modules, bonsai_coefficients(problem)), share)
+    official = {
+        axis: torch.tensor([BONSAI["keep"][f"model.layers.{layer}.{block}"] for layer in range(topology.layers)]).bool()
+        for axis, block in BLOCKS.items()
+    }
+    # The published code stops before the unit that crosses the budget, and drops no other in its place.
+    dropped = {axis: official[axis] & ~stages.keep[axis] for axis in UNITS}
+    assert sum(int(units.sum()) for units in dropped.values()) <= 1
+    for axis in UNITS:
+        assert not (stages.keep[axis] & ~official[axis]).any()
+    kept = kept_decoder_parameters(topology, stages.keep) / dense_decoder_parameters(topology)
+    assert kept == pytest.approx(1 - share, abs=0.004)
+
+
+# ---- NIRVANA
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_the_scores_and_thresholds_of_nirvana(index: int) -> None:
+    run = record("nirvana")["runs"][index]
+    problem = problem_of(run)
+    topology, gamma = problem.topology, run["settings"]["gamma"]
+    scores = nirvana_scores(problem, NirvanaOptions())
+    for axis in UNITS:
+        torch.testing.assert_close(scores[axis], torch.tensor(run["scores"][axis]), rtol=1e-4, atol=1e-6)
+        # As many units lie at or below the published threshold as it prunes.
+        assert int((scores[axis] <= run["thresholds"][axis] * (1 + 1e-5)).sum()) == run["pruned"][axis]
+    shares = {axis: run["pruned"][axis] / scores[axis].numel() for axis in UNITS}
+    masks = allocate_balanced(topology, scores, run["settings"]["sparsity"], gamma)
+    for axis in UNITS:
+        share = float((~masks.keep[axis]).float().mean())
+        # Both solve for the same budget; the published counts are rounded down, and the units of an emptied layer that
+        # stay are not made up for.
+        assert share == pytest.approx(shares[axis], abs=2 / topology.layers / topology.kv_heads)
+        for layer in range(topology.layers):
+            best = torch.sort(scores[axis][layer], descending=True).indices
+            count = int(masks.keep[axis][layer].sum())
+            assert count > 0
+            assert masks.keep[axis][layer][best[:count]].all()
+
+
+# ---- LoRAPrune
+
+
+def test_the_importance_and_the_schedule_of_loraprune() -> None:
+    run = record("loraprune")["runs"][0]
+    problem = problem_of(run)
+    rank, alpha = run["settings"]["lora_r"], run["settings"]["lora_alpha"]
+    modules = [item for item in problem.model.model.layers.named_modules() if isinstance(item[1], nn.Linear)]
+    for index, (name, module) in enumerate(modules):
+        adapter = Adapter(module, rank, alpha, torch.Generator())
+        adapter.a, adapter.b, adapter.a.grad, adapter.b.grad = factors(module, rank, index)
+        axis: Axis = "kv_heads" if "self_attn" in name else "intermediate"
+        found = step_scores(problem, {f"model.layers.{name}.weight": adapter})[axis][int(name.split(".")[0])]
+        official = torch.tensor(run["scores"][f"model.layers.{name}"])
+        torch.testing.assert_close(found, official, rtol=1e-5, atol=1e-7)
+    for step, ratio in zip(run["schedule"]["steps"], run["schedule"]["ratios"], strict=True):
+        assert run["settings"]["ratio"] * ramp_share(step, 100) == pytest.approx(ratio, abs=1e-9)

@@ -6,11 +6,11 @@ from transformers import AutoTokenizer
 from typer import echo
 
 from stages._launch import join_processes, process_command
-from stages._options import Compact, Finetuned, Heldout, Metrics, Model, ParamsFile
+from stages._options import Compact, Finetuned, Heldout, Metrics, Model, ParamsFile, Reference
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
-from tvaprune.measures.comparison import present_models
-from tvaprune.measures.perplexity import describe, evaluate, heldout_windows, read_texts, report
+from tvaprune.measures.comparison import present_models, read_reference
+from tvaprune.measures.perplexity import describe, evaluate, from_plain, heldout_windows, read_texts, report
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
 
@@ -20,11 +20,12 @@ def main(
     compact: Compact = Path("artifacts/compact"),
     finetuned: Finetuned = Path("artifacts/finetuned"),
     heldout: Heldout = Path("data/heldout"),
+    reference: Reference = Path("artifacts/dense_perplexity.json"),
     metrics: Metrics = Path("metrics/perplexity.json"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Reads the three model directories, with the dense one's tokenizer for all, data/heldout and params.yaml
-    (eval_perplexity); writes metrics/perplexity.json.
+    """Reads the three model directories, with the dense one's tokenizer for all, data/heldout,
+    artifacts/dense_perplexity.json and params.yaml (eval_perplexity); writes metrics/perplexity.json.
     """
     params = EvalPerplexityParams.load(params_file)
     models = present_models(dense, compact, finetuned)
@@ -33,9 +34,11 @@ def main(
     results = {}
     with join_processes() as process:
         for name, path in models.items():
-            results[name] = evaluate(
-                process.put(load(path, process.dtype)), windows, params.batch_size, name, process.world
-            )
+            if name == "dense" and (figures := read_reference(reference, process.dtype)):
+                results[name] = from_plain(figures)
+            else:
+                model = process.put(load(path, process.dtype))
+                results[name] = evaluate(model, windows, params.batch_size, name, process.world)
         if not process.world.is_main:
             return
     measured = report(results, params.window)

@@ -1,9 +1,12 @@
-"""What every measure compares: the models that are there, on the same rows."""
+"""What every measure compares: the models that are there, on the same rows, beside the dense model's figures."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from tvaprune.artifacts import ArtifactError, read_json_lines
+import torch
+
+from tvaprune.artifacts import ArtifactError, read_json_lines, write_json
 
 # Positions whose logits exist at once: in float32, 48 MiB at a vocabulary of 49,152.
 POSITIONS_AT_ONCE = 256
@@ -16,6 +19,26 @@ def present_models(dense: Path, compact: Path, finetuned: Path) -> dict[str, Pat
             raise ArtifactError(f"{directory}: no config.json, so no {name} model; run dvc repro")
     models = {"dense": dense, "compact": compact, "finetuned": finetuned}
     return {name: directory for name, directory in models.items() if (directory / "config.json").is_file()}
+
+
+def write_reference(path: Path, dtype: torch.dtype, figures: dict[str, Any]) -> None:
+    """Write the dense model's figures, which no pruning changes, and the dtype that they were computed in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"dtype": str(dtype), "figures": figures})
+
+
+def read_reference(path: Path, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The dense model's figures; None where there are none, or they were computed in another dtype.
+
+    Raises ArtifactError if the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return content["figures"] if content["dtype"] == str(dtype) else None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: holds no figures of the dense model ({error}); run dvc repro") from error
 
 
 def spread_evenly(available: int, wanted: int) -> list[int]:

@@ -5,7 +5,7 @@ Validation windows are those that decisions may look at. Test windows are of doc
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,6 +175,15 @@ def token_nll(
         )
     ]
     return torch.cat(parts).view(input_ids.shape[0], -1)
+
+
+def plain(results: Mapping[str, Mapping[str, Perplexity]]) -> dict[str, Any]:
+    """One model's results as JSON holds them."""
+    return {name: {label: asdict(one) for label, one in texts.items()} for name, texts in results.items()}
+
+
+def from_plain(content: Mapping[str, Any]) -> dict[str, dict[str, Perplexity]]:
+    return {name: {label: Perplexity(**one) for label, one in texts.items()} for name, texts in content.items()}
 
 
 def report(results: Mapping[str, Mapping[str, Mapping[str, Perplexity]]], window: int) -> dict[str, Any]:

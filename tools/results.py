@@ -19,9 +19,10 @@ from typer import Option, echo
 from stages._command import command
 from tools import markdown
 from tvaprune.masks.latency_table import PHASES
+from tvaprune.options.inputs import TASK_METRICS, TaskName
 
 METRICS = Path("metrics")
-TASKS = (("piqa", "acc"), ("hellaswag", "acc_norm"), ("arc_easy", "acc"))
+TASKS: tuple[TaskName, ...] = ("piqa", "hellaswag", "arc_easy")
 NAMES = {"dense": "dense", "compact": "pruned", "finetuned": "pruned + LoRA"}
 # Sections that the pruned model does not depend on.
 AFTER_PRUNING = ("finetune_lora.", "benchmark_speed.", "eval_zeroshot.")
@@ -44,16 +45,16 @@ def workspace_table(metrics: dict[str, Any]) -> str:
             rate, dense = (metrics["speed"][phase][model]["tokens_per_s"] for model in (key, "dense"))
             cells.append(f"{rate:.0f} ({rate / dense:.2f}×)")
         scores = zeroshot[key]
-        rows.append([*cells, *(f"{scores[task][kind]:.3f}" for task, kind in TASKS), f"{scores['mean_acc']:.3f}"])
+        rows.append([*cells, *(f"{scores[task][TASK_METRICS[task]]:.3f}" for task in TASKS), f"{scores['mean']:.3f}"])
     head = ["", "parameters", "perplexity", *(f"{phase} tok/s" for phase in PHASES)]
-    table = markdown.table([*head, "PIQA", "HellaSwag", "ARC-easy", "mean of six"], rows)
+    table = markdown.table([*head, "PIQA", "HellaSwag", "ARC-easy", "mean"], rows)
     tokens = sum(perplexity["tokens"]["validation"].values())
     rows_scored = f"{zeroshot['limit']:.0f}" if zeroshot["limit"] else "all"
     return (
         f"{table}\n\n{compact['sparsity_decoder']:.1%} of the decoder removed ({compact['sparsity_model']:.1%} of the "
         f"model). Perplexity on {tokens:.0f} validation tokens in windows of {perplexity['window']:.0f}; "
         f"zero-shot on {rows_scored} rows of each task (standard error about "
-        f"{zeroshot['dense']['mean_acc_stderr']:.3f} of the mean); masks learned in "
+        f"{zeroshot['dense']['mean_stderr']:.3f} of the mean); masks learned in "
         f"{metrics['masks']['seconds']:.0f} s, masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
     )
 

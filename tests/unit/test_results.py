@@ -12,8 +12,8 @@ SCORES = {
     "piqa": {"acc": 0.67},
     "hellaswag": {"acc": 0.3, "acc_norm": 0.41},
     "arc_easy": {"acc": 0.52},
-    "mean_acc": 0.45,
-    "mean_acc_stderr": 0.03,
+    "mean": 0.45,
+    "mean_stderr": 0.03,
 }
 SPEED = {"dense": {"tokens_per_s": 100}, "compact": {"tokens_per_s": 125}}
 METRICS = {
@@ -31,7 +31,7 @@ METRICS = {
         "tokens": {"validation": {"wikipedia": 24_000}},
     },
     "speed": {"prefill": SPEED, "decode": SPEED},
-    "zeroshot": {"dense": SCORES, "compact": {**SCORES, "mean_acc": 0.4}, "limit": 40},
+    "zeroshot": {"dense": SCORES, "compact": {**SCORES, "mean": 0.4}, "limit": 40},
     "masks": {"seconds": 300.0},
 }  # fmt: skip
 

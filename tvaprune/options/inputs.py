@@ -4,3 +4,13 @@ from typing import Literal
 
 Packing = Literal["auto", "documents", "packed"]
 TaskName = Literal["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]
+
+# The metric in which a task is reported: in tables, and in the mean over tasks.
+TASK_METRICS: dict[TaskName, Literal["acc", "acc_norm"]] = {
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+}

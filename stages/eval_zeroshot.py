@@ -17,7 +17,7 @@ from stages._options import Compact, Finetuned, Metrics, Model, ParamsFile, Zero
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.measures.comparison import present_models
-from tvaprune.measures.zeroshot import evaluate, select_rows, summarise
+from tvaprune.measures.zeroshot import describe, evaluate, select_rows, summarise
 from tvaprune.params.eval_zeroshot import EvalZeroshotParams
 
 
@@ -43,9 +43,10 @@ def main(
     with join_processes() as process:
         for name, path in models.items():
             model = process.put(load(path, process.dtype))
-            results[name] = summarise(evaluate(model, tokenizer, rows, params.batch_size, name, process.world))
+            scores = evaluate(model, tokenizer, rows, params.batch_size, name, process.world)
+            results[name] = summarise(scores, params.mean_of)
         if not process.world.is_main:
             return
     write_json(metrics, {"limit": params.limit or 0, **results})
     for name, result in results.items():
-        echo(f"{name}: mean accuracy {result['mean_acc']:.3f} ± {result['mean_acc_stderr']:.3f}")
+        echo(describe(name, result))

@@ -47,7 +47,7 @@ KEYS = {
         "limit",
         *(f"{model}.{task}.{figure}" for model in MODELS for task in TASKS for figure in ("acc", "acc_stderr")),
         *(f"{model}.{task}.acc_norm" for model in MODELS for task in ("hellaswag", "piqa", "arc_easy")),
-        *(f"{model}.mean_acc" for model in MODELS),
+        *(f"{model}.mean" for model in MODELS),
     ],
 }  # fmt: skip
 POSITIVE = ("masks.seconds", "masks.peak_memory_bytes", "speed.prefill.speedup", "speed.decode.speedup")

@@ -19,7 +19,7 @@ MAKE = re.compile(r"make ([a-z-]+)")
 # What the tiny model and the tiny tasks have no room for, and what would take long.
 SMALLER = {
     "adapt_dimensions.multiple=64": "adapt_dimensions.multiple=8",
-    "eval_zeroshot.limit=200": "eval_zeroshot.limit=2",
+    "eval_zeroshot.limit=500": "eval_zeroshot.limit=2",
     "learn_masks.method=tva,flap,wanda_sp": "learn_masks.method=flap",
     "sparsity=0.2,0.5": "sparsity=0.3",
     " -S compact.gguf=q8_0": "",  # llama.cpp does not know the tiny model's tokenizer

@@ -51,7 +51,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "eval_perplexity": {
         "window": 32, "validation": {"stories": 4}, "test": {"stories": 4, "more_letters": 2},
     },
-    "eval_zeroshot": {"limit": 3},
+    "eval_zeroshot": {
+        "tasks": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"], "limit": 3,
+    },
 }  # fmt: skip
 SMALL_GATES = {"steps": 60, "curvature_windows": 2}
 

@@ -104,7 +104,13 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("fetch_inputs/heldout/sources/1/kind", "Pure Mathematics", r"heldout\.sources\.1\.kind = 'Pure Mathematics'"),
     ("eval_zeroshot/limit", 1, r"eval_zeroshot\.limit = 1"),
     ("eval_zeroshot/tasks", ["sums"], r"eval_zeroshot\.tasks\.0 = 'sums'"),
-    ("eval_zeroshot/limits", 3, r"eval_zeroshot\.limits: unknown key; known keys are batch_size, limit, tasks"),
+    ("eval_zeroshot/mean_of", ["piqa", "boolq"], r"mean_of names boolq, which tasks does not"),
+    ("eval_zeroshot/mean_of", ["piqa", "piqa"], r"mean_of names a task twice"),
+    (
+        "eval_zeroshot/limits",
+        3,
+        r"eval_zeroshot\.limits: unknown key; known keys are batch_size, limit, mean_of, t",
+    ),
 ]
 
 

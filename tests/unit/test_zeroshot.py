@@ -13,7 +13,16 @@ from stages.eval_zeroshot import main
 from tests.tiny_models import tiny_model
 from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE
-from tvaprune.measures.zeroshot import TASKS, Rows, _LanguageModel, evaluate, select_rows, summarise
+from tvaprune.measures.zeroshot import (
+    TASKS,
+    Rows,
+    _LanguageModel,
+    describe,
+    evaluate,
+    select_rows,
+    summarise,
+)
+from tvaprune.options.inputs import TASK_METRICS
 
 
 def byte_model(seed: int) -> PreTrainedModel:
@@ -106,15 +115,31 @@ def test_log_likelihoods_equal_lm_evals_own(model: PreTrainedModel, tokenizer: P
 def test_all_tasks_give_finite_numbers_under_the_documented_keys(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Path
 ) -> None:
-    result = summarise(evaluate(model, tokenizer, select_rows(data, list(TASKS), limit=6), batch_size=8))
+    scores = evaluate(model, tokenizer, select_rows(data, list(TASKS), limit=6), batch_size=8)
+    result = summarise(scores, ["piqa", "hellaswag"])
     metrics = json.loads(json.dumps(result, allow_nan=False))
-    assert set(metrics) == {*TASKS, "mean_acc", "mean_acc_stderr"}
+    assert set(metrics) == {*TASKS, "mean", "mean_stderr"}
     for task in TASKS:
         norm = {"acc_norm", "acc_norm_stderr"} if task not in ("boolq", "winogrande") else set()
         assert set(metrics[task]) == {"acc", "acc_stderr", *norm}
         assert 0 <= metrics[task]["acc"] <= 1
         assert (metrics[task]["acc"] * 6) == pytest.approx(round(metrics[task]["acc"] * 6))  # six rows were scored
-    assert metrics["mean_acc"] == pytest.approx(sum(metrics[task]["acc"] for task in TASKS) / 6)
+        assert TASK_METRICS[task] in metrics[task]
+    assert metrics["mean"] == pytest.approx((metrics["piqa"]["acc"] + metrics["hellaswag"]["acc_norm"]) / 2)
+
+
+def test_the_mean_is_of_each_tasks_own_metric_and_leaves_the_other_tasks_out() -> None:
+    scores = {
+        "boolq": {"acc": 0.1, "acc_stderr": 0.5},
+        "hellaswag": {"acc": 0.9, "acc_stderr": 0.9, "acc_norm": 0.4, "acc_norm_stderr": 0.03},
+        "piqa": {"acc": 0.6, "acc_stderr": 0.04, "acc_norm": 0.9, "acc_norm_stderr": 0.9},
+    }
+    summary = summarise(scores, ["piqa", "hellaswag"])
+    assert summary["mean"] == pytest.approx(0.5)
+    assert summary["mean_stderr"] == pytest.approx(0.025)
+    assert summary["boolq"] == scores["boolq"]
+    line = "compact: accuracy boolq 0.100, piqa 0.600, hellaswag 0.400; mean 0.500 ± 0.025"
+    assert describe("compact", summary) == line
 
 
 def test_accuracy_equals_a_direct_computation(
@@ -151,7 +176,8 @@ def test_the_stage_scores_the_artifact_it_is_given(
         byte_model(seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     params = tmp_path / "params.yaml"
-    params.write_text("eval_zeroshot: {tasks: [piqa, arc_easy, hellaswag], limit: 8, batch_size: 8}")
+    tasks = "tasks: [piqa, arc_easy, hellaswag], mean_of: [piqa, arc_easy]"
+    params.write_text(f"eval_zeroshot: {{{tasks}, limit: 8, batch_size: 8}}")
 
     def scores() -> dict[str, Any]:
         metrics = tmp_path / "zeroshot.json"

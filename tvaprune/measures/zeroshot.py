@@ -5,6 +5,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -22,14 +23,15 @@ from tvaprune.architecture.topology import hidden_states
 from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
+from tvaprune.options.inputs import TASK_METRICS, TaskName
 
 
 class _Task(NamedTuple):
-    """lm-eval's definition of a task, the split that it scores, and the columns that its prompt reads."""
+    """A task as lm-eval defines it."""
 
-    prompt: str
-    split: str
-    columns: tuple[str, ...]
+    prompt: str  # file of lm-eval's definition
+    split: str  # scored
+    columns: tuple[str, ...]  # read by the prompt
 
 
 _HELLASWAG = ("ctx_a", "ctx_b", "activity_label", "endings", "label")
@@ -92,14 +94,24 @@ def evaluate(
     }
 
 
-def summarise(accuracies: dict[str, dict[str, float]]) -> dict[str, object]:
-    """One model's part of the metrics file: its tasks, and the mean of their acc with its standard error."""
-    errors = [accuracy["acc_stderr"] for accuracy in accuracies.values()]
+def summarise(accuracies: dict[str, dict[str, float]], mean_of: Sequence[TaskName]) -> dict[str, object]:
+    """One model's part of the metrics file: its tasks, and the mean over `mean_of` with its standard error.
+
+    Each task counts by its own metric, see `TASK_METRICS`. The standard error is that of rows drawn at random.
+    """
+    scores = [accuracies[task][TASK_METRICS[task]] for task in mean_of]
+    errors = [accuracies[task][f"{TASK_METRICS[task]}_stderr"] for task in mean_of]
     return {
         **accuracies,
-        "mean_acc": sum(accuracy["acc"] for accuracy in accuracies.values()) / len(accuracies),
-        "mean_acc_stderr": sum(error**2 for error in errors) ** 0.5 / len(errors),
+        "mean": sum(scores) / len(scores),
+        "mean_stderr": sum(error**2 for error in errors) ** 0.5 / len(errors),
     }
+
+
+def describe(model: str, summary: Mapping[str, Any]) -> str:
+    """One line about a model, from its part of the metrics file."""
+    tasks = ", ".join(f"{task} {summary[task][TASK_METRICS[task]]:.3f}" for task in TASK_METRICS if task in summary)
+    return f"{model}: accuracy {tasks}; mean {summary['mean']:.3f} ± {summary['mean_stderr']:.3f}"
 
 
 def _write_tasks(folder: Path, rows: Rows) -> None:

@@ -1,22 +1,15 @@
 """Measure zero-shot accuracy of the dense, the compact and the fine-tuned model, with lm-eval's prompts."""
 
-import logging
-import os
 from pathlib import Path
 
-# Read once, when the hub's client is first imported. Everything is on disk, so nothing may wait for a network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-
-import datasets
-from transformers import AutoTokenizer
 from typer import echo
 
+from stages._evaluation import quiet_tokenizer
 from stages._launch import join_processes, process_command
-from stages._options import Compact, Finetuned, Metrics, Model, ParamsFile, Zeroshot
+from stages._options import Compact, Finetuned, Metrics, Model, ParamsFile, Reference, Zeroshot
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
-from tvaprune.measures.comparison import present_models
+from tvaprune.measures.comparison import present_models, read_reference
 from tvaprune.measures.zeroshot import describe, evaluate, select_rows, summarise
 from tvaprune.params.eval_zeroshot import EvalZeroshotParams
 
@@ -27,23 +20,24 @@ def main(
     compact: Compact = Path("artifacts/compact"),
     finetuned: Finetuned = Path("artifacts/finetuned"),
     zeroshot: Zeroshot = Path("data/zeroshot"),
+    reference: Reference = Path("artifacts/dense_zeroshot.json"),
     metrics: Metrics = Path("metrics/zeroshot.json"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Reads the three model directories, with the dense one's tokenizer for all, data/zeroshot and params.yaml
-    (eval_zeroshot); writes metrics/zeroshot.json.
+    """Reads the three model directories, with the dense one's tokenizer for all, data/zeroshot,
+    artifacts/dense_zeroshot.json and params.yaml (eval_zeroshot); writes metrics/zeroshot.json.
     """
     params = EvalZeroshotParams.load(params_file)
     models = present_models(dense, compact, finetuned)
     rows = select_rows(zeroshot, list(params.tasks), params.limit)
-    datasets.disable_progress_bars()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a ready-made model, which is meant
-    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokenizer = quiet_tokenizer(dense)
     results = {}
     with join_processes() as process:
         for name, path in models.items():
-            model = process.put(load(path, process.dtype))
-            scores = evaluate(model, tokenizer, rows, params.batch_size, name, process.world)
+            scores = read_reference(reference, process.dtype) if name == "dense" else None
+            if scores is None:
+                model = process.put(load(path, process.dtype))
+                scores = evaluate(model, tokenizer, rows, params.batch_size, name, process.world)
             results[name] = summarise(scores, params.mean_of)
         if not process.world.is_main:
             return

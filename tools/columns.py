@@ -12,18 +12,18 @@ from typing import Any
 
 from tools.saved_runs import value_at
 from tvaprune.masks.latency_table import PHASES
+from tvaprune.options.inputs import TASK_METRICS, TaskName
 
 SavedRun = dict[str, Any]
 Value = float | str | None
 AXES = ("hidden", "intermediate", "kv_heads")
-# Each task's name and the metric that it is reported in.
-TASKS = {
-    "piqa": ("PIQA", "acc"),
-    "hellaswag": ("HellaSwag", "acc_norm"),
-    "arc_easy": ("ARC-easy", "acc"),
-    "arc_challenge": ("ARC-challenge", "acc_norm"),
-    "winogrande": ("WinoGrande", "acc"),
-    "boolq": ("BoolQ", "acc"),
+TITLES: dict[TaskName, str] = {
+    "piqa": "PIQA",
+    "hellaswag": "HellaSwag",
+    "arc_easy": "ARC-easy",
+    "arc_challenge": "ARC-challenge",
+    "winogrande": "WinoGrande",
+    "boolq": "BoolQ",
 }
 
 
@@ -155,7 +155,8 @@ def _plain(value: Any) -> Value:
 def _zeroshot() -> dict[str, Column]:
     columns = {"mean": Column("mean", at("zeroshot.{model}.mean"), "{:.3f}".format)}
     error = {"mean": at("zeroshot.{model}.mean_stderr")}
-    for task, (title, metric) in TASKS.items():
+    for task, title in TITLES.items():
+        metric = TASK_METRICS[task]
         path = f"zeroshot.{{model}}.{task}.{metric}"
         columns[task] = Column(f"{title} ({metric})", at(path), "{:.3f}".format)
         error[task] = at(f"{path}_stderr")

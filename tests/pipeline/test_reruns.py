@@ -15,7 +15,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("eval_zeroshot.limit", 2, {"eval_zeroshot"}),
+        ("eval_zeroshot.limit", 2, {"eval_dense_zeroshot", "eval_zeroshot"}),
         ("learn_masks.flap.windows", 32, {"check_model"}),  # another method's option
         pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=slow),
         pytest.param("adapt_dimensions.multiple", 8, {"profile_hardware", *FROM_ADAPT}, marks=slow),

@@ -9,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from stages.eval_dense_zeroshot import main as measure_dense
 from stages.eval_zeroshot import main
 from tests.tiny_models import tiny_model
 from tvaprune.artifacts import ArtifactError
@@ -179,9 +180,11 @@ def test_the_stage_scores_the_artifact_it_is_given(
     tasks = "tasks: [piqa, arc_easy, hellaswag], mean_of: [piqa, arc_easy]"
     params.write_text(f"eval_zeroshot: {{{tasks}, limit: 8, batch_size: 8}}")
 
+    reference = tmp_path / "dense.json"
+
     def scores() -> dict[str, Any]:
         metrics = tmp_path / "zeroshot.json"
-        main(tmp_path / "dense", tmp_path / "compact", tmp_path / "none", data, metrics, params)
+        main(tmp_path / "dense", tmp_path / "compact", tmp_path / "none", data, reference, metrics, params)
         return json.loads(metrics.read_text())
 
     first = scores()
@@ -191,6 +194,15 @@ def test_the_stage_scores_the_artifact_it_is_given(
     (tmp_path / "compact" / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
     second = scores()
     assert second["compact"] == second["dense"] == first["dense"]
+    measure_dense(tmp_path / "dense", data, reference, params)
+    assert scores() == second
+    # It is read: another figure in it is reported; figures of another dtype are not, and the model is measured here.
+    content = json.loads(reference.read_text())
+    content["figures"]["piqa"]["acc"] = 0.25
+    reference.write_text(json.dumps(content))
+    assert scores()["dense"]["piqa"]["acc"] == 0.25
+    reference.write_text(json.dumps(content | {"dtype": "torch.float16"}))
+    assert scores() == second
 
 
 def test_rows_are_spread_and_the_same_each_time(data: Path) -> None:

@@ -6,8 +6,8 @@ lowers a KL term of weight p by ½·p·log sigma² (TVA-Prune Eq. 1). Their sum 
     log_alpha = log(mean² / sigma²) = log(mean²·H / p).
 
 With p the unit's parameter count, one threshold serves all axes. The score is this log_alpha, standardised. It follows
-from the curvature, so no variance is trained and no noise is sampled (departure from section 3.1; ablations in
-docs/lab-log.md).
+from the curvature, so no variance is trained and no noise is sampled (departure from section 3.1; docs/method.md
+says where its effect was measured).
 """
 
 from typing import Any

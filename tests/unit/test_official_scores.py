@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.record_official_scores import LLAMA, PUBLISHED, SEED, TOKENS, WINDOWS, fingerprint, tiny_llama, token_windows
+from tools.record_official_scores import (
+    LLAMA,
+    PUBLISHED,
+    SEED,
+    TOKENS,
+    WINDOWS,
+    fingerprint,
+    main,
+    tiny_llama,
+    token_windows,
+)
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Axis, Topology
 from tvaprune.baselines.activations import input_statistics
@@ -65,6 +76,24 @@ def test_a_record_names_repository_commit_and_source(method: str) -> None:
     for run in content["runs"]:
         assert re.match(r"[\w/]+\.py:\d+ \w+", run["source"])
         assert run["settings"]
+
+
+def test_the_recorder_takes_a_commit_without_changes_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record that names a commit which it is not from would prove nothing."""
+
+    def refused(method: str) -> str:
+        with pytest.raises(SystemExit):
+            main(method, tmp_path, tmp_path / "records")
+        assert not (tmp_path / "records").exists()
+        return capsys.readouterr().err
+
+    assert "--method nothing" in refused("nothing")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert "HEAD" in refused("flap")
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
+    (tmp_path / "changed.py").write_text("")
+    assert "has changes that are in no commit" in refused("flap")
 
 
 @pytest.mark.parametrize("run", runs("flap"))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 
 from tvaprune.architecture.topology import Axis, LayerModules, decoder_layers, layer_modules
 from tvaprune.baselines.activations import (
@@ -66,7 +67,8 @@ def sequential_wanda_scores(problem: Problem) -> Scores:
     hidden, others = first_layer_inputs(problem)
     blocks = decoder_layers(problem.model)
     with GatedModel(problem.model, topology).inserted() as gated:
-        for index, modules in enumerate(layer_modules(problem.model)):
+        layers = tqdm(list(layer_modules(problem.model)), desc="layers", disable=not problem.progress)
+        for index, modules in enumerate(layers):
             collector = Collector([modules])
             with collector.attached():
                 for states in hidden:

@@ -95,7 +95,7 @@ def factors(module: nn.Linear, rank: int, index: int) -> tuple[Tensor, Tensor, T
 def _functions(file: Path, names: set[str], given: dict[str, Any]) -> dict[str, Any]:
     """Functions of a file whose module cannot be imported, run with these globals."""
     tree = ast.parse(file.read_text())
-    chosen = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    chosen: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
     namespace = dict(given)
     exec(compile(ast.Module(chosen, []), str(file), "exec"), namespace)
     return namespace

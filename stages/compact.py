@@ -8,11 +8,12 @@ from typer import Option, echo
 
 from stages._command import command
 from stages._options import Metrics, Model, ParamsFile
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import EMBEDDING, Topology
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import measured, sizes
+from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.export.card import Base, Provenance, widths_of
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.seal import certify, require
@@ -20,8 +21,8 @@ from tvaprune.masks.masks import read_masks
 from tvaprune.masks.update import read_update
 from tvaprune.params.compact import CompactParams
 from tvaprune.proof.certificate import GGUF, Reference, prompt_ids
-from tvaprune.proof.checks import against_reference
-from tvaprune.proof.parity import compact_logits, masked_dense_logits
+from tvaprune.proof.checks import against_gates, against_reference
+from tvaprune.proof.parity import compact_logits, gated_logits, masked_dense_logits
 
 
 @command
@@ -35,7 +36,8 @@ def main(
 ) -> None:
     """Reads data/model, artifacts/adapted, artifacts/update and params.yaml (compact); writes artifacts/compact, a
     Hugging Face directory with its certificate and model card, and metrics/compact.json. Fails where compact and masked
-    logits differ by more than compact.max_rel_logit_diff, here, in a fresh process, or in llama.cpp.
+    logits differ by more than compact.max_rel_logit_diff, here, in a fresh process, or in llama.cpp; and where they
+    differ by more than rounding from those of the gates over the dense weights.
     """
     params = CompactParams.load(params_file)
     topology = Topology.of(load_config(model))
@@ -46,13 +48,16 @@ def main(
     input_ids = prompt_ids(AutoTokenizer.from_pretrained(model), params.prompt_tokens)
     reference = Reference("masked dense model", input_ids, masked_dense_logits(model, masks, folded, input_ids))
     bound, report = params.max_rel_logit_diff, sizes(topology, masks, size)
-    parity = against_reference("masked = compact", reference, compact_logits(out, input_ids), bound)
-    write_json(metrics, {**report, **parity.figures, **cost})
+    logits = compact_logits(out, input_ids)
+    parity = against_reference("masked = compact", reference, logits, bound)
+    stored = Checkpoint.of(model).info[EMBEDDING].dtype
+    folded_right = against_gates(gated_logits(model, masks, folded, input_ids), logits, stored)
+    write_json(metrics, {**report, **parity.figures, "fold_mean_kl": folded_right.figures["mean_kl"], **cost})
     _, meta = read_artifact(adapted, "masks")
     made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
     figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}
     made = Provenance(Base.of(model), params.layout, widths_of(masks), made_with, figures)
-    checks = certify(out, reference, bound, made, [parity])
+    checks = certify(out, reference, bound, made, [parity, folded_right])
     require(out, checks)
     echo(f"{report['params_kept']} parameters")
     for check in checks:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
-from tvaprune.proof.parity import compact_logits, compare, masked_dense_logits
+from tvaprune.proof.checks import against_gates
+from tvaprune.proof.parity import compact_logits, compare, gated_logits, masked_dense_logits
 
 PROMPTS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
 
@@ -42,6 +44,20 @@ def test_masked_equals_compact_equals_gates_in_place(family: str, empty_layer: i
     for parity in (folded, in_place):
         assert parity.max_rel_logit_diff < 1e-5
         assert parity.argmax_agreement == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_proof_sees_what_the_fold_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Gates over unfolded weights against the compact model: passed as it is, failed where one site is not folded."""
+    dense = save_tiny_model("llama_tied", tmp_path / "dense", dtype)
+    topology = Topology.of(load_config(dense))
+    masks, update = random_masks(topology, seed=3), random_update(topology, seed=4)
+    compact(dense, masks, update, tmp_path / "compact")
+    logits = compact_logits(tmp_path / "compact", PROMPTS)
+    assert against_gates(gated_logits(dense, masks, update, PROMPTS), logits, dtype).passed
+    squared = {axis: scale.square() if axis == "hidden" else scale for axis, scale in update.scale.items()}
+    other = gated_logits(dense, masks, replace(update, scale=squared), PROMPTS)
+    assert against_gates(other, logits, torch.float32).passed is False
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ from torch import Tensor
 import tvaprune
 from tvaprune.proof import gguf_runtime, reload_script
 from tvaprune.proof.certificate import GGUF, Check, DamagedDirectoryError, Reference
-from tvaprune.proof.parity import compare, same_choices
+from tvaprune.proof.parity import compare, mean_kl, same_choices
 
 # Tokens of each prompt that generation starts from, and new tokens. Few: without a cache each costs a whole pass.
 GENERATE_AFTER, NEW_TOKENS = 16, 32
@@ -26,6 +26,9 @@ TIE = 2
 # Nats, of the likeliest token after each prompt, for files of rounded weights. A pruned SmolLM2-135M differs by 0.01 in
 # bf16 and 0.07 in q8_0. Unlikely tokens differ by more (0.7 in q8_0): reported, not bounded.
 ROUNDED_BOUND = 0.5
+# Mean KL in nats that rounding of folded weights may cause: a multiple of the stored dtype's squared rounding.
+# SmolLM2-135M pruned by half, in bfloat16, has 1.1e-4 nats; the bound there is 0.005.
+FOLD_FACTOR, FOLD_FLOOR = 80, 1e-6
 LEAST_LOGPROB = -80  # llama.cpp reports probabilities in float32, which ends at exp(-87)
 
 # Reads [prompts, tokens] from its input. Prints the tokens with their log-probabilities, and those of all at the first.
@@ -47,6 +50,17 @@ def against_reference(
     tie = _tie(reference.logits, bound)
     parity = compare(reference.logits, logits[:, -reference.logits.shape[1] :], tie)
     return _check(name, parity._asdict(), {"max_rel_logit_diff": bound, "argmax_agreement": 1})
+
+
+def against_gates(gated: Float[Tensor, "*logits"], logits: Float[Tensor, "*logits"], stored: torch.dtype) -> Check:
+    """Compare the compact model's logits with those of the gates over unfolded weights, both computed in float32.
+
+    The folded weights are rounded to the stored dtype, which no exact comparison survives. The bound on the mean KL
+    grows with the square of that dtype's rounding: 0.005 nats for bfloat16, 8e-5 for float16, 1e-6 for float32.
+    """
+    bound = max(FOLD_FLOOR, FOLD_FACTOR * torch.finfo(stored).eps ** 2)
+    figures = {"mean_kl": mean_kl(gated, logits), "argmax_agreement": compare(gated, logits).argmax_agreement}
+    return _check("gates over the dense weights = compact", figures, {"mean_kl": bound})
 
 
 def _tie(logits: Tensor, bound: float) -> float:

@@ -88,6 +88,29 @@ def masked_dense_logits(
         return model(input_ids=input_ids, use_cache=False).logits
 
 
+@torch.inference_mode()
+def gated_logits(
+    dense: Path, masks: Masks, update: WeightUpdate, input_ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq vocab"]:
+    """Logits of the dense model with its own weights and the gates in place, as while learning, in float32.
+
+    Nothing is folded: this and the compact model share no code that scales weights.
+    """
+    model = load(dense, dtype=torch.float32)
+    for name, bias in update.bias.items():
+        model.get_submodule(name).bias = nn.Parameter(bias.clone(), requires_grad=False)
+    with GatedModel(model, Topology.of(model.config)).inserted() as gated:
+        kept = int(masks.keep["hidden"].sum())
+        gated.set(hard_gates(masks.keep, update.scale), kept, update.channel_scale)
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+def mean_kl(reference: Float[Tensor, "*logits"], other: Float[Tensor, "*logits"]) -> float:
+    """KL(reference ‖ other) of next-token distributions from logits [..., vocab], mean over positions, in nats."""
+    ours, theirs = (logits.double().log_softmax(-1) for logits in (reference, other))
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
+
+
 def compact_logits(directory: Path, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
     """Logits of a model directory, loaded in float32 on the CPU."""
     return model_logits(load(directory, dtype=torch.float32), input_ids)

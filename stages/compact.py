@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from transformers import AutoTokenizer
 from typer import Option, echo
 
@@ -14,6 +15,7 @@ from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import measured, sizes
 from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.cost import peak_memory_bytes
 from tvaprune.export.card import Base, Provenance, widths_of
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.seal import certify, require
@@ -52,7 +54,12 @@ def main(
     parity = against_reference("masked = compact", reference, logits, bound)
     stored = Checkpoint.of(model).info[EMBEDDING].dtype
     folded_right = against_gates(gated_logits(model, masks, folded, input_ids), logits, stored)
-    write_json(metrics, {**report, **parity.figures, "fold_mean_kl": folded_right.figures["mean_kl"], **cost})
+    proof = {
+        **parity.figures,
+        "fold_mean_kl": folded_right.figures["mean_kl"],
+        "proof_peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),  # of the process, cutting included
+    }
+    write_json(metrics, {**report, **proof, **cost})
     _, meta = read_artifact(adapted, "masks")
     made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
     figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}

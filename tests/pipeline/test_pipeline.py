@@ -28,7 +28,7 @@ KEYS = {
     "adapt": ["sparsity_before", "sparsity_decoder", "hidden_before", "hidden_after"],
     "compact": [
         "sparsity_decoder", "sparsity_model", "params_kept", "bytes_dense", "bytes_compact", "max_abs_logit_diff",
-        "seconds", "peak_memory_bytes",
+        "fold_mean_kl", "seconds", "peak_memory_bytes", "proof_peak_memory_bytes",
     ],
     "finetune": ["enabled", "steps", "seconds"],
     "speed": [

@@ -120,6 +120,20 @@ def test_bfloat16_checkpoint_is_cut_without_further_loss(tmp_path: Path) -> None
     assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_abs_logit_diff < 1e-3
 
 
+def test_a_dropped_dimension_with_a_mean_of_zero_is_no_fault(tmp_path: Path) -> None:
+    """Its inverse in the final norm of tied embeddings would be infinite, and infinity times 0 is not a number."""
+    dense = save_tiny_model("llama_tied", tmp_path / "dense")
+    topology = Topology.of(load_config(dense))
+    masks, update = random_masks(topology, seed=13), random_update(topology, seed=14)
+    assert not masks.keep["hidden"].all()
+    update.scale["hidden"][~masks.keep["hidden"]] = 0.0
+    compact(dense, masks, update, tmp_path / "compact")
+    assert can_stay_tied(masks, update)
+    reloaded = compact_logits(tmp_path / "compact", PROMPTS)
+    assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-5
+    assert compare(gated_logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-5
+
+
 def test_a_mean_of_zero_unties_the_embeddings(tmp_path: Path) -> None:
     dense = save_tiny_model("llama_tied", tmp_path / "dense")
     topology = Topology.of(load_config(dense))

@@ -4,12 +4,16 @@ Departure from Eq. 6 read literally: the mean itself is folded, not a rescaled o
 multiplied in training.
 """
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tvaprune.architecture.topology import AXIS_OF_UNITS, FINAL_NORM, Axis, Topology, Units, cut, site_of
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+
+# Means of smaller magnitude are not divided by.
+SMALLEST_MEAN = 1e-3
 
 
 def along_dimension(
@@ -29,13 +33,15 @@ def scales(topology: Topology, name: str, update: WeightUpdate, tied: bool) -> t
     """The factors of a tensor along each of its dimensions, before cutting; None where nothing is multiplied.
 
     Tied embeddings stay tied: the embedding's columns are multiplied by mu and the final norm by 1/mu, so the head,
-    which is the same matrix, gets the same input as before. Exact wherever mu is not 0.
+    which is the same matrix, gets the same input as before. Exact in every dimension that `can_stay_tied` allows.
     """
     where = cut(name)
     result: list[Tensor | None] = []
     for units, scaled in zip(where.dims, where.scaled, strict=True):
         if tied and name == FINAL_NORM:
-            along = 1 / update.scale["hidden"]
+            mean = update.scale["hidden"]
+            # A dropped dimension may have learned a mean of 0. Its activation is 0, and so must its product be.
+            along = 1 / torch.where(mean.abs() > SMALLEST_MEAN, mean, 1.0)
         elif scaled and units is not None:
             along = along_dimension(topology, update.scale, units, where.layer)
             site = site_of(name, units)
@@ -61,4 +67,4 @@ def fold(tensor: Float[Tensor, "*shape"], factors: tuple[Float[Tensor, " _"] | N
 
 def can_stay_tied(masks: Masks, update: WeightUpdate) -> bool:
     """Whether 1/mu of every kept residual dimension is a number that half precision holds well."""
-    return bool((update.scale["hidden"][masks.keep["hidden"]].abs() > 1e-3).all())
+    return bool((update.scale["hidden"][masks.keep["hidden"]].abs() > SMALLEST_MEAN).all())

@@ -1,15 +1,14 @@
-"""Bonsai, NIRVANA and LoRAPrune against their own code, as tools/official_bonsai_nirvana.py recorded it."""
+"""Bonsai, NIRVANA and LoRAPrune against their own code, as tools/record_official_scores.py recorded it."""
 
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tools.official_bonsai_nirvana import LLAMA, PUBLISHED, SEED, TOKENS, WINDOWS, factors, tiny_llama, token_windows
+from tests.unit.test_official_scores import UNITS, record
+from tools.official.loraprune import factors
+from tools.official.record import MANY_HEADS
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Axis, Topology
 from tvaprune.baselines.allocation import Stages, allocate_balanced
@@ -29,30 +28,12 @@ from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.options.baselines import NirvanaOptions
 
-OFFICIAL = Path(__file__).resolve().parents[1] / "official"
-UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
 BLOCKS: dict[Axis, str] = {"kv_heads": "self_attn", "intermediate": "mlp"}
 
 
-def record(method: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((OFFICIAL / f"{method}.json").read_text())
-    return content
-
-
 def problem_of(run: dict[str, Any]) -> Problem:
-    model = tiny_llama(**run["settings"].get("llama", {}))
-    return Problem(model, Topology.of(model.config), token_windows(), 0.5, UNITS, progress=False)
-
-
-@pytest.mark.parametrize("method", PUBLISHED)
-def test_a_record_names_repository_commit_and_source(method: str) -> None:
-    content = record(method)
-    assert content["repository"] == PUBLISHED[method].repository
-    assert re.fullmatch("[0-9a-f]{40}", content["commit"])
-    assert (content["llama"], content["seed"], content["windows"]) == (LLAMA, SEED, [WINDOWS, TOKENS])
-    for run in content["runs"]:
-        assert run["source"].split(":")[0] in PUBLISHED[method].files
-        assert run["replaced"]
+    model = MANY_HEADS.model(**run["settings"].get("llama", {}))
+    return Problem(model, Topology.of(model.config), MANY_HEADS.token_windows(), 0.5, UNITS, progress=False)
 
 
 # ---- Bonsai: one round of the published code

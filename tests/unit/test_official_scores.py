@@ -10,17 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.record_official_scores import (
-    LLAMA,
-    PUBLISHED,
-    SEED,
-    TOKENS,
-    WINDOWS,
-    fingerprint,
-    main,
-    tiny_llama,
-    token_windows,
-)
+from tools.official.record import SEED, TOKENS, WIDE_HEADS, fingerprint
+from tools.record_official_scores import PUBLISHED, main
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Axis, Topology
 from tvaprune.baselines.activations import input_statistics
@@ -52,13 +43,13 @@ def official(run: dict[str, Any], name: str, axis: Axis) -> Tensor:
 
 def problem_of(run: dict[str, Any]) -> Problem:
     """The model and windows of the record; the target is what the published code kept, where it cut."""
-    model = tiny_llama(**run["settings"].get("llama", {}))
+    model = WIDE_HEADS.model(**run["settings"].get("llama", {}))
     assert fingerprint(model) == run["weights"]
     topology, target = Topology.of(model.config), 0.2
     if "keep" in run:
         keep = {**Masks.dense(topology).keep, **{axis: official(run, "keep", axis) for axis in UNITS}}
         target = 1 - kept_decoder_parameters(topology, keep) / dense_decoder_parameters(topology)
-    return Problem(model, topology, token_windows(), target, UNITS, progress=False)
+    return Problem(model, topology, WIDE_HEADS.token_windows(), target, UNITS, progress=False)
 
 
 def assert_same_units_kept(masks: Masks, run: dict[str, Any]) -> None:
@@ -68,13 +59,16 @@ def assert_same_units_kept(masks: Masks, run: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_a_record_names_repository_commit_and_source(method: str) -> None:
-    content = record(method)
-    assert content["repository"] == PUBLISHED[method].repository
+    content, published = record(method), PUBLISHED[method]
+    assert content["repository"] == published.repository
     assert re.fullmatch(r"[0-9a-f]{40}", content["commit"])
-    assert (content["llama"], content["seed"], content["windows"]) == (LLAMA, SEED, [WINDOWS, TOKENS])
+    assert (content["llama"], content["seed"]) == (published.llama.config, SEED)
+    assert content["windows"] == [published.llama.windows, TOKENS]
     assert content["runs"]
     for run in content["runs"]:
         assert re.match(r"[\w/]+\.py:\d+ \w+", run["source"])
+        assert (run["source"], run["replaced"]) == (published.source, published.replaced)
+        assert run["replaced"]
         assert run["settings"]
 
 
@@ -121,7 +115,7 @@ def test_wanda_sp(run: dict[str, Any]) -> None:
     problem = problem_of(run)
     scores = sequential_wanda_scores(problem)
     # The published score is a mean over the rows of W, and of the squared norms of windows.
-    factor = LLAMA["hidden_size"] * len(problem.windows) ** 0.5
+    factor = WIDE_HEADS.config["hidden_size"] * len(problem.windows) ** 0.5
     for axis in UNITS:
         torch.testing.assert_close(scores[axis] / factor, official(run, "scores", axis), rtol=1e-5, atol=1e-6)
     assert_same_units_kept(wanda_sp(problem, WandaSpOptions()), run)

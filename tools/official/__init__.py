@@ -1,0 +1,1 @@
+"""What runs published code on a tiny Llama, one module a repository; nothing of that code is here."""

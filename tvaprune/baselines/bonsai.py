@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import AXES, Axis
+from tvaprune.architecture.topology import AXES, Axis, layer_modules
 from tvaprune.baselines.activations import column_sums, input_statistics, per_unit
 from tvaprune.baselines.allocation import Keep, Scores, Stages, percentiles, percentiles_over_layers
 from tvaprune.baselines.bonsai_fit import fit_coefficients
@@ -101,9 +101,10 @@ def prior_scores(problem: Problem) -> Scores:
         statistics = input_statistics(replace(problem, windows=window, progress=False))
         for axis in problem.axes:
             rms[axis] = rms[axis] + statistics[axis].norm / math.sqrt(statistics[axis].tokens) / len(problem.windows)
+    layers = list(layer_modules(problem.model))
     scores: Scores = {}
     for axis in problem.axes:
-        magnitudes = column_sums(problem.model, axis, lambda w: w.double().abs() / len(w))
+        magnitudes = column_sums(layers, axis, lambda w: w.double().abs() / len(w))
         inputs = problem.topology.query_rows if axis == "kv_heads" else 1
         scores[axis] = (per_unit(problem.topology, axis, magnitudes * rms[axis]) / inputs).float().cpu()
     return scores

@@ -14,7 +14,7 @@ from tests.pipeline.workspace import Workspace, environment
 DEFINITIONS = """
 rows:
   twin: {set: {seed: 0}, target: eval_perplexity}
-  broken: {set: {compact.max_abs_logit_diff: 1.0e-30, adapt_dimensions.multiple: 1}, target: compact}
+  broken: {set: {compact.max_rel_logit_diff: 1.0e-30, adapt_dimensions.multiple: 1}, target: compact}
   few: {set: {eval_zeroshot.limit: 2}, target: [eval_zeroshot]}
 """
 

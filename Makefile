@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow lint clean-env
+.PHONY: help repro test test-slow test-nightly lint clean-env
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,7 +23,10 @@ test: lint ## every check and every fast test
 	$(PYTEST)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow
-	$(PYTEST) -m slow
+	$(PYTEST) -m 'slow and not nightly'
+
+test-nightly: $(VENV)/.installed-dev ## the tests marked nightly: hours
+	$(PYTEST) -m nightly
 
 lint: $(VENV)/.installed-dev ## style, types and layers alone
 	$(BIN)/ruff check

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Each worker runs the tiny pipeline once for itself, on one thread.
+# The tiny pipeline runs once, on one thread, for all workers.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 15
 
 # DVC runs each stage as `python -m stages.NAME`: that python has to be .venv's, and the core that of this directory.

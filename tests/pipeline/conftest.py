@@ -1,9 +1,11 @@
-"""The pipeline run once on tiny inputs; every test works in a copy of it."""
+"""The pipeline run once on tiny inputs, for all workers; every test works in a copy of it."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.pipeline.tiny_inputs import write_inputs, write_small_params
 from tests.pipeline.workspace import Workspace
@@ -18,15 +20,22 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished(scratch: None, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def finished(scratch: None, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Workspace:
     """After one `dvc repro`, committed. Not to be changed: take `workspace` for that."""
-    workspace = Workspace.create(tmp_path_factory.mktemp("pipeline") / "finished")
-    write_inputs(workspace.root / "inputs")
-    write_small_params(workspace.root / "params.yaml")
-    workspace.commit()
-    workspace.repro()
-    workspace.commit()
-    return workspace
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent  # of all workers of this session
+    with FileLock(shared / "finished.lock"):
+        root, making = shared / "finished", shared / "making"
+        if not root.exists():
+            shutil.rmtree(making, ignore_errors=True)
+            workspace = Workspace.create(making)
+            write_inputs(making / "inputs")
+            write_small_params(making / "params.yaml")
+            workspace.commit()
+            workspace.repro()
+            workspace.commit()
+            making.rename(root)
+    return Workspace(root)
 
 
 @pytest.fixture

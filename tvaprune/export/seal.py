@@ -30,7 +30,7 @@ def certify(
 ) -> list[Check]:
     """Check a complete model directory in fresh processes; write tvaprune.json, README.md and the certificate.
 
-    The reference has logits at all positions of its prompts, `bound` is of their absolute difference, and `checks` were
+    The reference has logits at all positions of its prompts, `bound` is a share of the largest logit, and `checks` were
     already made in this process. Returns all checks. The files are written whether they passed or not; `require`
     decides.
     """

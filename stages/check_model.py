@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from typer import secho
+
 from stages._command import command
 from stages._options import Config, Marker, ParamsFile
 from tvaprune.architecture.topology import Topology
@@ -27,5 +29,12 @@ def main(
     check_request(learn.request(), topology)
     if multiples := adapt.multiples():
         check_multiples(topology, *multiples)
+    if adapt.layout == "uniform" and learn.method == "tva" and not learn.tva.uniform_layers:
+        secho(
+            "warning: compact.layout = uniform with masks learned for layers of different widths loses quality; set "
+            "learn_masks.tva.uniform_layers to true, or compact.layout to uneven or padded",
+            fg="yellow",
+            err=True,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("the parameters fit the model\n")

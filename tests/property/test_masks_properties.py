@@ -16,7 +16,7 @@ from tvaprune.architecture.parameter_counts import (
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.masks.adapt import adapt, nearest_multiple
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_above, project, solve_threshold
+from tvaprune.masks.projection import keep_above, keep_best, level_layers, project, solve_threshold
 
 topologies = st.builds(
     Topology,
@@ -139,3 +139,14 @@ def test_fewer_units_are_never_more_parameters(topology: Topology, seed: int) ->
     fewer = [(count - 1).clamp(min=0) for count in counts]
     assert decoder_parameters(topology, *fewer) < decoder_parameters(topology, *counts)
     assert kept_decoder_parameters(topology, Masks.dense(topology).keep) == dense_decoder_parameters(topology)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers=st.integers(1, 4), units=st.integers(1, 40), seed=seeds)
+def test_level_scores_keep_as_many_of_every_layer_and_its_best(layers: int, units: int, seed: int) -> None:
+    scores = torch.randn(layers, units, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+    level = level_layers(scores)
+    for threshold in level.unique():
+        keep = level > threshold
+        (count,) = keep.sum(-1).unique().tolist()
+        assert all(torch.equal(kept, keep_best(score, count)) for kept, score in zip(keep, scores, strict=True))

@@ -428,6 +428,14 @@ def test_scores_follow_the_training() -> None:
     assert not torch.equal(first.keep["intermediate"], last.keep["intermediate"])
 
 
+def test_uniform_layers_keep_as_many_units_in_each() -> None:
+    apart, alike = (learn(replace(TVA, uniform_layers=each)).masks.keep for each in (False, True))
+    for axis in ("intermediate", "kv_heads"):
+        widths = alike[axis].sum(-1)
+        assert int(widths.max() - widths.min()) <= 1  # the projection fills the budget unit by unit
+    assert not torch.equal(apart["intermediate"].sum(-1), alike["intermediate"].sum(-1))
+
+
 @given(
     norms=st.lists(st.floats(0.5, 2.0), min_size=1, max_size=40),
     explosion=st.floats(10, 1e6),

@@ -22,7 +22,7 @@ from tvaprune.distributed import World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_above, project, solve_threshold
+from tvaprune.masks.projection import keep_above, level_layers, project, solve_threshold
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.gates import TvaOptions
 
@@ -144,9 +144,16 @@ class BudgetGates:
 
     def select(self, scheduled_sparsity: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
         """The units that a step keeps, and the threshold that their scores are above."""
-        scores = {axis: self.score[axis] if axis in self.axes else self.score[axis] + torch.inf for axis in AXES}
+        scores = self._comparable_scores()
+        scores = {axis: score if axis in self.axes else score + torch.inf for axis, score in scores.items()}
         threshold = solve_threshold(self.topology, scores, scheduled_sparsity)
         return keep_above(scores, threshold), threshold
+
+    def _comparable_scores(self) -> dict[Axis, Tensor]:
+        """The scores that a threshold is compared with: those of a layer's units, or of their rank in the layer."""
+        if not self.options.uniform_layers:
+            return self.score
+        return {axis: score if axis == "hidden" else level_layers(score) for axis, score in self.score.items()}
 
     def step(self, gated: GatedModel, batch: Batch, index: int, world: World) -> Row:
         """One optimiser step under the budget, `index` from 0; gradients are averaged over the world's processes."""
@@ -175,7 +182,7 @@ class BudgetGates:
 
     def learned(self) -> tuple[Masks, WeightUpdate]:
         """Masks, projected onto the target, and means; on the CPU."""
-        scores = {axis: score.cpu() for axis, score in self.score.items()}
+        scores = {axis: score.cpu() for axis, score in self._comparable_scores().items()}
         masks = Masks({axis: score > 0 for axis, score in scores.items()}, scores)
         return project(self.topology, masks, self.target_sparsity, self.axes), self.learned_means()
 

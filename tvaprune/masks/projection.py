@@ -37,6 +37,15 @@ def keep_best(scores: Float[Tensor, " units"], count: int) -> Bool[Tensor, " uni
     return keep
 
 
+def level_layers(scores: Float[Tensor, "layers units"]) -> Float[Tensor, "layers units"]:
+    """Scores with which every threshold keeps as many units in each layer, and in each its best.
+
+    A layer's unit of rank r gets the mean, over the layers, of the scores of rank r.
+    """
+    ranked, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return torch.empty_like(scores).scatter_(-1, order, ranked.mean(0).expand_as(scores))
+
+
 def keep_widths(masks: Masks, hidden: int, intermediate: Sequence[int], kv_heads: Sequence[int]) -> Masks:
     """Masks of these widths, the latter two by layer: every vector's best units."""
 

@@ -44,6 +44,9 @@ class TvaOptions:
     channel_means: Annotated[
         bool, Field(description="Learn a mean per channel and layer where one gate multiplies several channels.")
     ] = True
+    uniform_layers: Annotated[
+        bool, Field(description="Keep as many units in every layer, at every step: for compact.layout = uniform.")
+    ] = False
     ce_weight: Annotated[float, Field(ge=0, description="Weight of the cross-entropy with the text.")] = 0.5
     distillation_weight: Annotated[
         float, Field(ge=0, description="Weight of the KL divergence from the dense model's predictions.")
@@ -56,6 +59,8 @@ class TvaOptions:
     def __post_init__(self) -> None:
         if self.ce_weight + self.distillation_weight == 0:
             raise ValueError("ce_weight and distillation_weight are both 0: there is nothing to learn from")
+        if self.uniform_layers and self.ablation == "deterministic":
+            raise ValueError("uniform_layers: true needs scores in closed form; set ablation: null")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ import typer
 from tvaprune.checkpoint.cut import MODELING_FILE
 from tvaprune.proof.certificate import Check, read_certificate
 from tvaprune.proof.checks import fresh_checks
+from tvaprune.proof.quantized import QUANTIZED, check_quantized
 
 
 def verify(directory: Path, trust_remote_code: bool = False) -> list[Check]:
     """Check the files against their hashes, then the logits against those that the certificate stores.
+
+    Of a directory of quantised files the hashes, and the differences that were measured when they were written.
 
     The directory's modeling file runs only if it is this version's, byte for byte, or `trust_remote_code` is set.
 
@@ -22,6 +25,8 @@ def verify(directory: Path, trust_remote_code: bool = False) -> list[Check]:
         DamagedDirectoryError: a file is absent, changed or added, or does not load.
         ValueError: the directory brings code that is not this version's.
     """
+    if (directory / QUANTIZED).is_file():
+        return check_quantized(directory)
     stored = read_certificate(directory)
     if not trust_remote_code:
         _refuse_unknown_code(directory)

@@ -51,6 +51,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "eval_perplexity": {
         "window": 32, "validation": {"stories": 4}, "test": {"stories": 4, "more_letters": 2},
     },
+    "quantize": {
+        "window": 32, "validation": {"stories": 2}, "test": {"stories": 2, "more_letters": 2},
+        "prefill_tokens": 16, "decode_tokens": 4, "repeats": 3,
+    },
     "eval_zeroshot": {
         "tasks": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"], "limit": 3,
     },

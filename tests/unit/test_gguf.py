@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from ruamel.yaml import YAML
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
-from tools.llama_cpp_speed import bytes_read, compare
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint import tensor_files
 from tvaprune.checkpoint.cut import compact
@@ -22,7 +20,6 @@ from tvaprune.export.gguf import interleave, write_gguf
 from tvaprune.export.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
-from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.proof.gguf_runtime import greedy_steps, start_server
 
 PROMPTS = [[5, 17, 99, 3], [120], [64, 64, 7, 31, 90, 12, 2]]
@@ -398,22 +395,3 @@ def test_the_real_compact_model_runs_alike(tmp_path: Path) -> None:
         assert got == model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
     for text, ids in zip(AWKWARD, tokenize(file, AWKWARD), strict=True):
         assert ids == tokenizer(text)["input_ids"], text
-
-
-def test_the_speed_table_times_every_model_beside_the_bytes_it_reads(tmp_path: Path) -> None:
-    """Every row is read by a decoded token but the embedding's, where that is not the output matrix too."""
-    masks = masks_of("llama_tied")
-    compacted = pruned("llama_tied", tmp_path, masks)
-    section = YAML(typ="safe").load(Path("params.yaml"))["benchmark_speed"]
-    small = {"prefill_tokens": 24, "decode_prompt_tokens": 8, "decode_tokens": 4, "repeats": 3, "max_warmup": 2}
-    settings = BenchmarkSpeedParams(**section | small)
-    phases = compare({"dense": tmp_path / "dense", "compact": compacted}, "f32", settings, tmp_path)
-    for phase in phases:
-        assert {name: len(values) for name, values in phase.latency_ms.items()} == {"dense": 3, "compact": 3}
-        assert all(value > 0 for values in phase.latency_ms.values() for value in values)
-        assert phase.work["compact"] < phase.work["dense"]
-    weights = sum(weight.nbytes for weight in load(compacted, dtype=torch.float32).parameters())
-    assert phases[1].work["compact"] == weights
-    write_gguf(saved("llama", tmp_path / "untied"), tmp_path / "untied.gguf", "f32")
-    weights = sum(weight.nbytes for weight in load(tmp_path / "untied", dtype=torch.float32).parameters())
-    assert bytes_read(tmp_path / "untied.gguf") == weights - 128 * 64 * 4

@@ -17,12 +17,16 @@ from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, plan_gguf
 from tvaprune.export.gguf_tokenizer import add_tokenizer
 
-GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
+GgufDtype = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 _TYPES: dict[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q5_1": (gguf.GGMLQuantizationType.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
+    "q5_0": (gguf.GGMLQuantizationType.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
+    "q4_1": (gguf.GGMLQuantizationType.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 
 
@@ -31,7 +35,7 @@ def write_gguf(directory: Path, file: Path, dtype: GgufDtype) -> None:
 
     Memory is that of a block of rows, or of one q or k matrix where rows are reordered. The file appears when it is
     complete, and replaces an older one. Two runs give the same bytes. `dtype` is the matrices'; norms and biases are
-    float32, and with q8_0, matrices whose rows are not a multiple of 32 are float16.
+    float32, and with the q types, matrices whose rows are not a multiple of 32 are float16.
 
     Raises:
         FileNotFoundError: the directory holds no model.

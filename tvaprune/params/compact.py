@@ -13,7 +13,9 @@ class CompactParams(StageParams):
     layout: Literal["uneven", "uniform", "padded"] = Field(
         description="uneven: each layer as wide as its mask; uniform, padded: the base family's own config."
     )
-    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(description="Type of model.gguf to write; null: none.")
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(
+        description="Type of model.gguf to write; null: none. The stage quantize writes smaller types."
+    )
     max_rel_logit_diff: float = Field(
         description="Largest difference of the masked and the compact logits, as a share of the largest logit.", gt=0
     )

@@ -14,6 +14,7 @@ from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.loading import ParameterError, StageParams, read_yaml
 from tvaprune.params.profile_hardware import ProfileHardwareParams
+from tvaprune.params.quantize import QuantizeParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.params.update_weights import UpdateWeightsParams
 
@@ -30,6 +31,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
     BenchmarkSpeedParams,
     EvalPerplexityParams,
     EvalZeroshotParams,
+    QuantizeParams,
 )
 
 
@@ -49,9 +51,9 @@ def check_everything(path: Path) -> None:
         except ParameterError as error:
             problems.append(str(error))
     texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
-    perplexity = loaded.get("eval_perplexity")
+    measured = [loaded[name] for name in ("eval_perplexity", "quantize") if name in loaded]
     problems += _unknown_sources(texts, sampling) if texts and sampling else []
-    problems += _unknown_texts(texts, perplexity) if texts and perplexity else []
+    problems += [problem for each in measured for problem in _unknown_texts(texts, each)] if texts else []
     problems += _broken_blocks(masks, sampling) if masks and sampling else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
@@ -67,12 +69,12 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
     ]
 
 
-def _unknown_texts(texts: FetchInputsParams, perplexity: EvalPerplexityParams) -> list[str]:
+def _unknown_texts(texts: FetchInputsParams, measured: EvalPerplexityParams | QuantizeParams) -> list[str]:
     labels = [source.label for source in texts.heldout.sources]
     known = f"the sources of fetch_inputs.heldout are {', '.join(labels)}"
     return [
-        f"{perplexity.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
-        for key, windows in (("validation", perplexity.validation), ("test", perplexity.test))
+        f"{measured.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
+        for key, windows in (("validation", measured.validation), ("test", measured.test))
         if (unknown := sorted(set(windows) - set(labels)))
     ]
 

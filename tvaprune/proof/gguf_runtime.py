@@ -1,10 +1,14 @@
 """Run a GGUF file on a CPU in llama.cpp, from the optional package xllamacpp, which is imported here alone."""
 
-from collections.abc import Callable
+import json
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 
 class GreedyStep(NamedTuple):
@@ -51,8 +55,28 @@ def timed(file: Path, prompt: list[int], tokens: int) -> Callable[[], Timing]:
     return measure
 
 
-def start_server(file: Path, context: int, exact: bool = True) -> Any:
-    """llama.cpp's server with the model loaded; `exact` computes attention and caches in float32."""
+def final_states(file: Path, windows: Int[Tensor, "windows tokens"]) -> Iterator[Float[Tensor, "tokens hidden"]]:
+    """What llama.cpp computes for each window up to the last matrix, after the final norm: float32, a window at a time.
+
+    With llama.cpp's default attention. Raises what `greedy_steps` raises.
+    """
+    server = start_server(file, context=windows.shape[1], exact=False, states=True)
+    for window in windows.tolist():
+        # The one request that gives the states of all tokens, which the package's own methods do not offer.
+        body = json.dumps({"content": window, "embd_normalize": -1}).encode()
+        request = urllib.request.Request(
+            f"{server.listening_address}/embedding", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            (result,) = json.load(answer)
+        yield torch.tensor(result["embedding"])
+
+
+def start_server(file: Path, context: int, exact: bool = True, states: bool = False) -> Any:
+    """llama.cpp's server with the model loaded.
+
+    `exact` computes attention and caches in float32. With `states` it answers with hidden states instead of text.
+    """
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
@@ -65,6 +89,9 @@ def start_server(file: Path, context: int, exact: bool = True) -> Any:
     if exact:
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if states:
+        settings.embedding, settings.embd_normalize = True, -1
+        settings.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     settings.n_gpu_layers = 0
     settings.n_threads_http = 1

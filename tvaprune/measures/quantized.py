@@ -1,0 +1,158 @@
+"""Models as GGUF files: perplexity and distance from the unquantised model in llama.cpp itself, size and speed.
+
+llama.cpp computes every layer and the final norm; the last matrix is multiplied here, dequantised, in float32.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from tvaprune.architecture.topology import hidden_states, lm_head
+from tvaprune.checkpoint.loading import load
+from tvaprune.measures.comparison import POSITIONS_AT_ONCE
+from tvaprune.measures.latency import checkpoint_bytes, interleave, without_garbage_collection
+from tvaprune.measures.perplexity import Perplexity
+from tvaprune.options.quantize import QuantizeOptions
+from tvaprune.proof.gguf_runtime import final_states, timed
+
+STORED = "stored"  # the name of the unquantised model among the types
+MAX_WARMUP = 3  # rounds
+Sets = Mapping[str, Mapping[str, Int[Tensor, "_ window"]]]
+
+
+class Measured(NamedTuple):
+    """One model in one type."""
+
+    size: int  # bytes
+    perplexity: dict[str, dict[str, Perplexity]]  # by set and text
+    mean_kl: float  # nats a token from the unquantised model, over the first window
+
+
+def measure_files(directory: Path, files: Mapping[str, Path], windows: Sets, name: str = "") -> dict[str, Measured]:
+    """Measure a model directory and its GGUF files: by type, STORED first. `name` is the model's, for progress.
+
+    Raises what `tvaprune.proof.gguf_runtime.greedy_steps` raises.
+    """
+    together = torch.cat([own for texts in windows.values() for own in texts.values()])
+    model = load(directory, torch.float32)
+    head = lm_head(model).weight.float()
+    nll, first = _run(_torch_states(model, together), head, together, f"{name} {STORED}")
+    found = {STORED: Measured(checkpoint_bytes(directory), _by_text(windows, nll), 0.0)}
+    for kind, file in files.items():
+        own = output_matrix(file)
+        nll, states = _run(final_states(file, together), own, together, f"{name} {kind}")
+        found[kind] = Measured(file.stat().st_size, _by_text(windows, nll), mean_kl(first, head, states, own))
+    return found
+
+
+@torch.inference_mode()
+def _torch_states(model: PreTrainedModel, windows: Tensor) -> Iterable[Tensor]:
+    for window in windows:
+        yield hidden_states(model, window[None].long())[0]
+
+
+def _run(
+    states: Iterable[Tensor], head: Tensor, windows: Tensor, progress: str
+) -> tuple[Float[Tensor, " windows"], Float[Tensor, "tokens hidden"]]:
+    """Each window's mean negative log-likelihood, float64, and the first window's states."""
+    nll: list[float] = []
+    first = torch.empty(0)
+    for own, window in zip(tqdm(states, desc=progress, total=len(windows), unit="window"), windows, strict=True):
+        first = first if nll else own
+        nll.append(_nll(own, head, window.long()))
+    return torch.tensor(nll, dtype=torch.float64), first
+
+
+@torch.inference_mode()
+def _nll(states: Tensor, head: Tensor, window: Tensor) -> float:
+    parts = zip(states[:-1].split(POSITIONS_AT_ONCE), window[1:].split(POSITIONS_AT_ONCE), strict=True)
+    total = sum(float(functional.cross_entropy(own @ head.T, to, reduction="sum")) for own, to in parts)
+    return total / (len(window) - 1)
+
+
+@torch.inference_mode()
+def mean_kl(
+    states: Float[Tensor, "tokens hidden"],
+    head: Float[Tensor, "vocab hidden"],
+    other_states: Float[Tensor, "tokens hidden"],
+    other_head: Float[Tensor, "vocab hidden"],
+) -> float:
+    """KL(first ‖ other) of the next-token distributions, in nats a token."""
+    total = 0.0
+    for ours, theirs in zip(states.split(POSITIONS_AT_ONCE), other_states.split(POSITIONS_AT_ONCE), strict=True):
+        reference, other = ((own @ matrix.T).log_softmax(-1) for own, matrix in ((ours, head), (theirs, other_head)))
+        total += float((reference.exp() * (reference - other)).sum())
+    return total / len(states)
+
+
+def output_matrix(file: Path) -> Float[Tensor, "vocab hidden"]:
+    """The file's last matrix, dequantised to float32; the embedding where the two are tied."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    tensor = tensors.get("output.weight") or tensors["token_embd.weight"]
+    return torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+
+
+def _by_text(windows: Sets, nll: Tensor) -> dict[str, dict[str, Perplexity]]:
+    parts = [(name, label, own) for name, texts in windows.items() for label, own in texts.items()]
+    found: dict[str, dict[str, Perplexity]] = {name: {} for name in windows}
+    for (name, label, own), each in zip(parts, nll.split([len(own) for *_, own in parts]), strict=True):
+        found[name][label] = Perplexity.of(each, own.shape[1])
+    return found
+
+
+def time_files(
+    files: Mapping[str, Path], vocabulary: int, options: QuantizeOptions
+) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of prefill and of a decoded token in llama.cpp, by file name, a value a round; files in turn."""
+    prompt = torch.randint(vocabulary, (options.prefill_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    probes: dict[str, dict[str, Callable[[], float]]] = {"prefill": {}, "decode": {}}
+    for name, file in files.items():
+        read, generate = timed(file, prompt, 1), timed(file, prompt[: options.decode_tokens], options.decode_tokens)
+        probes["prefill"][name] = lambda read=read: read().prefill_ms  # type: ignore[misc]
+        probes["decode"][name] = lambda generate=generate: generate().decode_ms  # type: ignore[misc]
+    with without_garbage_collection():
+        return {phase: interleave(each, options.repeats, MAX_WARMUP, phase) for phase, each in probes.items()}
+
+
+def quantized_metrics(
+    found: Mapping[str, Mapping[str, Measured]], times: Mapping[str, Mapping[str, list[float]]], prefill_tokens: int
+) -> dict[str, Any]:
+    """By model and type: bytes, mean_kl in nats, perplexity by set and text, their ratios to the unquantised dense
+    model's, and of files the speed; `times` of `time_files`, by "MODEL-TYPE".
+    """
+    dense = found["dense"][STORED].perplexity
+    metrics: dict[str, Any] = {model: {} for model in found}
+    for model, kind, one in ((model, kind, one) for model, kinds in found.items() for kind, one in kinds.items()):
+        figures: dict[str, Any] = {"bytes": one.size, "mean_kl": one.mean_kl}
+        for name, texts in one.perplexity.items():
+            figures[name] = {label: {"ppl": each.ppl} for label, each in texts.items()}
+            if texts:
+                logs = [each.nll_per_token - dense[name][label].nll_per_token for label, each in texts.items()]
+                figures[f"{name}_ratio"] = math.exp(sum(logs) / len(logs))
+        for phase, measured in times.items():
+            if values := measured.get(f"{model}-{kind}"):
+                median, tokens = statistics.median(values), prefill_tokens if phase == "prefill" else 1
+                figures[phase] = {"latency_ms": median, "tokens_per_s": 1000 * tokens / median}
+        metrics[model][kind] = figures
+    return metrics
+
+
+def describe(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """One line about each model and type, from `quantized_metrics`."""
+    for model, kinds in metrics.items():
+        for kind, one in kinds.items():
+            speed = f", decode {one['decode']['tokens_per_s']:.0f} tokens/s" if "decode" in one else ""
+            yield (
+                f"{model} {kind}: {one['bytes'] / 1e6:.1f} MB, perplexity {one['validation_ratio']:.3f} of dense on "
+                f"validation text{speed}"
+            )

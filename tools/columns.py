@@ -64,9 +64,15 @@ def column(name: str) -> Column:
     if name.startswith("test_ratio."):
         label = name.removeprefix("test_ratio.")
         return Column(f"{label} × dense", lambda run, model: _ratio(run, model, f"test.{label}"), _large)
+    if name.startswith("quantized."):
+        _, kind, key = name.split(".")
+        if key in QUANTIZED:
+            title, path, scale, write = QUANTIZED[key]
+            return Column(f"{kind} {title}", at(f"quantized.{{model}}.{kind}.{path}", scale), write)
     if name not in COLUMNS:
         raise ValueError(
-            f"no column {name}; columns are {', '.join(COLUMNS)}, test_ratio.LABEL, params.KEY, metrics.KEY"
+            f"no column {name}; columns are {', '.join(COLUMNS)}, test_ratio.LABEL, "
+            f"quantized.TYPE.{{{','.join(QUANTIZED)}}}, params.KEY, metrics.KEY"
         )
     return COLUMNS[name]
 
@@ -174,6 +180,16 @@ def _speed() -> dict[str, Column]:
         columns[f"{phase}_rate"] = Column(f"{phase} tok/s", _rate(phase))
     return columns
 
+
+# Of a model in one GGUF type, or `stored`: head, path under metrics/quantized.json's model and type, scale, format.
+QUANTIZED: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
+    "size": ("MB", "bytes", 1e-6, "{:.0f}".format),
+    "validation_ratio": ("× dense", "validation_ratio", 1, "{:.2f}".format),
+    "test_ratio": ("test × dense", "test_ratio", 1, "{:.2f}".format),
+    "mean_kl": ("KL", "mean_kl", 1, "{:.4f}".format),
+    "decode": ("decode tok/s", "decode.tokens_per_s", 1, "{:.0f}".format),
+    "prefill": ("prefill tok/s", "prefill.tokens_per_s", 1, "{:.0f}".format),
+}
 
 _share = "{:.0%}".format
 COLUMNS: dict[str, Column] = {

@@ -184,6 +184,7 @@ def saved_run(name: str, ppl: float, seed: int = 0, **params: Any) -> dict[str, 
         "perplexity": {"dense": measured(20.0), "compact": measured(ppl) | ratios},
         "zeroshot": {"limit": 9, "dense": scores | {"mean": 0.5}, "compact": scores},
         "masks": {"seconds": 61.4, "steps": 150},
+        "quantized": {"compact": {"q8_0": {"bytes": 5e6, "decode": {"tokens_per_s": 71.2}}}},
     }
     content = {"sparsity": 0.2, "learn_masks": {"method": "tva", "axes": ["intermediate"]}, **params}
     return {"name": name, "commit": "0" * 40, "seed": seed, "params": content, "metrics": metrics}
@@ -208,6 +209,9 @@ def saved_run(name: str, ppl: float, seed: int = 0, **params: Any) -> dict[str, 
         ("axes", "compact", "intermediate"),
         ("params.sparsity", "compact", "0.2"),
         ("metrics.masks.steps", "compact", "150"),
+        ("quantized.q8_0.size", "compact", "5"),
+        ("quantized.q8_0.decode", "compact", "71"),
+        ("quantized.q4_0.size", "compact", ""),
     ],
 )
 def test_a_cell_is_the_saved_figure(name: str, model: str, expected: str) -> None:

@@ -62,6 +62,8 @@ def _gates(file: Path, topology: Topology, content: dict[str, Tensor], axis: Axi
 
 
 def _unpickle(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; give the path of the authors' pickle")
     with file.open("rb") as stream:
         try:
             return _TensorsOnly(stream).load()

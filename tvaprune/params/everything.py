@@ -64,6 +64,10 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
         f"{sampling.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
+    ] + [
+        f"{sampling.section}.{key}: gives every source the weight 0; give one of {', '.join(labels)} more"
+        for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix))
+        if mix and all(mix.get(label, 1.0) == 0 for label in labels)
     ]
 
 

@@ -50,6 +50,8 @@ def _parameters() -> list[Case]:
         _check("sparsity of 1", param("sparsity", 1.0), "sparsity"),
         _check("sparsity is NaN", param("sparsity", NAN), "sparsity"),
         _check("seed beyond 2^31", param("seed", 2**70), "seed"),
+        _check("a Lagrangian for tva", param("learn_masks.tva.constraint", "lagrangian"), "learn_masks.tva.constraint"),
+        _check("another start for tva", param("learn_masks.tva.init", "curvature"), "learn_masks.tva.init"),
         _check("an unknown method", param("learn_masks.method", "magic"), "learn_masks.method"),
         _check("no axes", param("learn_masks.axes", []), "learn_masks.axes"),
         _check("an infinite learning rate", param("learn_masks.tva.mean_lr", INF), "learn_masks.tva.mean_lr"),
@@ -134,7 +136,7 @@ def _models() -> list[Case]:
         _fetch("a header that names a tensor twice", header(WEIGHTS, _TWICE, b"\0" * 64), "model.safetensors"),
         _fetch("a tensor beyond the file", header(WEIGHTS, {"a": _tensor(0, 1 << 40, 1 << 38)}), "model.safetensors"),
         _fetch("two tensors in one place", header(
-            WEIGHTS, {"a": _tensor(0, 64, 16), "b": _tensor(0, 64, 16)}, b"\0" * 64
+            WEIGHTS, {"a": _tensor(0, 64, 16), "b": _tensor(32, 96, 16)}, b"\0" * 96
         ), "model.safetensors"),
         _fetch("a tensor of 2^62 rows", header(WEIGHTS, {"a": _tensor(0, 64, 1 << 62)}, b"\0" * 64),
                "model.safetensors"),
@@ -220,7 +222,7 @@ def _against_the_model() -> list[Case]:
         _fits("an axis that the method cannot score", param("learn_masks.method", "flap"), "axes"),
         _fits("every layer protected", both(
             param("learn_masks.method", "magnitude"), param("learn_masks.magnitude.protect_first", 3)
-        ), "sparsity"),
+        ), "protect_first"),
         _fits("a multiple that does not divide", param("adapt_dimensions.multiple", 7), "adapt_dimensions.multiple"),
         _fits("a multiple above the width", param("adapt_dimensions.multiple", 128), "adapt_dimensions.multiple"),
         _fits("windows longer than the context", param("sample_calibration.seq_len", 512), "sample_calibration.seq_len"),
@@ -260,7 +262,7 @@ def _windows() -> list[Case]:
         learn("windows cut short", cut_short(ids, 300), "artifacts/calibration"),
         learn("windows described as others", set_json(meta, kind="masks"), meta),
         learn("meta.json is a list", write(meta, "[]"), meta),
-        learn("meta.json is not UTF-8", write(meta, b"\xff\xfe"), meta),
+        learn("meta.json is not UTF-8", write(meta, b"\xff\xfe"), "artifacts/calibration"),
         learn("meta.json without tensors", set_json(meta, tensors=...), meta),
         learn("meta.json of a later version", set_json(meta, schema=99), meta),
         learn("windows without a set", both(
@@ -326,6 +328,12 @@ def _artifacts() -> list[Case]:
     ]  # fmt: skip
 
 
+def _spoil_pickle(root: Path) -> None:
+    content = pickle.loads((root / "masks.pkl").read_bytes())  # of this test's own making
+    content["hidden_mask_z_mu"][3] = NAN
+    (root / "masks.pkl").write_bytes(pickle.dumps(content, protocol=4))
+
+
 def _published() -> list[Case]:
     def read(what: str, spoil: Callable[[Path], object], named: str) -> Case:
         return Case(what, "tools.import_masks", spoil, named, ("masks.pkl", "--out", "artifacts/published"))
@@ -338,6 +346,8 @@ def _published() -> list[Case]:
         read("an empty pickle", write("masks.pkl", b""), "masks.pkl"),
         read("a pickle cut short", cut_short("masks.pkl", 3000), "masks.pkl"),
         read("a pickle that runs a command", write("masks.pkl", b"cposix\nsystem\n(S'touch ran'\ntR."), "posix.system"),
+        read("a pickle that numbers a value 2^32", write("masks.pkl", b"}r\xff\xff\xff\xff."), "masks.pkl"),
+        read("means that are NaN, pickled", _spoil_pickle, "hidden_mask_z_mu"),
         read("a pickle of numbers", pickled([1, 2]), "masks.pkl"),
         read("masks of another model, pickled", set_json(CONFIG, intermediate_size=128), "inter_layer0_z_mu"),
     ]

@@ -10,7 +10,7 @@ from tests.bad_inputs.workspace import REPOSITORY, Case, Said, build, contents, 
 PAGE = REPOSITORY / "docs" / "bad-inputs.md"
 _LONGEST = 400  # characters of a message in the table
 
-_HEAD = """\
+HEAD = """\
 # Wrong input, and what the stages say
 
 Each row is a test (`tests/unit/test_bad_inputs.py`): the stage runs with this input, ends with this exit code and this
@@ -33,19 +33,17 @@ def try_case(case: Case, base: Path, root: Path) -> Said:
     return said
 
 
-def run_all() -> dict[str, tuple[Case, Said]]:
-    """Every case by its words."""
+def run_all() -> list[tuple[Case, Said]]:
     with tempfile.TemporaryDirectory() as work:
         base = build(Path(work, "base"))
-        return {
-            case.what: (case, try_case(case, base, Path(work, str(number)))) for number, case in enumerate(cases())
-        }
+        return [(case, try_case(case, base, Path(work, str(number)))) for number, case in enumerate(cases())]
 
 
-def table(found: dict[str, tuple[Case, Said]]) -> str:
-    rows = []
-    for what, (case, said) in found.items():
-        message = " ".join(said.message.removeprefix("error: ").split()).replace("|", "\\|")
-        message = message if len(message) <= _LONGEST else message[:_LONGEST] + " …"
-        rows.append(f"| {what} | {case.module.rpartition('.')[2]} | {message} | {said.exit_code} |\n")
-    return _HEAD + "".join(rows)
+def table(found: list[tuple[Case, Said]]) -> str:
+    return HEAD + "".join(row(case, said) for case, said in found)
+
+
+def row(case: Case, said: Said) -> str:
+    message = " ".join(said.message.removeprefix("error: ").split()).replace("|", "\\|")
+    message = message if len(message) <= _LONGEST else message[:_LONGEST] + " ..."
+    return f"| {case.what} | {case.module.rpartition('.')[2]} | {message} | {said.exit_code} |\n"

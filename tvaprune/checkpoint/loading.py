@@ -50,6 +50,14 @@ def load_config(directory: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
+def check_context(config: PreTrainedConfig, lengths: dict[str, int]) -> None:
+    """Raise ValueError for a length, by the parameter's name and in tokens, beyond the model's context."""
+    context = config.max_position_embeddings
+    for name, tokens in lengths.items():
+        if tokens > context:
+            raise ValueError(f"{name} = {tokens}: longer than the model's context of {context} tokens; lower it")
+
+
 @contextmanager
 def _damage(directory: Path) -> Iterator[None]:
     try:

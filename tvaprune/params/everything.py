@@ -35,7 +35,11 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 def check_everything(path: Path) -> None:
     """Read every section and compare sections. Raises ParameterError with all problems of all sections, a line each."""
-    content = read_yaml(path)
+    check_content(read_yaml(path), path)
+
+
+def check_content(content: dict[str, Any], path: Path) -> None:
+    """The same from the content of params.yaml; `path` is for the messages."""
     known = {key for stage in SECTIONS for key in (stage.section, *stage.shared) if "." not in key}
     problems = [
         f"{path}: unknown top-level key {key!r}; known keys are {', '.join(sorted(known))}"
@@ -45,7 +49,7 @@ def check_everything(path: Path) -> None:
     loaded: dict[str, Any] = {}
     for stage in SECTIONS:
         try:
-            loaded[stage.section] = stage.load(path)
+            loaded[stage.section] = stage.of(content, path)
         except ParameterError as error:
             problems.append(str(error))
     texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))

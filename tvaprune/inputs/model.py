@@ -129,9 +129,7 @@ def _from_directory(path: Path, trust: bool) -> tuple[PreTrainedModel, PreTraine
         check_weights(path, config)  # before the weights are read
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         _check_tokenizer(tokenizer, config.vocab_size)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, trust_remote_code=trust
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, trust_remote_code=trust)
     except InputError:
         raise
     except Exception as error:  # a damaged directory raises almost anything

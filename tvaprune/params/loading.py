@@ -90,4 +90,6 @@ class StageParams(BaseModel):
             return f"{name}: missing"
         message = problem["msg"].removeprefix("Value error, ")
         # A rule between several keys names them itself; the section's other keys would hide them.
-        return f"{name}: {message}" if isinstance(problem["input"], dict) else f"{name} = {problem['input']!r}: {message}"
+        return (
+            f"{name}: {message}" if isinstance(problem["input"], dict) else f"{name} = {problem['input']!r}: {message}"
+        )

@@ -24,7 +24,8 @@ def main(
 ) -> None:
     """Reads data/model/config.json and params.yaml (learn_masks, adapt_dimensions, sparsity, seed, and the
     lengths of windows and prompts); writes artifacts/model.ok. A sparsity that no mask reaches, axes that the method
-    cannot prune, a multiple that does not divide a width, or a length beyond the model's context stops `dvc repro` here, not after the learning.
+    cannot prune, a multiple that does not divide a width, or a length beyond the model's context stops
+    `dvc repro` here, not after the learning.
     """
     learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
     windows, cut = SampleCalibrationParams.load(params_file), CompactParams.load(params_file)

@@ -129,7 +129,8 @@ def read_json_lines(path: Path) -> Iterator[Any]:
     number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         try:
-            for number, line in enumerate(lines, start=1):
+            for line in lines:
+                number += 1
                 yield json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
             raise ArtifactError(f"{path}, line {number}: not valid JSON: {error}") from error

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from stages._command import application
 from tests.pipeline.tiny_inputs import write_inputs, write_small_params
 from tests.tiny_models import random_masks, random_update, write_published
-from tvaprune.artifacts import write_artifact
 from tvaprune.architecture.topology import Topology
+from tvaprune.artifacts import write_artifact
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.masks.adapt import adapt

@@ -131,7 +131,9 @@ def with_code(tmp_path: Path) -> Path:
     """A model whose repository has code of its own, which leaves a mark when it runs."""
     directory = save_tiny_model("llama", tmp_path / "repository")
     tiny_tokenizer(directory)
-    code = "from transformers import LlamaForCausalLM\n\nopen({!r}, 'w').close()\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    code = (
+        "from transformers import LlamaForCausalLM\nopen({!r}, 'w').close()\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
     (directory / "modeling_own.py").write_text(code.format(str(tmp_path / "ran")))
     name_code(directory, AutoModelForCausalLM="modeling_own.Own")
     return directory

@@ -78,8 +78,8 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> None:
 
     transformers would fill a missing tensor with random numbers, and leave out one too many.
 
-    Raises InputError: there are no safetensors (pickled weights are not read), a shard is absent or damaged, a tensor is
-    missing, superfluous, of another shape, or no floating-point number.
+    Raises InputError: there are no safetensors (pickled weights are not read), a shard is absent or damaged, a tensor
+    is missing, superfluous, of another shape, or no floating-point number.
     """
     found = _stored(directory)
     with torch.device("meta"):

@@ -81,8 +81,8 @@ class LocalSource(Record):
 class _MayHaveCode(Record):
     trust_remote_code: bool = Field(
         False,
-        description="Let the repository's own Python code run while the model is fetched. What it gives still has to be "
-        "a stock model and tokenizer, so no later stage needs or runs it.",
+        description="Let the repository's own Python code run while the model is fetched. It still has to give a stock "
+        "model and tokenizer, so no later stage needs or runs it.",
     )
 
 

@@ -38,7 +38,7 @@ def read_rows(file: Path) -> Iterator[Any]:
     if file.suffix not in (".parquet", ".arrow"):
         yield from read_json_lines(file)
         return
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     try:

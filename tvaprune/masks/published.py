@@ -76,7 +76,7 @@ def _unpickle(file: Path) -> Any:
         try:
             for operation, argument, _ in pickletools.genops(content):
                 # Unpickling allocates as many places as the largest number of one.
-                if "PUT" in operation.name and int(argument) > len(content):
+                if "PUT" in operation.name and int(argument or 0) > len(content):
                     raise PublishedMasksError(f"numbers a value {argument}, in a file of {len(content)} bytes")
             return _TensorsOnly(stream).load()
         except PublishedMasksError as error:

@@ -90,6 +90,5 @@ class StageParams(BaseModel):
             return f"{name}: missing"
         message = problem["msg"].removeprefix("Value error, ")
         # A rule between several keys names them itself; the section's other keys would hide them.
-        return (
-            f"{name}: {message}" if isinstance(problem["input"], dict) else f"{name} = {problem['input']!r}: {message}"
-        )
+        between = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+        return f"{name}: {message}" if between else f"{name} = {problem['input']!r}: {message}"

@@ -7,11 +7,15 @@ from typer import secho
 from stages._command import command
 from stages._options import Config, Marker, ParamsFile
 from tvaprune.architecture.topology import Topology
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.loading import check_context, load_config
 from tvaprune.masks.adapt import check_multiples
 from tvaprune.methods import check_request
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
+from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
+from tvaprune.params.compact import CompactParams
+from tvaprune.params.eval_perplexity import EvalPerplexityParams
 from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.params.sample_calibration import SampleCalibrationParams
 
 
 @command
@@ -20,12 +24,25 @@ def main(
     out: Marker = Path("artifacts/model.ok"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Reads data/model/config.json and params.yaml (learn_masks, adapt_dimensions, sparsity, seed); writes
-    artifacts/model.ok. A sparsity that no mask reaches, axes that the method cannot prune, or a multiple that does not
-    divide a width stops `dvc repro` here, not after the learning.
+    """Reads data/model/config.json and params.yaml (learn_masks, adapt_dimensions, sparsity, seed, and the
+    lengths of windows and prompts); writes artifacts/model.ok. A sparsity that no mask reaches, axes that the method
+    cannot prune, a multiple that does not divide a width, or a length beyond the model's context stops
+    `dvc repro` here, not after the learning.
     """
     learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
-    topology = Topology.of(load_config(model))
+    windows, cut = SampleCalibrationParams.load(params_file), CompactParams.load(params_file)
+    speed, perplexity = BenchmarkSpeedParams.load(params_file), EvalPerplexityParams.load(params_file)
+    config = load_config(model)
+    lengths = {
+        "sample_calibration.seq_len": windows.seq_len,
+        "sample_calibration.finetune_seq_len": windows.finetune_seq_len,
+        "compact.prompt_tokens": cut.prompt_tokens,
+        "benchmark_speed.prefill_tokens": speed.prefill_tokens,
+        "benchmark_speed.decode_prompt_tokens + decode_tokens": speed.decode_prompt_tokens + speed.decode_tokens,
+        "eval_perplexity.window": perplexity.window,
+    }
+    check_context(config, lengths)
+    topology = Topology.of(config)
     check_request(learn.request(), topology)
     if multiples := adapt.multiples():
         check_multiples(topology, *multiples)

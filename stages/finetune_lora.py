@@ -8,8 +8,9 @@ from typer import Option, echo
 
 from stages._launch import join_processes, process_command
 from stages._options import Compact, Curve, Metrics, Model, ParamsFile, Windows
-from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.checkpoint.loading import load
+from tvaprune.artifacts import read_windows, write_json
+from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.device import require_trainable
 from tvaprune.export.seal import OWN_FILES, certify_retrained, require
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.proof.certificate import read_certificate
@@ -47,7 +48,9 @@ def main(
                 echo("finetune_lora.enabled is false: nothing was fine-tuned")
             return
         read_certificate(compact)  # before the work, because the new certificate needs it
-        ids, _ = read_artifact(calibration, "calibration")
+        require_trainable(process.dtype)
+        vocabulary = load_config(dense).vocab_size
+        ids = read_windows(calibration, vocabulary, "finetune_ids", "finetune_validation_ids")
         with process.saved("finetune_lora", params.model_dump(), [compact, dense, calibration]) as saved:
             student, teacher = (load(path, dtype=process.dtype) for path in (compact, dense))
             train, validation = ids["finetune_ids"], ids["finetune_validation_ids"]

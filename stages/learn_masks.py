@@ -8,8 +8,9 @@ from typer import Option, echo, secho
 from stages._launch import join_processes, process_command
 from stages._options import Curve, Metrics, Model, ParamsFile, Windows
 from tvaprune.architecture.topology import Topology
-from tvaprune.artifacts import read_artifact, write_json
+from tvaprune.artifacts import read_windows, write_json
 from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.device import require_trainable
 from tvaprune.gates.memory import memory_table
 from tvaprune.masks.masks import write_masks
 from tvaprune.masks.update import write_update
@@ -48,7 +49,9 @@ def main(
     with join_processes() as process:
         if not (request.trains_gates or process.world.is_main):
             return  # the baselines' work is not shared
-        ids, _ = read_artifact(calibration, "calibration")
+        require_trainable(process.dtype)
+        vocabulary = load_config(model).vocab_size
+        ids = read_windows(calibration, vocabulary, "input_ids", "validation_ids")
         with process.saved("learn_masks", settings, [model, calibration]) as saved:
             dense = process.put(load(model, dtype=process.dtype))
             found = find_masks(dense, ids["input_ids"], ids["validation_ids"], request, saved, world=process.world)

@@ -44,6 +44,12 @@ def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def require_trainable(dtype: torch.dtype) -> None:
+    """Raise ValueError for float16, whose gradients underflow without a scaled loss, which nothing here has."""
+    if dtype == torch.float16:
+        raise ValueError("TVAPRUNE_DTYPE=float16: gradients underflow in it; use bfloat16 or float32")
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device has finished its queued work, so that times include it."""
     if device.type == "cuda":

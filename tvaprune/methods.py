@@ -20,6 +20,7 @@ from tvaprune.baselines.allocation import protected_layers
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import check_baseline, score_baseline
 from tvaprune.cost import peak_memory_bytes
+from tvaprune.device import require_trainable
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.fixed_masks import FixedMaskGates
 from tvaprune.gates.insertion import GatedModel, hard_gates
@@ -86,10 +87,11 @@ def find_masks(
         world: processes that share the work of the gates' training; the baselines' is not shared.
 
     Raises:
-        ValueError, UnreachableSparsityError: as `check_request`.
+        ValueError, UnreachableSparsityError: as `check_request`; the model is in float16.
     """
     topology = Topology.of(model.config)
     check_request(request, topology)
+    require_trainable(model.dtype)
     model.requires_grad_(False)
     device = next(model.parameters()).device
     use_training_attention(model, device)

@@ -39,8 +39,8 @@ def _refuse_unknown_code(directory: Path) -> None:
         if path.read_bytes() != MODELING_FILE.read_bytes():
             raise ValueError(f"{path}: code that is not this version's {MODELING_FILE.name}{read_it}")
     # Both can name another directory or repository, from which transformers would load code.
-    auto_map = json.loads((directory / "config.json").read_text()).get("auto_map", {})
-    for reference in auto_map.values():
+    auto_map = json.loads((directory / "config.json").read_text()).get("auto_map") or {}
+    for reference in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
         if not re.fullmatch(rf"{MODELING_FILE.stem}\.\w+", str(reference)):
             raise ValueError(f"{directory / 'config.json'}: auto_map names the code {reference!r}{read_it}")
     if (directory / "adapter_config.json").exists():

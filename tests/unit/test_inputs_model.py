@@ -25,7 +25,7 @@ import tvaprune.inputs.model
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.model import check_family, fetch_model
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import InputError, LocalSource, ModelHub, ModelPackage
+from tvaprune.inputs.sources import InputError, ModelHub, ModelLocal, ModelPackage
 
 SETTINGS = {
     "vocab_size": 40,
@@ -206,7 +206,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 
 
 def test_a_local_model_is_copied_as_it_is_and_without_its_path(local_model: Path, tmp_path: Path) -> None:
-    meta = fetch_model(LocalSource(path=local_model), tmp_path / "out", tmp_path / "work")
+    meta = fetch_model(ModelLocal(path=local_model), tmp_path / "out", tmp_path / "work")
     assert_same_model(local_model, tmp_path / "out")
     assert meta["parameters"] == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(local_model).parameters())
     written = [path.read_text() for path in (tmp_path / "out").glob("*.json")]
@@ -238,14 +238,14 @@ def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config.json; a Hugging Face model directory is expected"):
-        fetch_model(LocalSource(path=tmp_path), tmp_path / "out", tmp_path / "work")
+        fetch_model(ModelLocal(path=tmp_path), tmp_path / "out", tmp_path / "work")
 
 
 def test_a_family_is_refused_before_its_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MixtralConfig().save_pretrained(tmp_path / "moe")
     monkeypatch.setattr(tvaprune.inputs.model.AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(InputError, match="mixture of experts"):
-        fetch_model(LocalSource(path=tmp_path / "moe"), tmp_path / "out", tmp_path / "work")
+        fetch_model(ModelLocal(path=tmp_path / "moe"), tmp_path / "out", tmp_path / "work")
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(local_model: Path, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(local_model: Path, tmp_path
     del config["eos_token"]
     (local_model / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="no end-of-text token"):
-        fetch_model(LocalSource(path=local_model), tmp_path / "out", tmp_path / "work")
+        fetch_model(ModelLocal(path=local_model), tmp_path / "out", tmp_path / "work")
 
 
 @pytest.mark.slow

@@ -170,7 +170,8 @@ def protected_layers(topology: Topology, first: int, last: int) -> Bool[Tensor, 
     """Layers that stay whole; a ValueError if all do."""
     if first + last >= topology.layers:
         raise ValueError(
-            f"learn_masks protects the first {first} and the last {last} layers, and the model has {topology.layers}"
+            f"learn_masks protects the first {first} and the last {last} layers, and the model has {topology.layers}; "
+            "lower the method's protect_first or protect_last"
         )
     whole = torch.zeros(topology.layers, dtype=torch.bool)
     whole[:first] = True

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from tvaprune.artifacts import write_json
+from tvaprune.artifacts import check_header, write_json
 
 SHARD_BYTES = 5_000_000_000
 _BLOCK_BYTES = 64_000_000
@@ -64,6 +64,7 @@ class Checkpoint:
         files: dict[str, Path] = {}
         for shard in shards:
             try:
+                check_header(shard)
                 with safe_open(shard, framework="pt") as file:
                     slices = {name: file.get_slice(name) for name in file.offset_keys()}
                     described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

@@ -58,7 +58,10 @@ class TokenDocument:
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not (directory / "tokenizer_config.json").is_file():  # transformers would ask a hub for this name
         raise InputError(f"{directory}: no tokenizer_config.json; run the fetch_inputs stage")
-    return AutoTokenizer.from_pretrained(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # a damaged file raises almost anything
+        raise InputError(f"{directory}: damaged tokenizer ({' '.join(str(error).split())}); fetch it again") from error
 
 
 def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> list[TokenDocument]:

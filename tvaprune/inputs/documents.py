@@ -35,19 +35,30 @@ def text_files(path: Path, suffixes: Sequence[str] = TEXT_SUFFIXES) -> list[Path
 
 def read_rows(file: Path) -> Iterator[Any]:
     """The rows of a .jsonl, .jsonl.gz or .parquet file, or of an .arrow file as `datasets` saves it."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
-
-        for batch in parquet.ParquetFile(file).iter_batches():
-            yield from batch.to_pylist()
-    elif file.suffix == ".arrow":
-        import pyarrow
-
-        with pyarrow.OSFile(str(file)) as opened:
-            for batch in pyarrow.ipc.open_stream(opened):
-                yield from batch.to_pylist()
-    else:
+    if file.suffix not in (".parquet", ".arrow"):
         yield from read_json_lines(file)
+        return
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+    try:
+        if file.suffix == ".parquet":
+            for batch in parquet.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+        else:
+            with pyarrow.OSFile(str(file)) as opened:
+                for batch in pyarrow.ipc.open_stream(opened):
+                    yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: damaged {file.suffix} file: {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """A file's text, UTF-8. Raises InputError, which names the file and the place, if it is not."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 at byte {error.start:,}; convert the file, or leave it out") from error
 
 
 def field_of(row: Any, text_field: TextField, where: str) -> str:

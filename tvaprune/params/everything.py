@@ -37,7 +37,11 @@ SECTIONS: tuple[type[StageParams], ...] = (
 
 def check_everything(path: Path) -> None:
     """Read every section and compare sections. Raises ParameterError with all problems of all sections, a line each."""
-    content = read_yaml(path)
+    check_content(read_yaml(path), path)
+
+
+def check_content(content: dict[str, Any], path: Path) -> None:
+    """The same from the content of params.yaml; `path` is for the messages."""
     known = {key for stage in SECTIONS for key in (stage.section, *stage.shared) if "." not in key}
     problems = [
         f"{path}: unknown top-level key {key!r}; known keys are {', '.join(sorted(known))}"
@@ -47,7 +51,7 @@ def check_everything(path: Path) -> None:
     loaded: dict[str, Any] = {}
     for stage in SECTIONS:
         try:
-            loaded[stage.section] = stage.load(path)
+            loaded[stage.section] = stage.of(content, path)
         except ParameterError as error:
             problems.append(str(error))
     texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
@@ -66,6 +70,10 @@ def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams
         f"{sampling.section}.{key}: names {', '.join(unknown)}, but {known}; remove it"
         for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix or {}))
         if (unknown := sorted(set(mix) - set(labels)))
+    ] + [
+        f"{sampling.section}.{key}: gives every source the weight 0; give one of {', '.join(labels)} more"
+        for key, mix in (("mix", sampling.mix), ("finetune_mix", sampling.finetune_mix))
+        if mix and all(mix.get(label, 1.0) == 0 for label in labels)
     ]
 
 

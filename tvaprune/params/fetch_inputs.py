@@ -38,6 +38,8 @@ class FetchInputsParams(StageParams):
         """Without the kind of source in a key's name, and without a whole source as the offending value."""
         location = tuple(part for part in problem["loc"] if part not in _KINDS)
         name = ".".join(str(part) for part in (cls.section, *location))
+        if problem["type"] == "secret":
+            return f"{name}.{problem['msg']}"
         if problem["type"] == "unknown_key":
             return f"{name}: {problem['msg']}"
         if problem["type"].startswith("union_tag"):

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from tvaprune.options.secrets import without_secrets
+
 
 class ParameterError(ValueError):
     """A parameter is missing, unknown, of the wrong type or out of range."""
@@ -19,7 +21,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ParameterError(f"{path}: no such file; run from the repository root") from None
     except YAMLError as error:
-        raise ParameterError(f"{path}: not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise ParameterError(f"{where}: not valid YAML: {' '.join(str(what).split())}") from error
     if not isinstance(content, dict):
         raise ParameterError(f"{path}: expected a mapping of parameters, found {type(content).__name__}")
     return content
@@ -31,14 +36,18 @@ class StageParams(BaseModel):
     A shared key is a top-level key (`seed`) or a key of another section (`compact.layout`, the field `layout` here).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     section: ClassVar[str]
     shared: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read and check the section. Raises ParameterError, which names every wrong key, its value and the rule."""
-        content = read_yaml(path)
+        return cls.of(read_yaml(path), path)
+
+    @classmethod
+    def of(cls, content: dict[str, Any], path: Path) -> Self:
+        """The same from the content of params.yaml; `path` is for the messages."""
         if not isinstance(content.get(cls.section), dict):
             raise ParameterError(f"{path}: section {cls.section!r} is missing or is not a mapping")
         merged = dict(content[cls.section])
@@ -48,14 +57,16 @@ class StageParams(BaseModel):
                 where = f"a key of section {section}" if section else "a top-level key"
                 raise ParameterError(f"{path}: {cls.section}.{name}: {name} is {where}, set it there")
             keys = content.get(section) if section else content
-            if not isinstance(keys, dict) or name not in keys:
+            if not isinstance(keys, dict):
+                raise ParameterError(f"{path}: section {section!r} is missing or is not a mapping")
+            if name not in keys:
                 raise ParameterError(f"{path}: {'' if section else 'top-level '}key {key!r} is missing")
             merged[name] = keys[name]
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
             problems = [cls._describe(problem) for problem in error.errors()]
-            raise ParameterError(f"{path}: " + "; ".join(problems)) from None
+            raise ParameterError(without_secrets(f"{path}: " + "; ".join(problems))) from None
 
     def used(self) -> dict[str, Any]:
         """The parameters that affect the result, by section: the `made_with` of an artifact."""
@@ -77,4 +88,7 @@ class StageParams(BaseModel):
             return f"{name}: unknown key; known keys are {', '.join(sorted(set(known) - set(shared)))}"
         if problem["type"] == "missing":
             return f"{name}: missing"
-        return f"{name} = {problem['input']!r}: {problem['msg']}"
+        message = problem["msg"].removeprefix("Value error, ")
+        # A rule between several keys names them itself; the section's other keys would hide them.
+        between = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+        return f"{name}: {message}" if between else f"{name} = {problem['input']!r}: {message}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ ROUNDED_BOUND = 0.5
 # Mean KL in nats that rounding of folded weights may cause: a multiple of the stored dtype's squared rounding.
 # SmolLM2-135M pruned by half, in bfloat16, has 1.1e-4 nats; the bound there is 0.005.
 FOLD_FACTOR, FOLD_FLOOR = 80, 1e-6
+# Names of environment variables that hold tokens, keys and passwords.
+_CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$|_KEY_ID$|^AWS_", re.IGNORECASE)
 LEAST_LOGPROB = -80  # llama.cpp reports probabilities in float32, which ends at exp(-87)
 
 # Reads [prompts, tokens] from its input. Prints the tokens with their log-probabilities, and those of all at the first.
@@ -171,7 +174,9 @@ def _gguf_check(file: Path, beginnings: Tensor, found: dict[str, Tensor], bound:
 
 
 def _run(command: list[str], what: Path, runtime: str, cwd: Path | str, given: str = "", **environment: str) -> str:
-    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    # What a directory runs, its own code among it, needs no credentials.
+    kept = {name: value for name, value in os.environ.items() if not _CREDENTIAL.search(name)}
+    variables = kept | {"HF_HUB_OFFLINE": "1"} | environment
     done = subprocess.run(command, input=given, env=variables, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -27,7 +27,9 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, tokens: int, cache
 
 @torch.inference_mode()
 def main(directory: str, prompts: str, results: str, tokens: str, trust: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust == "1").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust == "1"
+    ).eval()
     given = load_file(prompts)
     found = {"logits": model(input_ids=given["input_ids"], use_cache=False).logits}
     for name, cache in (("", True), ("_uncached", False)):

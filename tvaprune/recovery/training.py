@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.sharding import to_process
+from tvaprune.device import require_trainable
 from tvaprune.distributed import Process
 from tvaprune.losses import DivergedError
 from tvaprune.options.recovery import RecoveryOptions
@@ -252,5 +253,4 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, train_ids: Tensor
     largest = int(torch.maximum(train_ids.max(), validation_ids.max()))
     if largest >= vocabulary:
         raise ValueError(f"finetune_ids: token {largest} is outside the model's vocabulary of {vocabulary}")
-    if frozen_head(student).dtype == torch.float16:
-        raise ValueError("fine-tuning underflows in float16: use TVAPRUNE_DTYPE=bfloat16 or float32")
+    require_trainable(frozen_head(student).dtype)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer import Option, echo
 
@@ -35,6 +34,7 @@ from tvaprune.gates.training import new_gates
 from tvaprune.losses import next_token_labels
 from tvaprune.measures.latency import random_prompt
 from tvaprune.measures.machine import machine_name
+from tvaprune.progress import Progress
 from tvaprune.recovery.schedule import total_steps
 from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
@@ -54,7 +54,7 @@ def try_learning(found: Sizes, dense: PreTrainedModel, steps: int, estimate: int
     seconds: dict[str, list[float]] = {"teacher": [], "bare": [], "gates": []}
     with GatedModel(dense, topology).inserted() as gated:
         gates.start(gated, ids[:2], ALONE, progress=True)
-        for step, windows in enumerate(tqdm(ids.split(size), desc="steps")):
+        for step, windows in enumerate(Progress(ids.split(size), desc="steps")):
             gated.clear()
             teacher = None
             if options.distillation_weight > 0:

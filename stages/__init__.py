@@ -8,7 +8,7 @@ from typing import Any
 
 
 def _report_missing_package(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """One line where a package is missing, usually as .venv is not activated, or the core is another than the pipeline's.
+    """One line for a missing package, usually because .venv is not activated, or for another core than the pipeline's.
 
     Other errors keep their traceback.
     """

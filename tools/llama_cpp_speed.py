@@ -16,14 +16,14 @@ from typer import Option, echo
 
 from stages._command import command
 from stages._options import Compact, Finetuned, Model, ParamsFile
-from tools import markdown
-from tools.markdown import SPEEDUP, speedup_cells
 from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import GgufDtype, write_gguf
 from tvaprune.masks.latency_table import PHASES
+from tvaprune.measures import markdown
 from tvaprune.measures.comparison import present_models
 from tvaprune.measures.latency import Phase, interleave, prefill_flops, random_prompt, without_garbage_collection
 from tvaprune.measures.machine import machine_name, pin_threads
+from tvaprune.measures.markdown import SPEEDUP, speedup_cells
 from tvaprune.measures.speed_report import speed_metrics
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.proof.gguf_runtime import timed

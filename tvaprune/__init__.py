@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,14 @@ def quiet_libraries() -> None:
     logging.getLogger("torchao").addFilter(lambda record: "Failed to load" not in record.getMessage())
     enums = logging.getLogger("torch.utils._pytree")
     enums.addFilter(lambda record: "is an Enum subclass" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     if not sys.stderr.isatty():  # a bar of transformers would fill a log with carriage returns
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 _refuse_other_code()
+if sys.argv[:1] == ["-m"]:  # `python -m tvaprune`, not a program that imports it
+    quiet_libraries()
 
 
 # Where the front door is; imported when it is used, so that `import tvaprune` stays quick and free of torch.

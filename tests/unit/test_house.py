@@ -259,7 +259,7 @@ def test_main_ends_its_module(module: str) -> None:
 
 
 def test_a_tool_runs_as_a_module_and_reports_wrong_input_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.dry_run", str(tmp_path / "none.yaml")]
+    command = [sys.executable, "-m", "tvaprune estimate", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""

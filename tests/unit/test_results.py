@@ -11,9 +11,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from tools import results, run_rows
-from tools.columns import COLUMNS, cell, column
 from tools.results import Results
 from tools.saved_runs import Run, record, save, value_at
+from tvaprune.measures.columns import COLUMNS, cell, column
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PIPELINE = """

@@ -37,18 +37,23 @@ def main() -> None:
         app(prog_name="tvaprune" if Path(sys.argv[0]).stem == "tvaprune" else "python -m tvaprune")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     traceback: Annotated[
         bool, Option("--traceback", help=f"Show where an error comes from; so does {TRACEBACK}=1.")
     ] = False,
-    version: Annotated[bool, Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     if traceback:
         os.environ[TRACEBACK] = "1"
-    if version:
-        echo(__version__)
-        raise typer.Exit
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """How a command ends when its parameters, its inputs or the machine are wrong: one line on stderr, exit status 1."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,10 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 TRACEBACK = "TVAPRUNE_TRACEBACK"  # in the environment, not empty: errors keep their traceback
+
+_FULL = "; make room, then run it again"
+_IN_THE_WAY = ", and is not a directory"
+_REMEDIES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL, errno.EEXIST: _IN_THE_WAY}
 
 
 @contextmanager
@@ -30,10 +35,10 @@ def clear_errors(unexpected_too: bool = False) -> Iterator[None]:
 
 def in_words(error: Exception) -> str:
     """The message; of the operating system's errors the path and the reason; of unexpected ones the kind as well."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} (while writing or reading a file)"
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        return f"{where}{error.strerror}{remedy}"
     if isinstance(error, ValueError | OSError | SafetensorError):
         return str(error)
     return f"{type(error).__name__}: {error}".strip()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,6 @@ def _yaml() -> YAML:
 
 
 def _dumped(yaml: YAML, content: Any) -> str:
-    from io import StringIO
-
     stream = StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()

@@ -111,7 +111,7 @@ def test_a_pipeline_for_a_local_model_and_text(inputs: Path, tmp_path: Path) -> 
     params = YAML(typ="safe").load(tmp_path / "mine" / "params.yaml")
     assert params["sparsity"] == 0.3
     assert params["fetch_inputs"]["model"] == {"source": "local", "path": str(inputs / "model")}
-    assert [source["label"] for source in params["fetch_inputs"]["heldout"]["sources"]][0] == "wikipedia"
+    assert params["fetch_inputs"]["heldout"]["sources"][0]["label"] == "wikipedia"
     own = YAML(typ="safe").load(tmp_path / "mine" / "dvc.yaml")["stages"]
     repositorys = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
     assert own.keys() == repositorys.keys()

@@ -32,7 +32,8 @@ class Progress(tqdm):
         return False
 
     def close(self) -> None:
-        if not self.disable and self._in_lines and self.n > self.initial:
+        shown = self._in_lines and not self.disable and self.n > self.initial
+        if shown and self.format_dict["elapsed"] >= self.delay:
             self._write_line()
         super().close()
 

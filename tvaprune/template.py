@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, RoundTripRepresenter
 
 from tvaprune import VERSION_FILE, __version__
 from tvaprune.inputs.documents import text_files
@@ -211,8 +211,18 @@ def _run(directory: Path, *command: str, check: bool = True) -> str | None:
     return None if done.returncode else done.stdout
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes null as `null`, as the repository's params.yaml does, and not as nothing."""
+
+
+_Representer.add_representer(
+    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+)
+
+
 def _yaml() -> YAML:
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.width, yaml.preserve_quotes = 118, True
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml

@@ -121,7 +121,7 @@ def prune(
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out}: is there and not empty; name another directory")
     device = pick_device()
-    source = TextLocal(label="texts", kind="own", path=text, text_field=text_field)
+    source = TextLocal.model_validate({"label": "texts", "kind": "own", "path": text, "text_field": text_field})
     with tempfile.TemporaryDirectory() as scratch:
         documents = read_documents(source, Path(scratch), NoState(Path(scratch)))
         texts = [document.text for document in documents]

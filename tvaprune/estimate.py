@@ -59,7 +59,7 @@ def published_config(params_file: Path) -> Path:
     source = FetchInputsParams.load(params_file).model
     if isinstance(source, LocalSource) and (params_file.parent / source.path / "config.json").is_file():
         return params_file.parent / source.path
-    name = getattr(source, "repo", None) or getattr(source, "name", None) or source.path.name
+    name = getattr(source, "repo", None) or source.name  # type: ignore[union-attr]
     directory = PUBLISHED / name.rpartition("/")[2]
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory}: no config.json of {name}; name a directory that has it with --model")

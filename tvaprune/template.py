@@ -13,7 +13,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, RoundTripRepresenter
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from tvaprune import VERSION_FILE, __version__
 from tvaprune.inputs.documents import text_files

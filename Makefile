@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Warnings and errors only, not a line for every package.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The tiny pipeline runs once, on one thread, for all workers.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 15
 
@@ -18,6 +20,7 @@ help: ## show this
 
 repro: $(VENV)/.installed ## run the whole pipeline: fetch, prune, fine-tune, measure
 	$(BIN)/dvc repro
+	@$(BIN)/python -m tvaprune results
 
 test: lint ## every check and every fast test
 	$(PYTEST)
@@ -44,9 +47,11 @@ $(BIN)/pip:
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: requirements.lock | $(BIN)/pip
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	@echo "installing requirements.lock into $(VENV): some minutes the first time"
+	@$(PIP) -r requirements.lock
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.lock
+	@echo "installing requirements-dev.lock into $(VENV)"
+	@$(PIP) -r requirements-dev.lock
 	@touch $@

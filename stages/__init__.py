@@ -8,9 +8,14 @@ from typing import Any
 
 
 def _report_missing_package(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """Print one line for a missing package, usually because .venv is not activated; a traceback for other errors."""
+    """One line for a missing package, usually because .venv is not activated, or for another core than the pipeline's.
+
+    Other errors keep their traceback.
+    """
     package = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and package not in ("", "stages", "tvaprune"):
+    if type(error) is ImportError and package == "":  # of tvaprune/__init__.py, which says what to do
+        print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and package not in ("", "stages", "tvaprune"):
         print(
             f"error: {package} is not installed in this Python ({sys.executable}); activate the environment with "
             "`source .venv/bin/activate`, or create it with `make repro`",
@@ -22,3 +27,7 @@ def _report_missing_package(kind: type[BaseException], error: BaseException, tra
 
 if sys.argv[0] == "-m":  # a stage runs; nothing else that imports this package is changed
     sys.excepthook = _report_missing_package
+
+    from tvaprune import quiet_libraries
+
+    quiet_libraries()

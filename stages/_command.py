@@ -1,11 +1,12 @@
-"""The command line of a stage: how it starts, and how it ends when its parameters or inputs are wrong."""
+"""The command line of a stage: how it starts."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from inspect import getdoc
 
 import typer
+
+from tvaprune.errors import clear_errors
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -24,13 +25,3 @@ def application(main: Callable[..., None]) -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(help=f"{sys.modules[main.__module__].__doc__}\n\n{getdoc(main) or ''}")(main)
     return app
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn errors that name their cause (ValueError and its kin) into one line and exit status 1."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, BlockingIOError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise SystemExit(1) from error

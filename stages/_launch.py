@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stages._command import clear_errors, command
+import tvaprune
+from stages._command import command
 from tvaprune.architecture.sharding import to_process
 from tvaprune.device import keep_freed_memory, pick_device, pick_dtype
 from tvaprune.distributed import Process, join, launch, processes_asked, sharding_asked
+from tvaprune.errors import clear_errors
 from tvaprune.resume import ResumableRun
 
 
@@ -27,7 +29,7 @@ class StageProcess(Process):
         """State that a killed run of the stage left, identified by settings, inputs, code, device and dtype."""
         kind: dict[str, Any] = {"device": self.device.type, "dtype": str(self.dtype)}
         kind |= {"processes": self.world.size, "sharded": self.sharded}
-        code = [*Path("tvaprune").rglob("*.py"), Path("stages", f"{stage}.py")]
+        code = [*Path(tvaprune.__file__).parent.rglob("*.py"), Path(__file__).with_name(f"{stage}.py")]
         return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main)
 
     def put(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from typer import Option, echo
 
 from stages._command import command
 from stages._options import ParamsFile
+from tvaprune.inputs import fetch
 from tvaprune.inputs.fetch import InputDirectories, fetch_inputs
 from tvaprune.params.fetch_inputs import FetchInputsParams
 from tvaprune.resume import ResumableRun
@@ -24,7 +25,7 @@ def main(
     complete or not at all. Killed and run again, a sample of a large corpus continues where it was.
     """
     params = FetchInputsParams.load(params_file)
-    code = [*Path("tvaprune", "inputs").rglob("*.py"), Path("stages", "fetch_inputs.py")]
+    code = [*Path(fetch.__file__).parent.rglob("*.py"), Path(__file__)]
     with ResumableRun("fetch_inputs", params.model_dump(mode="json"), code) as saved:
         sources = (params.model, params.calibration.sources, params.heldout.sources, params.zeroshot)
         directories = InputDirectories(model, calibration, heldout, zeroshot)

@@ -19,7 +19,6 @@ from typer import Option
 
 from stages._command import command
 from stages._options import Heldout, Model, ParamsFile
-from tools import markdown
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
@@ -31,6 +30,7 @@ from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
 from tvaprune.masks.masks import Masks, read_masks
 from tvaprune.masks.measured import adapt_measured
 from tvaprune.masks.update import WeightUpdate, read_update
+from tvaprune.measures import markdown
 from tvaprune.measures.latency import Benchmark, compare
 from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams

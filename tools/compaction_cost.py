@@ -22,7 +22,6 @@ from transformers import PreTrainedConfig
 from typer import Option
 
 from stages._command import command
-from tools.dry_run import PUBLISHED, random_masks
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.layouts import dense_tensors
@@ -30,6 +29,7 @@ from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import measured
 from tvaprune.checkpoint.tensor_files import write_checkpoint
 from tvaprune.cost import peak_memory_bytes
+from tvaprune.estimate import PUBLISHED, random_masks
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.update import WeightUpdate
 

@@ -14,8 +14,6 @@ from typer import Option
 
 from stages._command import command
 from stages._options import Config
-from tools import markdown
-from tools.markdown import SPEEDUP, speedup_cells
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
@@ -24,8 +22,10 @@ from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES
 from tvaprune.masks.masks import Masks, read_masks
+from tvaprune.measures import markdown
 from tvaprune.measures.latency import Benchmark, compare
 from tvaprune.measures.machine import machine_name
+from tvaprune.measures.markdown import SPEEDUP, speedup_cells
 from tvaprune.measures.speed_report import speed_metrics
 from tvaprune.runtime.packed import pick_runtime
 

@@ -1,11 +1,10 @@
 """The tables of README.md and docs/*.md, from metrics/*.json (the default run) and metrics/results/*.json (saved runs).
 
 docs/results.yaml defines the tables. A page holds one between `<!-- table: NAME -->` and `<!-- end of table -->`.
-Without options the table `default` is printed for the workspace's own run. To add a row, define it in
+The table `default` is that of the workspace's own run, which `tvaprune results` prints. To add a row, define it in
 docs/results.yaml, run `python -m tools.run_rows NAME`, name it in a table, and run `python -m tools.results --write`.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typer import Option, echo
 
 from stages._command import command
-from tools import markdown, saved_runs
-from tools.columns import SavedRun, cell, column
+from tools import saved_runs
 from tools.run_rows import DEFINITIONS, Row, read_rows
-from tools.saved_runs import SAVED, WORKSPACE, Run, value_at
+from tools.saved_runs import SAVED, Run
+from tvaprune.measures import markdown
+from tvaprune.measures.columns import SavedRun, cell, column, value_at
 from tvaprune.params.loading import read_yaml
+from tvaprune.results import WORKSPACE, own_table, sentences, workspace_run
 
-METRICS = Path("metrics")
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 
 
@@ -99,8 +99,16 @@ class Results:
             if any(cells):
                 rows.append([row.label, *cells])
         shown = [self.runs[name] for name in table.names() if name in self.runs]
-        notes = [note for kind in table.notes if shown for note in _notes(kind, shown)]
+        notes = [note for kind in table.notes if shown for note in sentences(kind, shown)]
         return "\n\n".join([markdown.table(head, rows), *([" ".join(notes)] if notes else [])])
+
+    def text(self, name: str) -> str:
+        """The table of a name, that of the workspace's run included. Raises ValueError for one that is not defined."""
+        if name == WORKSPACE:
+            return own_table(self.runs[WORKSPACE])
+        if name not in self.tables:
+            raise ValueError(f"{DEFINITIONS} has no table {name}")
+        return self.render(self.tables[name])
 
     def problems(self) -> Iterator[str]:
         """Rows without a file, files without a row in a table, and files that are not of their row."""
@@ -119,38 +127,6 @@ class Results:
                     yield f"{SAVED}/{name}.json was run with another {key} than {DEFINITIONS} has"
 
 
-def workspace_run() -> SavedRun:
-    """metrics/*.json and params.yaml as a saved run; of the default run where they are as in git."""
-    params = read_yaml(Path("params.yaml"))
-    metrics = {path.stem: json.loads(path.read_text()) for path in METRICS.glob("*.json")}
-    return {"name": WORKSPACE, "seed": params["seed"], "params": params, "metrics": metrics}
-
-
-def _notes(kind: str, runs: list[SavedRun]) -> Iterator[str]:
-    metrics = runs[0]["metrics"]
-    if kind == "sizes" and (compact := metrics.get("compact")):
-        decoder, model = compact["sparsity_decoder"], compact["sparsity_model"]
-        yield f"{decoder:.1%} of the decoder removed ({model:.1%} of the model)."
-        yield f"Masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
-    if kind == "texts" and isinstance(tokens := value_at(metrics, "perplexity.tokens"), dict):
-        counts = [f"{sum(tokens[part].values()):,} {part} tokens" for part in ("validation", "test") if part in tokens]
-        yield f"Perplexity on {' and '.join(counts)} in windows of {metrics['perplexity']['window']}."
-    if kind == "zeroshot" and (error := value_at(metrics, "zeroshot.dense.mean_stderr")):
-        rows = f"{limit:.0f}" if (limit := metrics["zeroshot"]["limit"]) else "all"
-        yield f"Zero-shot on {rows} rows of each task (standard error of the mean about {error:.3f})."
-    if kind == "learning" and "masks" in metrics:
-        yield f"Masks learned in {metrics['masks']['seconds']:.0f} s."
-    if kind == "machine":
-        machines = [run["machine"] for run in runs if "machine" in run]
-        found = (
-            f"{each['processor']}, {each['threads']} of {each['logical_cores']} cores, {each['dtype']}, "
-            f"torch {each['torch']}, transformers {each['transformers']}"
-            for each in machines
-        )
-        if machines:
-            yield f"Computed on {'; '.join(dict.fromkeys(found))}."
-
-
 def pages() -> list[Path]:
     return [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 
@@ -159,9 +135,7 @@ def rewritten(results: Results, page: str) -> str:
     """A page's text with its tables made anew. Raises ValueError for a table that is not defined."""
 
     def table(match: re.Match[str]) -> str:
-        if match[1] not in results.tables:
-            raise ValueError(f"{DEFINITIONS} has no table {match[1]}")
-        return f"<!-- table: {match[1]} -->\n{results.render(results.tables[match[1]])}\n<!-- end of table -->"
+        return f"<!-- table: {match[1]} -->\n{results.text(match[1])}\n<!-- end of table -->"
 
     return MARKED.sub(table, page)
 
@@ -199,12 +173,11 @@ def main(
         for metrics, reason in left_out.items():
             echo(f"{metrics} left out: {reason}", err=True)
         return
+    if not write and not checked:
+        raise ValueError("nothing to do; use --write, --check or --save NAME. `tvaprune results` prints your own run")
     results = Results.read()
     if write:
         for page in pages():
             page.write_text(rewritten(results, page.read_text(encoding="utf-8")), encoding="utf-8")
-    if write or checked:
-        if problems := check(results):
-            raise ValueError("\n".join(problems))
-        return
-    echo(results.render(results.tables[WORKSPACE]))
+    if problems := check(results):
+        raise ValueError("\n".join(problems))

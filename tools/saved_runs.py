@@ -22,10 +22,11 @@ from ruamel.yaml import YAML
 
 from tvaprune.artifacts import write_json
 from tvaprune.device import pick_device, pick_dtype
+from tvaprune.measures.columns import value_at
 from tvaprune.measures.machine import machine_name
+from tvaprune.results import WORKSPACE
 
 SAVED = Path("metrics/results")
-WORKSPACE = "default"  # the name of the workspace's own run in tables; nothing is saved under it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # What a run's figures depend on beside its parameters.
 CODE = ("stages", "tvaprune", "dvc.yaml", "requirements.lock")
@@ -213,16 +214,6 @@ def machine() -> dict[str, Any]:
         "transformers": version("transformers"),
         "python": platform.python_version(),
     }
-
-
-def value_at(content: dict[str, Any], key: str, default: Any = None) -> Any:
-    """The value under a dotted key; the default where there is none."""
-    found: Any = content
-    for part in key.split("."):
-        if not isinstance(found, dict) or part not in found:
-            return default
-        found = found[part]
-    return found
 
 
 def _selected(params: dict[str, Any], keys: set[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 takes some steps of mask learning and of fine-tuning at the model's sizes, with random weights and random text, on the
 device that the stages would use. It prints seconds a step, the ratio to a step without gates, and the memory beside the
-estimates of tools.dry_run.
+estimates of `tvaprune estimate`.
 """
 
 import statistics
@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from typer import Option, echo
+from typer import Argument, Option, echo
 
 from stages._command import command
-from tools.dry_run import ConfigFile, PublishedModel, Sizes, memory, published_config, sizes
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.checkpoint.random_model import LayerWidths, random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype, synchronise
 from tvaprune.distributed import ALONE, Process
+from tvaprune.estimate import Sizes, memory, published_config, sizes
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.objective import Batch, objective
 from tvaprune.gates.training import new_gates
 from tvaprune.losses import next_token_labels
 from tvaprune.measures.latency import random_prompt
 from tvaprune.measures.machine import machine_name
+from tvaprune.progress import Progress
 from tvaprune.recovery.schedule import total_steps
 from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
@@ -54,7 +54,7 @@ def try_learning(found: Sizes, dense: PreTrainedModel, steps: int, estimate: int
     seconds: dict[str, list[float]] = {"teacher": [], "bare": [], "gates": []}
     with GatedModel(dense, topology).inserted() as gated:
         gates.start(gated, ids[:2], ALONE, progress=True)
-        for step, windows in enumerate(tqdm(ids.split(size), desc="steps")):
+        for step, windows in enumerate(Progress(ids.split(size), desc="steps")):
             gated.clear()
             teacher = None
             if options.distillation_weight > 0:
@@ -104,8 +104,8 @@ def _say(stage: str, seconds: float, steps: int, peak: int, estimate: int) -> No
 
 @command
 def main(
-    params_file: ConfigFile,
-    model: PublishedModel = None,
+    params_file: Annotated[Path, Argument(help="Parameters: params.yaml or a file of configs/.")],
+    model: Annotated[Path | None, Option(help="Directory with the model's config.json; see configs/models.")] = None,
     steps: Annotated[int, Option(help="Steps of each; the first are slower.", min=2)] = 10,
 ) -> None:
     """Prints seconds a step and memory of learn_masks and finetune_lora."""

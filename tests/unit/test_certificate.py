@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -25,6 +24,7 @@ from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import sizes
 from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.commands import app
 from tvaprune.export.card import Base, Provenance, widths_of
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.seal import certify, require
@@ -42,9 +42,9 @@ from tvaprune.proof.certificate import (
     prompt_ids,
     read_certificate,
 )
-from tvaprune.proof.checks import against_reference, fresh_checks
+from tvaprune.proof.checks import _check, against_reference, fresh_checks
 from tvaprune.proof.parity import compact_logits, masked_dense_logits, same_choices
-from tvaprune.verify import main, verify
+from tvaprune.verify import verify
 
 BOUND = 1e-4
 REPOSITORY = Path(__file__).parents[2]
@@ -296,16 +296,24 @@ def test_without_llama_cpp_the_check_says_so(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_the_command_line(out: Path, tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(main)
-    shown = CliRunner().invoke(app, [str(out)])
+    shown = CliRunner().invoke(app, ["verify", str(out)])
     assert shown.exit_code == 0
     assert "reloaded in a fresh process: passed" in shown.output
     _flip_a_weight(out)
-    assert CliRunner().invoke(app, [str(out)]).exit_code == 1
-    missing = CliRunner().invoke(app, [str(tmp_path)])
+    assert CliRunner().invoke(app, ["verify", str(out)]).exit_code == 1
+    missing = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert missing.exit_code == 1
-    assert "not a directory that tvaprune exported" in missing.output
+    assert "not a directory that tvaprune exported" in str(missing.exception)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.00100004, "0.00100004 of 0.001"), (0.0010000004, "0.0010000004 of 0.001"), (2e-5, "2e-05")]
+)
+def test_a_check_shows_on_which_side_of_its_bound_a_figure_is(value: float, shown: str) -> None:
+    """A failed one used to say "0.001 of 0.001"."""
+    check = _check("parity", {"max_rel_logit_diff": value}, {"max_rel_logit_diff": 0.001})
+    assert check.passed is (value <= 0.001)
+    assert f"max_rel_logit_diff {shown}" in str(check)
 
 
 def test_the_card_says_where_it_comes_from_and_how_to_load_it(out: Path) -> None:

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_models import tiny_model
 from tests.unit.test_finetune import OPTIONS
 from tools import try_steps
-from tools.dry_run import memory, published_config, size_lines, sizes
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.distributed import Process
+from tvaprune.estimate import memory, published_config, size_lines, sizes
 from tvaprune.gates.memory import LiveBytes
 from tvaprune.masks.projection import UnreachableSparsityError
 from tvaprune.methods import check_request

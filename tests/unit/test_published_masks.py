@@ -101,16 +101,12 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
         read_published_masks(file, TOPOLOGY)
 
 
-def test_the_tool_writes_an_artifact_that_stages_read(tmp_path: Path) -> None:
-    import typer
-
-    from tools.import_masks import main
+def test_the_command_writes_an_artifact_that_stages_read(tmp_path: Path) -> None:
+    from tvaprune.commands import app
 
     TINY.config.save_pretrained(tmp_path / "model")
     file = write_published(tmp_path / "masks.pkl", random_masks(TOPOLOGY, seed=1), random_update(TOPOLOGY, seed=2))
-    app = typer.Typer()
-    app.command()(main)
-    arguments = [str(file), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "masks")]
+    arguments = ["import-masks", str(file), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "masks")]
     arguments += ["--means", str(tmp_path / "means")]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0

@@ -11,9 +11,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from tools import results, run_rows
-from tools.columns import COLUMNS, cell, column
 from tools.results import Results
-from tools.saved_runs import Run, record, save, value_at
+from tools.saved_runs import Run, record, save
+from tvaprune.measures.columns import COLUMNS, cell, column, value_at
+from tvaprune.results import own_table, what_to_do_next
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PIPELINE = """
@@ -407,3 +408,26 @@ def test_a_row_that_fails_stops_no_other(
     assert "[1/2] low: dvc repro ended with 255, 0 min" in shown
     assert "[2/2] high: saved, 0 min" in shown
     assert "1 of 2 rows failed" in shown
+
+
+def test_the_own_table_has_no_empty_columns_and_no_empty_rows() -> None:
+    run = saved_run("default", 30.0)
+    del run["metrics"]["zeroshot"]
+    lines = own_table(run).splitlines()
+    assert "validation ppl" in lines[0]
+    assert "PIQA" not in lines[0]
+    assert not any(line.startswith("| pruned + LoRA") for line in lines)
+    with pytest.raises(ValueError, match="run dvc repro first"):
+        own_table({"name": "default", "seed": 0, "params": {}, "metrics": {}})
+
+
+def test_what_to_do_next_names_the_models_that_are_there(tmp_path: Path) -> None:
+    assert list(what_to_do_next(tmp_path)) == []
+    for name in ("compact", "finetuned"):
+        (tmp_path / "artifacts" / name).mkdir(parents=True)
+    (tmp_path / "artifacts/finetuned/meta.json").write_text("{}")  # as without fine-tuning
+    (tmp_path / "artifacts/compact/config.json").write_text("{}")
+    first, *rest = what_to_do_next(tmp_path)
+    assert first == "artifacts/compact: the pruned model"
+    assert any('generate artifacts/compact "The river"' in line for line in rest)
+    assert not any("finetuned" in line for line in rest)

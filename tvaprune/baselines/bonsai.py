@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import AXES, Axis, layer_modules
@@ -18,6 +17,7 @@ from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
 from tvaprune.options.baselines import BonsaiOptions
+from tvaprune.progress import Progress
 
 LARGEST_PERPLEXITY = 1e8
 
@@ -65,7 +65,7 @@ def bonsai(problem: Problem, options: BonsaiOptions) -> Masks:
     generator = torch.Generator().manual_seed(problem.seed)
     stages, done = Stages(topology, problem.axes), 0.0
     total = math.ceil(target / options.prune_frac) * submodels
-    bar = tqdm(total=total, desc="sub-models", disable=not problem.progress)
+    bar = Progress(total=total, desc="sub-models", disable=not problem.progress)
     with GatedModel(problem.model, topology).inserted() as gated, bar:
         while target - done > 1e-9:
             share = min(options.prune_frac, target - done)

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import trange
 
 from tvaprune.architecture.topology import cut
 from tvaprune.baselines.allocation import Scores, Stages, allocate_uniform
@@ -18,6 +17,7 @@ from tvaprune.gates.budget import cubic_ramp
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.options.baselines import LoraPruneOptions
+from tvaprune.progress import Progress
 
 # Published: gradient norm, and the share of the steps before the ramp of the sparsity and after it.
 LARGEST_NORM = 1.0
@@ -88,7 +88,7 @@ def loraprune(problem: Problem, options: LoraPruneOptions) -> Masks:
     with ExitStack() as hooks, GatedModel(model, topology).inserted() as gated, frozen(model), torch.enable_grad():
         for adapter in adapters.values():
             hooks.enter_context(adapter.module.register_forward_hook(adapter))
-        for step in trange(1, end + 1, desc="loraprune", disable=not problem.progress):
+        for step in Progress(range(1, end + 1), desc="loraprune", disable=not problem.progress):
             drop_units(gated, stages.keep)
             optimizer.zero_grad()
             for index in range((step - 1) * options.batch_size, step * options.batch_size):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tvaprune.architecture.topology import Axis, Topology, hidden_states, lm_head
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Problem:
 
     def each_window(self, description: str) -> Iterator[Int[Tensor, "1 seq"]]:
         """The windows one by one, int64 on the model's device, with a progress bar."""
-        for window in tqdm(self.windows.split(1), desc=description, disable=not self.progress):
+        for window in Progress(self.windows.split(1), desc=description, disable=not self.progress):
             yield window.long().to(self.device)
 
     def forward(self, window: Int[Tensor, "1 seq"]) -> Float[Tensor, "seq hidden"]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from tvaprune.architecture.topology import Axis, LayerModules, decoder_layers, layer_modules
 from tvaprune.baselines.activations import (
@@ -20,6 +19,7 @@ from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
 from tvaprune.options.baselines import WandaSpOptions
+from tvaprune.progress import Progress
 
 
 def wanda_sp(problem: Problem, options: WandaSpOptions) -> Masks:
@@ -67,7 +67,7 @@ def sequential_wanda_scores(problem: Problem) -> Scores:
     hidden, others = first_layer_inputs(problem)
     blocks = decoder_layers(problem.model)
     with GatedModel(problem.model, topology).inserted() as gated:
-        layers = tqdm(list(layer_modules(problem.model)), desc="layers", disable=not problem.progress)
+        layers = Progress(list(layer_modules(problem.model)), desc="layers", disable=not problem.progress)
         for index, modules in enumerate(layers):
             collector = Collector([modules])
             with collector.attached():

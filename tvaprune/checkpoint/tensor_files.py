@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from tvaprune.artifacts import check_header, write_json
+from tvaprune.progress import Progress
 
 SHARD_BYTES = 5_000_000_000
 _BLOCK_BYTES = 64_000_000
@@ -123,7 +123,7 @@ def write_checkpoint(
     files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     files = files if count > 1 else ["model.safetensors"]
     total = sum(info.nbytes for info in tensors.values())
-    with tqdm(desc=progress, total=total, unit="B", unit_scale=True, delay=2) as bar:
+    with Progress(desc=progress, total=total, unit="B", unit_scale=True, delay=2) as bar:
         for name, shard in zip(files, shards, strict=True):
             with (directory / name).open("wb") as file:
                 file.write(_header(shard))

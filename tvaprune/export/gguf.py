@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from tqdm import tqdm
 
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, plan_gguf
 from tvaprune.export.gguf_tokenizer import add_tokenizer
+from tvaprune.progress import Progress
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 _TYPES: dict[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
@@ -110,7 +110,7 @@ def _write_tensors(writer: gguf.GGUFWriter, plan: GgufPlan, checkpoint: Checkpoi
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
-    with tqdm(desc="write gguf", total=sum(sizes.values()), unit="B", unit_scale=True, delay=2) as progress:
+    with Progress(desc="write gguf", total=sum(sizes.values()), unit="B", unit_scale=True, delay=2) as progress:
         for name, kind in kinds.items():
             blocks = (_encode(name, block, kind) for block in _blocks(plan, checkpoint, name))
             writer.write_tensor_data(_Rows(sizes[name], blocks))

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from tvaprune.architecture.topology import AXES, Axis, hidden_states, lm_head
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.losses import cross_entropy
+from tvaprune.progress import Progress
 
 
 def gate_curvature(
@@ -34,7 +34,7 @@ def gate_curvature(
     # One uniform a token, drawn on the CPU and for all windows, so that a seed gives the same on every device and rank.
     uniform = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed))
     total = {axis: torch.zeros(topology.gate_shape(axis), device=windows.device) for axis in AXES}
-    for index, counts in tqdm(world.turns(len(windows)), desc="curvature", disable=not progress):
+    for index, counts in Progress(world.turns(len(windows)), desc="curvature", disable=not progress):
         window = windows[index]
         ones = {axis: torch.ones_like(total[axis], requires_grad=True) for axis in AXES}
         squares = SquaredGradients(topology, block_tokens, windows.device)

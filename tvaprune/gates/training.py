@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tvaprune.architecture.topology import Axis, Topology, hidden_states
 from tvaprune.distributed import ALONE, World
@@ -20,6 +19,7 @@ from tvaprune.losses import DivergedError, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.gates import GateOptions, PaperOptions
+from tvaprune.progress import Progress
 from tvaprune.resume import Saver
 
 SAVE_EVERY = 10
@@ -88,7 +88,8 @@ def learn_gates(
         else:
             gates.start(gated, input_ids, world, progress)
         steps = range(len(curve), options.steps)
-        for step in (bar := tqdm(steps, initial=len(curve), total=options.steps, desc="gates", disable=not progress)):
+        bar = Progress(steps, initial=len(curve), total=options.steps, desc="gates", disable=not progress)
+        for step in bar:
             indices = [(step * options.batch_size + window) % len(input_ids) for window in own_windows]
             windows = input_ids[indices].long().to(device)
             teacher = None

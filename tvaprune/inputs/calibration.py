@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from jaxtyping import Int32
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tvaprune.inputs.documents import Document
 from tvaprune.inputs.sources import InputError
 from tvaprune.options.inputs import Packing
+from tvaprune.progress import Progress
 
 # Fewer documents than this, such as one book, are cut into parts that stand for documents. A part has room for a few
 # windows, because what is left at its end is dropped.
@@ -67,7 +67,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> list[TokenDocument]:
     """Token ids of every document, no special tokens added; documents without tokens are left out."""
     result: list[TokenDocument] = []
-    for start in tqdm(range(0, len(documents), _BATCH), desc=f"tokenise {name}", unit=" batches"):
+    for start in Progress(range(0, len(documents), _BATCH), desc=f"tokenise {name}", unit=" batches"):
         batch = documents[start : start + _BATCH]
         ids = tokenizer(
             [document.text for document in batch],

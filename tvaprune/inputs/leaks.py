@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt64
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tvaprune.artifacts import read_json_lines
@@ -18,6 +17,7 @@ from tvaprune.inputs.documents import load_documents
 from tvaprune.inputs.ngrams import among, hash_ngrams
 from tvaprune.inputs.sources import InputError
 from tvaprune.inputs.zeroshot import TASKS, Task, task_files
+from tvaprune.progress import Progress
 
 # What is learned from: name -> tensors of artifacts/calibration. Validation windows choose among checkpoints.
 LEARNED_FROM = {
@@ -114,7 +114,7 @@ def check_leaks(
     }
     shared = among(known["finetuning"], known["calibration"])
     sets = {
-        name: compare(tqdm(documents, desc=f"check {name}", unit=" documents"), known, n)
+        name: compare(Progress(documents, desc=f"check {name}", unit=" documents"), known, n)
         for name, documents in evaluation.items()
     }
     return Leaks(sets, float(shared.mean()) if len(shared) else 0.0)

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.documents import Document, clean, document_of, field_of, read_rows, read_text, text_files
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import InputError, TextField, TextHub, TextLocal, TextPackage, TextSource, hub_errors
 from tvaprune.inputs.wikipedia import read_dump
+from tvaprune.progress import Progress
 from tvaprune.resume import SavedState
 
 # Shards that are read in turns: a data set's shards can each be of one kind.
@@ -70,7 +69,7 @@ def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
 
 def _read_hub(source: TextHub) -> Iterator[Document]:
     with hub_errors(source):
-        for number, row in enumerate(tqdm(_hub_rows(source), desc=source.repo, unit=" documents")):
+        for number, row in enumerate(Progress(_hub_rows(source), desc=source.repo, unit=" documents")):
             yield document_of(row, source.text_field, f"{source} row {number}", str(number))
 
 
@@ -164,7 +163,7 @@ def _take(
         stream.load_state_dict(saved["stream"])
     with (
         unfinished.open("ab") as file,
-        tqdm(desc=f"sample {key[:6]}", total=source.documents, initial=done, unit=" documents") as bar,
+        Progress(desc=f"sample {key[:6]}", total=source.documents, initial=done, unit=" documents") as bar,
     ):
         file.truncate(length)  # what was written after the state was saved comes again
         for row in stream:

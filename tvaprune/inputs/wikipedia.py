@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import mwparserfromhell
 from mwparserfromhell.nodes import Heading, Tag, Template, Wikilink
-from tqdm import tqdm
+
+from tvaprune.progress import Progress
 
 # Sections that hold lists of sources and links, not prose.
 _SKIPPED_SECTIONS = {
@@ -23,7 +24,7 @@ _DROPPED_NAMESPACES = ("file:", "image:", "category:", "media:")
 
 def read_dump(path: Path) -> Iterator[tuple[str, str]]:
     """(title, text) of every article of a bz2 dump: namespace 0, no redirects, none left empty."""
-    with bz2.open(path) as file, tqdm(desc=path.name[:40], unit=" pages") as progress:
+    with bz2.open(path) as file, Progress(desc=path.name[:40], unit=" pages") as progress:
         for _, element in ElementTree.iterparse(file):
             if element.tag.rpartition("}")[2] != "page":
                 continue

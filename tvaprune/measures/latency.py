@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.device import synchronise
+from tvaprune.progress import Progress
 from tvaprune.runtime.packed import Runtime, prepare
 from tvaprune.runtime.passes import Decoding, RecordedDecoding, prefill, recorded_prefill
 
@@ -126,7 +126,7 @@ def interleave(
         first = number % len(names)
         return {name: probes[name]() for name in names[first:] + names[:first]}
 
-    bar = tqdm(total=max_warmup + repeats, desc=progress, unit="round", disable=progress is None)
+    bar = Progress(total=max_warmup + repeats, desc=progress, unit="round", disable=progress is None)
     last: dict[str, float] | None = None
     for number in range(max_warmup):
         new = run(number)

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.architecture.topology import hidden_states
 from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
+from tvaprune.progress import Progress
 
 # "validation" and "test" -> source label -> what there is of that text.
 SETS: tuple[Literal["validation"], Literal["test"]] = ("validation", "test")
@@ -145,7 +145,7 @@ def nll_by_window(
     """
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(input_ids), desc=progress, unit="window", disable=progress is None or not world.is_main)
+    bar = Progress(total=len(input_ids), desc=progress, unit="window", disable=progress is None or not world.is_main)
     nll = torch.zeros(len(input_ids), dtype=torch.float64, device=model.device)
     batches = torch.arange(len(input_ids)).split(batch_size)
     for turn, counts in world.turns(len(batches)):

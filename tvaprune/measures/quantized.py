@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.architecture.topology import hidden_states, lm_head
@@ -23,6 +22,7 @@ from tvaprune.measures.comparison import POSITIONS_AT_ONCE
 from tvaprune.measures.latency import checkpoint_bytes, interleave, without_garbage_collection
 from tvaprune.measures.perplexity import Perplexity
 from tvaprune.options.quantize import QuantizeOptions
+from tvaprune.progress import Progress
 from tvaprune.proof.gguf_runtime import final_states, timed
 
 STORED = "stored"  # the name of the unquantised model among the types
@@ -67,7 +67,7 @@ def _run(
     """Each window's mean negative log-likelihood, float64, and the first window's states."""
     nll: list[float] = []
     first = torch.empty(0)
-    for own, window in zip(tqdm(states, desc=progress, total=len(windows), unit="window"), windows, strict=True):
+    for own, window in zip(Progress(states, desc=progress, total=len(windows), unit="window"), windows, strict=True):
         first = first if nll else own
         nll.append(_nll(own, head, window.long()))
     return torch.tensor(nll, dtype=torch.float64), first

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.architecture.topology import hidden_states
@@ -24,6 +23,7 @@ from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
 from tvaprune.options.inputs import TASK_METRICS, TaskName
+from tvaprune.progress import Progress
 
 
 class _Task(NamedTuple):
@@ -173,7 +173,7 @@ class _LanguageModel(HFLM):
         inputs = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))  # longest first: little padding
         answers = torch.zeros(len(requests), 2, dtype=torch.float64)  # nats, and 1 where greedy
         hide_bar = self._progress is None or not self._processes.is_main
-        bar = tqdm(total=len(requests), desc=self._progress, unit="choice", disable=hide_bar)
+        bar = Progress(total=len(requests), desc=self._progress, unit="choice", disable=hide_bar)
         for turn, counts in self._processes.turns(-(-len(inputs) // self.batch_size)):
             batch = inputs[turn * self.batch_size : (turn + 1) * self.batch_size]
             # Padding on the right: causal attention keeps it from every position that is read.

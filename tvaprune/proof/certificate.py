@@ -59,7 +59,7 @@ class Check:
         if self.passed is None:
             return f"{self.name}: not run, {self.figures['skipped']}"
         bounds = {name: f" of {bound:g}" for name, bound in self.bounds.items()}
-        figures = ", ".join(f"{name} {value:g}{bounds.get(name, '')}" for name, value in self.figures.items())
+        figures = ", ".join(f"{name} {value:.12g}{bounds.get(name, '')}" for name, value in self.figures.items())
         return f"{self.name}: {'passed' if self.passed else 'FAILED'} ({figures})"
 
 

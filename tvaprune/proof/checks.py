@@ -72,12 +72,23 @@ def _tie(logits: Tensor, bound: float) -> float:
 
 
 def _check(name: str, figures: dict[str, float], bounds: dict[str, float]) -> Check:
-    """Differences may be at most their bounds, agreements at least; figures are kept to two significant digits."""
+    """Differences may be at most their bounds, agreements at least; figures are kept to two significant digits.
+
+    A figure that two digits put on the other side of its bound, or on it, keeps as many as tell them apart.
+    """
     passed = all(
         figures[key] >= bound if key.endswith("agreement") else figures[key] <= bound for key, bound in bounds.items()
     )
     # Further digits change with the number of threads.
-    return Check(name, passed, {key: float(f"{value:.1e}") for key, value in figures.items()}, bounds)
+    return Check(name, passed, {key: _shortened(value, bounds.get(key)) for key, value in figures.items()}, bounds)
+
+
+def _shortened(value: float, bound: float | None) -> float:
+    for digits in range(1, 17):
+        short = float(f"{value:.{digits}e}")
+        if bound is None or value == bound or (short != bound and (short < bound) == (value < bound)):
+            return short
+    return value
 
 
 def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_remote_code: bool) -> list[Check]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.architecture.topology import hidden_states
+from tvaprune.progress import Progress
 
 
 def frozen_head(model: PreTrainedModel) -> Float[Tensor, "vocab width"]:
@@ -60,7 +60,7 @@ class CachedTeacher:
         self._states = states.view(shape)
         if not done.exists():
             ordered = list(self._row)
-            for start in tqdm(range(0, len(ordered), batch_size), desc="caching the teacher", unit="batch"):
+            for start in Progress(range(0, len(ordered), batch_size), desc="caching the teacher", unit="batch"):
                 batch = ordered[start : start + batch_size]
                 self._states[start : start + len(batch)] = teacher.hidden(batch).view(len(batch), *shape[1:]).cpu()
             with path.open("rb+") as file:

@@ -15,7 +15,6 @@ from jaxtyping import Int
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
@@ -24,6 +23,7 @@ from tvaprune.device import require_trainable
 from tvaprune.distributed import Process
 from tvaprune.losses import DivergedError
 from tvaprune.options.recovery import RecoveryOptions
+from tvaprune.progress import Progress
 from tvaprune.recovery.lora import add_lora
 from tvaprune.recovery.objective import batch_loss, mean_nll
 from tvaprune.recovery.report import CurveRow, quality_metrics
@@ -152,7 +152,7 @@ class _Trainer:
             self.curve.append(CurveRow(0, 0, None, None, None, None, self._validate()))
             self.save(state)
         silent = not self.process.world.is_main
-        with tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=silent) as bar:
+        with Progress(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=silent) as bar:
             while self.step < steps:
                 started = time.perf_counter()
                 row = self._train_step()

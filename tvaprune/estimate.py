@@ -1,26 +1,22 @@
 """The widths, parameters and memory that a file of parameters leads to, before anything is downloaded.
 
-    python -m tools.dry_run configs/llama-3-8b-24gb.yaml
-
-builds the model on the meta device from its published config, prunes it to the target by random scores, adapts the
-widths, and counts. The sizes are those of a real run; which units are kept is not.
+The model is built on the meta device from its published config, pruned to the target by random scores, adapted and
+counted. The sizes are those of a real run; which units are kept is not.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
-from typer import Argument, Option, echo
 
-from stages._command import command
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.gates.memory import training_memory
+from tvaprune.inputs.sources import LocalSource
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
@@ -36,11 +32,7 @@ from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.memory import finetuning_memory
 
-PUBLISHED = Path("configs/models")
-ConfigFile = Annotated[Path, Argument(help="Parameters: params.yaml or a file of configs/.")]
-PublishedModel = Annotated[
-    Path | None, Option(help="Directory with the model's config.json; the default is that of configs/models.")
-]
+PUBLISHED = Path("configs/models")  # of a clone
 
 
 @dataclass(frozen=True)
@@ -59,9 +51,15 @@ class Sizes:
 
 
 def published_config(params_file: Path) -> Path:
-    """The directory in configs/models of the model that the parameters name. Raises FileNotFoundError without one."""
+    """Where the config of the model that the parameters name is: its directory, or one in configs/models.
+
+    Raises:
+        FileNotFoundError: it is in neither.
+    """
     source = FetchInputsParams.load(params_file).model
-    name = getattr(source, "repo", None) or getattr(source, "name", None) or source.path.name  # type: ignore[union-attr]
+    if isinstance(source, LocalSource) and (params_file.parent / source.path / "config.json").is_file():
+        return params_file.parent / source.path
+    name = getattr(source, "repo", None) or source.name  # type: ignore[union-attr]
     directory = PUBLISHED / name.rpartition("/")[2]
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory}: no config.json of {name}; name a directory that has it with --model")
@@ -117,14 +115,12 @@ def size_lines(found: Sizes) -> Iterator[str]:
         yield f"        {axis}: {shown}, of {found.masks.keep[axis].shape[-1]}"
 
 
-@command
-def main(params_file: ConfigFile, model: PublishedModel = None) -> None:
-    """Prints widths, parameters and memory."""
+def report(params_file: Path, model: Path | None = None) -> Iterator[str]:
+    """Widths, parameters and memory, a line each; of the model in a directory, or the one that the parameters name."""
     directory = model or published_config(params_file)
     found = sizes(params_file, directory)
-    echo(f"{params_file} on {directory.name}")
-    for line in size_lines(found):
-        echo(line)
+    yield f"{params_file} on {directory.name}"
+    yield from size_lines(found)
     for stage, parts in memory(found).items():
         shown = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
-        echo(f"{stage}: {parts['total'] / 1e9:.2f} GB on CUDA in bfloat16 ({shown})")
+        yield f"{stage}: {parts['total'] / 1e9:.2f} GB on CUDA in bfloat16 ({shown})"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.saved_runs import value_at
 from tvaprune.masks.latency_table import PHASES
 from tvaprune.options.inputs import TASK_METRICS, TaskName
 
@@ -85,6 +84,16 @@ def at(path: str, scale: float = 1) -> Callable[[SavedRun, str], Value]:
         return found * scale if isinstance(found, int | float) else None
 
     return value
+
+
+def value_at(content: dict[str, Any], key: str, default: Any = None) -> Any:
+    """The value under a dotted key; the default where there is none."""
+    found: Any = content
+    for part in key.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return default
+        found = found[part]
+    return found
 
 
 def _validation(run: SavedRun, model: str) -> Value:

@@ -1,0 +1,57 @@
+"""Text from a model, printed as it comes: one answer to a prompt, or a conversation."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from tvaprune.checkpoint.loading import load
+from tvaprune.device import pick_device, pick_dtype
+
+
+class Speaker:
+    """A model and its tokenizer on the device of the environment.
+
+    Args:
+        directory: a model directory, dense or pruned.
+        new_tokens: the most that one answer has.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+    """
+
+    def __init__(self, directory: Path, new_tokens: int, temperature: float) -> None:
+        device = pick_device()
+        self._model: PreTrainedModel = load(directory, pick_dtype(device), device)
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature}
+        padding = self._tokenizer.pad_token_id
+        padding = self._tokenizer.eos_token_id if padding is None else padding
+        self._options = {"max_new_tokens": new_tokens, "pad_token_id": padding, **sampling}
+
+    def go_on(self, prompt: str) -> str:
+        """Print the prompt and what the model writes after it; returns what it wrote."""
+        print(prompt, end="", flush=True)
+        return self._answer(self._tokenizer(prompt, return_tensors="pt"))
+
+    def converse(self, lines: Iterable[str]) -> None:
+        """Answer each line, with all before it as context; of a model without a chat template each is continued."""
+        messages: list[dict[str, str]] = []
+        for line in lines:
+            if self._tokenizer.chat_template is None:
+                self.go_on(line)
+                continue
+            messages.append({"role": "user", "content": line})
+            prompt = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            messages.append({"role": "assistant", "content": self._answer(prompt)})
+
+    @torch.inference_mode()
+    def _answer(self, prompt: Any) -> str:
+        prompt = {name: prompt[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        found = self._model.generate(**prompt, **self._options, streamer=streamer)
+        return str(self._tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))

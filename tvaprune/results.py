@@ -1,0 +1,88 @@
+"""The figures of a workspace's last run in one table: dense, pruned, and fine-tuned."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tvaprune.measures import markdown
+from tvaprune.measures.columns import SavedRun, cell, column, value_at
+from tvaprune.params.loading import read_yaml
+
+WORKSPACE = "default"  # the name of the workspace's own run in tables; nothing is saved under it
+COLUMNS = [
+    "params", "validation", "test_ratio", "prefill_rate", "decode_rate",
+    "piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "boolq", "mean",
+]  # fmt: skip
+ROWS = {"dense": "dense", "pruned": "compact", "pruned + LoRA": "finetuned"}  # label -> model of the metrics
+NOTES = ("sizes", "texts", "zeroshot", "learning")
+# Model directories that a run leaves, and what they are.
+MODELS = {"artifacts/compact": "the pruned model", "artifacts/finetuned": "the pruned model, fine-tuned"}
+
+
+def workspace_run(directory: Path = Path()) -> SavedRun:
+    """metrics/*.json and params.yaml as a saved run; of the default run where they are as in git."""
+    params = read_yaml(directory / "params.yaml")
+    metrics = {path.stem: json.loads(path.read_text()) for path in (directory / "metrics").glob("*.json")}
+    return {"name": WORKSPACE, "seed": params["seed"], "params": params, "metrics": metrics}
+
+
+def own_table(run: SavedRun) -> str:
+    """A row a model in Markdown, without columns that the run has nothing for, and what the figures are of.
+
+    Raises:
+        ValueError: the run has no figures at all.
+    """
+    cells = {name: [cell(column(name), [run], model) for model in ROWS.values()] for name in COLUMNS}
+    shown = {name: column_cells for name, column_cells in cells.items() if any(column_cells)}
+    if not shown:
+        raise ValueError("metrics/ has no figures of a run; run dvc repro first")
+    rows = [[label, *row] for label, row in zip(ROWS, zip(*shown.values(), strict=True), strict=True) if any(row)]
+    table = markdown.table(["", *(column(name).head for name in shown)], rows)
+    return "\n\n".join([table, " ".join(note for kind in NOTES for note in sentences(kind, [run]))]).strip()
+
+
+def what_to_do_next(directory: Path = Path()) -> Iterator[str]:
+    """The models that are there, and a command for each thing to do with them, a line each."""
+    made = {path: what for path, what in MODELS.items() if (directory / path / "config.json").is_file()}
+    for path, what in made.items():
+        yield f"{path}: {what}"
+    if not made:
+        return
+    best = list(made)[-1]
+    verb = "tvaprune" if shutil.which("tvaprune") else "python -m tvaprune"
+    commands = {
+        f'{verb} generate {best} "The river"': "let it write",
+        f"{verb} verify {best}": "repeat its checks, here or on a copy elsewhere",
+        "dvc exp run -S sparsity=0.5": "prune more; dvc exp show compares",
+    }
+    if (directory / ".venv/bin/activate").is_file() and "VIRTUAL_ENV" not in os.environ:
+        commands = {"source .venv/bin/activate": "once a terminal", **commands}
+    width = max(map(len, commands))
+    yield from ("", *(f"{command:{width}}  # {what}" for command, what in commands.items()))
+
+
+def sentences(kind: str, runs: list[SavedRun]) -> Iterator[str]:
+    metrics = runs[0]["metrics"]
+    if kind == "sizes" and (compact := metrics.get("compact")):
+        decoder, model = compact["sparsity_decoder"], compact["sparsity_model"]
+        yield f"{decoder:.1%} of the decoder removed ({model:.1%} of the model)."
+        yield f"Masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
+    if kind == "texts" and isinstance(tokens := value_at(metrics, "perplexity.tokens"), dict):
+        counts = [f"{sum(tokens[part].values()):,} {part} tokens" for part in ("validation", "test") if part in tokens]
+        yield f"Perplexity on {' and '.join(counts)} in windows of {metrics['perplexity']['window']}."
+    if kind == "zeroshot" and (error := value_at(metrics, "zeroshot.dense.mean_stderr")):
+        rows = f"{limit:.0f}" if (limit := metrics["zeroshot"]["limit"]) else "all"
+        yield f"Zero-shot on {rows} rows of each task (standard error of the mean about {error:.3f})."
+    if kind == "learning" and "masks" in metrics:
+        yield f"Masks learned in {metrics['masks']['seconds']:.0f} s."
+    if kind == "machine":
+        machines = [run["machine"] for run in runs if "machine" in run]
+        found = (
+            f"{each['processor']}, {each['threads']} of {each['logical_cores']} cores, {each['dtype']}, "
+            f"torch {each['torch']}, transformers {each['transformers']}"
+            for each in machines
+        )
+        if machines:
+            yield f"Computed on {'; '.join(dict.fromkeys(found))}."

@@ -14,6 +14,7 @@ from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.loading import ParameterError, StageParams, read_yaml
 from tvaprune.params.profile_hardware import ProfileHardwareParams
+from tvaprune.params.report import ReportParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.params.update_weights import UpdateWeightsParams
 
@@ -30,6 +31,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
     BenchmarkSpeedParams,
     EvalPerplexityParams,
     EvalZeroshotParams,
+    ReportParams,
 )
 
 

@@ -30,7 +30,7 @@ nav a{display:inline-block;padding:.3rem 0}
 .tiles dt{color:var(--soft);font-size:.82rem;line-height:1.3}
 .tiles dd{margin:0;font-size:1.5rem;font-weight:600;font-variant-numeric:tabular-nums;line-height:1.35}
 .tiles dd+dd{font-size:.82rem;font-weight:400;color:var(--soft)}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1.5rem 2rem;margin:1rem 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1.75rem 2.5rem}
 figure{margin:0;min-width:0;max-width:34rem;break-inside:avoid}
 figure svg{display:block;width:100%;height:auto}
 figcaption{font-weight:600;margin-bottom:.1rem}
@@ -43,7 +43,8 @@ caption{text-align:left;font-weight:600;padding:.2rem 0}
 th,td{padding:.3rem .75rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 thead th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--soft)}
 tbody th{font-weight:500}
-td.n,th.n{text-align:right}
+table{overflow-wrap:normal}
+td.n,th.n{text-align:right}td.n{white-space:nowrap}tbody th{min-width:5.5rem}
 .samples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:1rem;margin:.5rem 0 1.5rem}
 .samples div{background:var(--wash);border-radius:6px;padding:.7rem .9rem;min-width:0}
 .samples h4{margin:0;font-size:.82rem;color:var(--soft);font-weight:600}

@@ -59,12 +59,12 @@ def read_run(metrics: Path, models: dict[str, Path], masks: Masks, topology: Top
     """Read a run. `models`: directories by name, as of `present_models`. Raises ArtifactError for a damaged file."""
     last = models.get("finetuned", models["compact"])
     return RunFiles(
-        metrics={name: _json(metrics / f"{name}.json") for name in METRICS},
-        curves={name: _rows(metrics / f"{name}.csv") for name in CURVES},
+        metrics={name: read_json(metrics / f"{name}.json") for name in METRICS},
+        curves={name: read_rows(metrics / f"{name}.csv") for name in CURVES},
         widths={axis: _widths(masks, axis, topology.width(axis)) for axis in AXES},
-        source=_json(models["dense"] / SOURCE_FILE),
-        made=_json(last / "tvaprune.json"),
-        certificate=_json(models["compact"] / "parity.json"),
+        source=read_json(models["dense"] / SOURCE_FILE),
+        made=read_json(last / "tvaprune.json"),
+        certificate=read_json(models["compact"] / "parity.json"),
         file_bytes={
             MODELS[name] + (", GGUF" if path.suffix == ".gguf" else ""): path.stat().st_size
             for name, folder in models.items()
@@ -80,7 +80,7 @@ def _widths(masks: Masks, axis: Axis, full: int) -> Widths:
     return Widths(keep.sum(-1).tolist(), full, share.tolist())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The content of a file; empty where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -88,5 +88,6 @@ def _json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not valid JSON ({error}); run dvc repro") from error
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []

@@ -26,8 +26,8 @@ def report_of(run: RunFiles, prompts: Sequence[str], texts: dict[str, list[str]]
     """The report of one run. `texts`: by model, what it adds to each prompt."""
     parts = [
         ("pruned", "What was pruned", _pruned(run)),
-        ("quality", "Quality", _quality(run)),
-        ("speed", "Speed", _speed(run)),
+        ("quality", "Quality", quality(run)),
+        ("speed", "Speed", speed(run)),
         ("size", "Size", _size(run)),
         ("text", "Generated text", _samples(prompts, texts)),
         ("training", "Training", _training(run)),
@@ -130,7 +130,8 @@ def _by_layer(name: str, widths: Widths) -> Table:
     return Table(f"{name} kept by layer", ["layer", "kept", "share"], rows)
 
 
-def _quality(run: RunFiles) -> Iterator[Block]:
+def quality(run: RunFiles) -> Iterator[Block]:
+    """Perplexity by text and zero-shot accuracy by task, of every model."""
     models = run.measured("perplexity")
     if not models:
         return
@@ -180,13 +181,14 @@ def _zeroshot(run: RunFiles) -> tuple[Table, str]:
     return table, svg.dots("Zero-shot accuracy by task", described, groups, names, "accuracy; right is better")
 
 
-def _speed(run: RunFiles) -> Iterator[Block]:
-    speed = run.metrics["speed"]
-    if not speed:
+def speed(run: RunFiles) -> Iterator[Block]:
+    """Latency of every model, the speedup beside its limit, every measured round, and the profile."""
+    timed = run.metrics["speed"]
+    if not timed:
         return
     rows, bars = [], []
     for phase in PHASES:
-        found = speed[phase]
+        found = timed[phase]
         for model in [name for name in MODELS if name in found]:
             each = found[model]
             ratio = found["dense"]["latency_ms"] / each["latency_ms"]
@@ -196,9 +198,9 @@ def _speed(run: RunFiles) -> Iterator[Block]:
     first = next(iter(run.curves.get("speed", [])), {})
     kind = ", ".join(first[key] for key in ("machine", "runtime", "dtype") if first.get(key))
     yield (
-        f"Measured on {kind or 'this machine'}, batch {speed['batch']}, {speed['threads']} threads, models "
-        f"interleaved over {speed['repeats']} rounds: a prefill of {speed['prefill_tokens']} tokens, and "
-        f"{speed['decode_tokens']} tokens decoded one by one. The limit is the ratio of the work: operations for "
+        f"Measured on {kind or 'this machine'}, batch {timed['batch']}, {timed['threads']} threads, models "
+        f"interleaved over {timed['repeats']} rounds: a prefill of {timed['prefill_tokens']} tokens, and "
+        f"{timed['decode_tokens']} tokens decoded one by one. The limit is the ratio of the work: operations for "
         "prefill, bytes read for decode."
     )
     head = ["phase and model", "ms, median ± half the quartile range", "tokens/s", "speedup"]
@@ -206,7 +208,7 @@ def _speed(run: RunFiles) -> Iterator[Block]:
     limits = [
         [phase, f"{found['speedup']:.3f} ×", f"{found['limit']:.3f} ×", percent(found["efficiency"])]
         for phase in PHASES
-        if (found := speed[phase])
+        if (found := timed[phase])
     ]
     table = Table("Speedup beside its limit", ["phase", "speedup, pruned", "limit", "reached"], limits)
     described = "; ".join(f"{row[0]}: {row[1]} of {row[2]}" for row in limits)
@@ -287,7 +289,7 @@ def _training(run: RunFiles) -> Iterator[Block]:
         ("finetune", _column(run, "finetune", "loss"), "Loss while fine-tuning"),
     ):
         if len(points) > SMOOTHED:
-            series = [svg.Line("loss", points, 0), svg.Line("running mean", _smoothed(points), 1)]
+            series = [svg.Line("loss", points, 0, thin=True), svg.Line("running mean", _smoothed(points), 1)]
             validation = _column(run, name, "validation_ce")
             if validation:
                 series.append(svg.Line("validation", validation, 2, True))

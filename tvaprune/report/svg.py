@@ -21,6 +21,7 @@ STYLE = (
     "svg.figure text{fill:var(--ink)}svg.figure .soft{fill:var(--soft)}"
     "svg.figure .grid{stroke:var(--rule);stroke-width:1}svg.figure .axis{stroke:var(--soft);stroke-width:1}"
     "svg.figure .line{fill:none;stroke-width:1.8;stroke-linejoin:round}"
+    "svg.figure .thin{stroke-width:.7}"
     "svg.figure .limit{stroke:var(--ink);stroke-width:2}"
     "svg.figure .frame{fill:none;stroke:var(--soft);stroke-width:.8}"
 )
@@ -229,6 +230,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     series: int
     markers: bool = False
+    thin: bool = False
 
 
 def lines(title: str, description: str, series: Sequence[Line], labels: tuple[str, str], zero: bool = False) -> str:
@@ -240,7 +242,7 @@ def lines(title: str, description: str, series: Sequence[Line], labels: tuple[st
     parts += [axis_x(x, height - BOTTOM, height - BOTTOM, labels[0]), text(LEFT - 36, TOP + 4, labels[1], kind="soft")]
     for each in series:
         placed = [(x(a), y(b)) for a, b in each.points]
-        parts.append(path(placed, each.series))
+        parts.append(path(placed, each.series).replace('"line"', '"line thin"' if each.thin else '"line"'))
         parts += [marker(*point, each.series) for point in placed] if each.markers else []
     return picture(title, description, height, *parts)
 
@@ -271,7 +273,9 @@ def scatter(
     parts += [axis_x(x, height - BOTTOM, height - BOTTOM, labels[0]), text(8, TOP + 6, labels[1], kind="soft")]
     if front:
         parts.append(path([(x(a), y(b)) for a, b in front], 3, steps=True))
-    for point in points:
+    for n, point in enumerate(points):  # labels alternate sides, as neighbours in the list are often neighbours here
         at = x(point.x), y(point.y)
-        parts += [marker(*at, point.series), text(at[0] + 7, at[1] - 5, point.label)]
+        side = -1 if n % 2 or at[0] > WIDTH - 50 else 1
+        parts.append(marker(*at, point.series))
+        parts.append(text(at[0] + 7 * side, at[1] + 4, point.label, "start" if side > 0 else "end"))
     return picture(title, description, height, *parts)

@@ -27,6 +27,7 @@ CHROMIUM = next(
 HOSTILE = "</p><script>document.title = 'executed'</script><img src=x onerror=\"document.title = 'executed'\"> a|b"
 PROMPTS = ("The river", "def f(n):")
 TEXTS = {"dense": [" flows", " return n"], "compact": [HOSTILE, " return"], "finetuned": [" runs", ""]}
+QUANTISED = {"bytes": 2.5e6, "mean_kl": 0.0125, "test_ratio": 1.0625, "decode": {"tokens_per_s": 61.5}}
 WIDTHS: dict[Axis, Widths] = {
     "hidden": Widths([576], 576, [1.0]),
     "intermediate": Widths([1536, 64], 1536, [1.0, 0.25]),
@@ -37,8 +38,9 @@ WIDTHS: dict[Axis, Widths] = {
 def complete() -> RunFiles:
     """The default run's metrics, which are in git, with small widths."""
     folder = REPOSITORY / "metrics"
+    kinds = {"stored": {"bytes": 5e6, "mean_kl": 0.0, "test_ratio": 1.0}, "q8_0": QUANTISED}
     return RunFiles(
-        {name: read_json(folder / f"{name}.json") for name in METRICS},
+        {**{name: read_json(folder / f"{name}.json") for name in METRICS}, "quantized": {"enabled": 1, "dense": kinds}},
         {name: read_rows(folder / f"{name}.csv") for name in CURVES},
         WIDTHS,
         source={"source": "hub", "repo": "someone/some-model", "revision": "0123abc"},
@@ -53,7 +55,14 @@ def minimal() -> RunFiles:
     run = complete()
     perplexity, zeroshot = ({**run.metrics[name]} for name in ("perplexity", "zeroshot"))
     del perplexity["finetuned"], zeroshot["finetuned"]
-    metrics = {**run.metrics, "perplexity": perplexity, "zeroshot": zeroshot, "finetune": {"enabled": 0}, "speed": {}}
+    metrics = {
+        **run.metrics,
+        "perplexity": perplexity,
+        "zeroshot": zeroshot,
+        "finetune": {"enabled": 0},
+        "speed": {},
+        "quantized": {},
+    }
     return RunFiles(metrics, {name: [] for name in CURVES}, WIDTHS)
 
 
@@ -84,6 +93,7 @@ def test_the_page_and_the_table_hold_the_figures_of_the_files(whole: Report) -> 
         "1,600 of 3,072", "64 to 1536 of 1536", "62.50%",  # MLP units, and the mean of their kept importance
         f"{metrics['masks']['seconds'] / 60:,.1f} min", f"{metrics['masks']['peak_memory_bytes'] / 1e6:,.1f} MB",
         "someone/some-model", "0123abc", "learn_masks.seed 7", "torch 9.9", "a = b passed kl 0.5", "3.0 MB",
+        "dense, q8_0 2.5 MB 1.062 0.0125 61.5",
     ):  # fmt: skip
         assert expected in page, expected
 
@@ -105,7 +115,7 @@ def test_a_run_without_the_stages_that_may_be_off_has_a_report() -> None:
     page = html(report_of(minimal(), (), {}))
     assert "pruned × dense" in page
     assert "LoRA" not in page
-    for left_out in ("Latency", "Generated text", "Training", "Versions"):
+    for left_out in ("Latency", "Quantised", "Generated text", "Training", "Versions"):
         assert left_out not in page
     assert "What was pruned" in page
 

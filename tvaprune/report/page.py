@@ -41,7 +41,7 @@ summary{cursor:pointer;color:var(--soft);padding:.25rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:.2rem 0}
 th,td{padding:.3rem .75rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
-thead th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--soft)}
+thead th{vertical-align:bottom;min-width:4.5rem;color:var(--soft);font-weight:600;border-bottom:1px solid var(--soft)}
 tbody th{font-weight:500}
 table{overflow-wrap:normal}
 td.n,th.n{text-align:right}td.n{white-space:nowrap}tbody th{min-width:5.5rem}

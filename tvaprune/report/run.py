@@ -10,7 +10,7 @@ from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.artifacts import SOURCE_FILE, ArtifactError
 from tvaprune.masks.masks import Masks
 
-METRICS = ("masks", "adapt", "compact", "finetune", "speed", "perplexity", "zeroshot", "profile", "leaks")
+METRICS = ("masks", "compact", "finetune", "speed", "perplexity", "zeroshot", "quantized")
 CURVES = ("mask_training", "finetune", "speed", "profile")
 MODELS = {"dense": "dense", "compact": "pruned", "finetuned": "pruned + LoRA"}
 

@@ -29,6 +29,7 @@ def report_of(run: RunFiles, prompts: Sequence[str], texts: dict[str, list[str]]
         ("quality", "Quality", quality(run)),
         ("speed", "Speed", speed(run)),
         ("size", "Size", _size(run)),
+        ("quantised", "Quantised", _quantised(run)),
         ("text", "Generated text", _samples(prompts, texts)),
         ("training", "Training", _training(run)),
         ("cost", "Cost", _cost(run)),
@@ -265,6 +266,31 @@ def _size(run: RunFiles) -> Iterator[Block]:
         drawn = svg.bars("Size of the files of weights", described, bars, "MB")
         table = Table("Files of weights", ["model", "size"], files)
         yield Figure("Files of weights", "As stored on disk; 1 MB is a million bytes.", drawn, table)
+
+
+def _quantised(run: RunFiles) -> Iterator[Block]:
+    """Every model in every type, where files were quantised."""
+    rows, points = [], []
+    for model in [name for name in MODELS if name in run.metrics["quantized"]]:
+        for kind, found in run.metrics["quantized"][model].items():
+            ratios = [found.get(f"{part}_ratio") for part in ("validation", "test")]
+            rate = found.get("decode", {}).get("tokens_per_s")
+            cells = [f"{ratio:.3f}" if ratio else "" for ratio in ratios]
+            rate_cell = f"{rate:,.1f}" if rate else ""
+            name = f"{MODELS[model]}, {kind}"
+            rows.append([name, megabytes(found["bytes"]), *cells, f"{found['mean_kl']:.4f}", rate_cell])
+            if shown := ratios[1] or ratios[0]:
+                points.append(svg.Point(found["bytes"] / 1e6, shown, kind, SERIES[model]))
+    if not rows:
+        return
+    head = ["model and type", "size", "validation × dense", "test × dense", "mean KL, nats", "decode, tokens/s"]
+    table = Table("Quantised files, and the models as stored", head, rows)
+    yield table
+    title, names = "Perplexity by size", list(MODELS.values())
+    described = "; ".join(f"{row[0]}: {row[1]}, {row[3] or row[2]} × dense" for row in rows)
+    if points:
+        drawn = svg.scatter(title, described, points, [], names, ("MB", "× dense"))
+        yield Figure(title, "Lower and further left is better.", drawn, table)
 
 
 def _samples(prompts: Sequence[str], texts: dict[str, list[str]]) -> Iterator[Block]:

@@ -51,7 +51,7 @@ def compared(runs: dict[str, dict[str, Any]]) -> list[Compared]:
         finetuned = "finetuned" in metrics.get("perplexity", {})
         ratio = value_at(metrics, f"perplexity.{'finetuned' if finetuned else 'compact'}.test_ratio")
         if ratio is not None:
-            latency = {p: 1 / metrics["speed"][p]["speedup"] for p in PHASES} if "speed" in metrics else {}
+            latency = {str(p): 1 / metrics["speed"][p]["speedup"] for p in PHASES} if "speed" in metrics else {}
             method = params["learn_masks"]["method"]
             found.append(Compared(name, method, params["sparsity"], finetuned, ratio, latency))
     return found

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -206,18 +206,18 @@ def test_the_pictures_in_git_are_those_of_the_metrics_in_git() -> None:
 
 MEASURE = """<script>addEventListener('load', () => {
   const box = (e) => { const r = e.getBoundingClientRect(); return [r.width, r.height, r.right] };
-  document.documentElement.dataset.measured = JSON.stringify({
-    title: document.title, inner: innerWidth, scroll: document.documentElement.scrollWidth,
+  parent.document.documentElement.dataset.measured = JSON.stringify({
+    title: document.title, inner: innerWidth, client: document.documentElement.clientWidth, scroll: document.documentElement.scrollWidth,
     figures: [...document.querySelectorAll('figure svg')].map((e) => [...box(e), e.getAttribute('aria-label')]),
     errors: window.failed || []})})</script>"""
 WATCH = "<script>window.failed = []; addEventListener('error', (e) => failed.push(String(e.message)), true)</script>"
 
 
-def browse(page: Path, width: int) -> tuple[str, str]:
+def browse(page: Path) -> tuple[str, str]:
     """The page's DOM after it has loaded from file://, no name resolving, and what the browser logged of it."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     options += [f"--user-data-dir={page.parent / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    command = [CHROMIUM, *options, f"--window-size={width},900", page.as_uri()]
+    command = [CHROMIUM, *options, "--window-size=1400,900", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
@@ -231,17 +231,18 @@ def test_it_opens_in_a_browser(tmp_path: Path, whole: Report, width: int) -> Non
     """
     page, copy = tmp_path / "index.html", tmp_path / "copy.html"
     page.write_text(html(whole), encoding="utf-8")
-    assert browse(page, width)[1] == ""
+    assert browse(page)[1] == ""
     without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', WATCH, html(whole))
-    copy.write_text(
-        without.replace("</body>", f"{MEASURE}</body>").replace("<details>", "<details open>"), encoding="utf-8"
-    )
-    shown, console = browse(copy, width)
+    opened = without.replace("</body>", f"{MEASURE}</body>").replace("<details>", "<details open>")
+    # In a frame, because Chromium makes no window narrower than 500 pixels.
+    frame = f'<iframe width="{width}" height="900" style="border:0" srcdoc="{escape(opened)}"></iframe>'
+    copy.write_text(f"<!doctype html><meta charset=utf-8>{frame}", encoding="utf-8")
+    shown, console = browse(copy)
     assert console == ""
     (found,) = re.findall(r'data-measured="([^"]*)"', shown)
     measured = json.loads(unescape(found))
     assert measured["inner"] == width
-    assert measured["scroll"] <= width
+    assert measured["scroll"] <= measured["client"]
     assert measured["errors"] == []
     assert measured["title"] == whole.title
     assert len(measured["figures"]) == html(whole).count("<figure>")

@@ -207,7 +207,8 @@ def test_the_pictures_in_git_are_those_of_the_metrics_in_git() -> None:
 MEASURE = """<script>addEventListener('load', () => {
   const box = (e) => { const r = e.getBoundingClientRect(); return [r.width, r.height, r.right] };
   parent.document.documentElement.dataset.measured = JSON.stringify({
-    title: document.title, inner: innerWidth, client: document.documentElement.clientWidth, scroll: document.documentElement.scrollWidth,
+    title: document.title, inner: innerWidth,
+    client: document.documentElement.clientWidth, scroll: document.documentElement.scrollWidth,
     figures: [...document.querySelectorAll('figure svg')].map((e) => [...box(e), e.getAttribute('aria-label')]),
     errors: window.failed || []})})</script>"""
 WATCH = "<script>window.failed = []; addEventListener('error', (e) => failed.push(String(e.message)), true)</script>"

@@ -108,7 +108,7 @@ def _pruned(run: RunFiles) -> Iterator[Block]:
     )
     yield Table("Kept widths", ["axis", "kept", "share", "in a layer", "kept importance"], rows)
     for axis in ("intermediate", "kv_heads"):
-        widths, name = run.widths[axis], AXIS_NAMES[axis]  # type: ignore[index]
+        widths, name = run.widths[axis], AXIS_NAMES[axis]
         note = f"A column is a layer; its frame is the dense width, {widths.full:,}."
         described = f"From {min(widths.kept)} to {max(widths.kept)} of {widths.full} {name} are kept in a layer."
         drawn = svg.columns(f"{name} kept by layer", described, widths.kept, widths.full, "layer")

@@ -50,4 +50,4 @@ def test_other_evaluation_text_is_checked_and_measured_and_relearns_nothing(work
     path: Path = workspace.root / "inputs" / "zeroshot" / "piqa.jsonl"
     path.write_text(path.read_text().replace("wait", "rest"))
     workspace.dvc("repro", "-f", "-s", "fetch_inputs")
-    assert workspace.repro() == {"check_leaks", "eval_dense_zeroshot", "eval_zeroshot"}
+    assert workspace.repro() == {"check_leaks", "eval_dense_zeroshot", "eval_zeroshot", "report"}

@@ -7,7 +7,7 @@ import pytest
 
 from tests.pipeline.workspace import Workspace, stages_run
 
-MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot"}
+MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot", "report"}
 FROM_ADAPT = {"check_model", "adapt_dimensions", "compact", "finetune_lora", *MEASURES}
 slow = pytest.mark.slow
 
@@ -15,7 +15,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("eval_zeroshot.limit", 2, {"eval_dense_zeroshot", "eval_zeroshot"}),
+        ("eval_zeroshot.limit", 2, {"eval_dense_zeroshot", "eval_zeroshot", "report"}),
+        ("report.prompts", [], {"report"}),
         ("learn_masks.flap.windows", 32, {"check_model"}),  # another method's option
         pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=slow),
         pytest.param("adapt_dimensions.multiple", 8, {"profile_hardware", *FROM_ADAPT}, marks=slow),

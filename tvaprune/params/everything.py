@@ -15,6 +15,7 @@ from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.loading import ParameterError, StageParams, read_yaml
 from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.params.quantize import QuantizeParams
+from tvaprune.params.report import ReportParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.params.update_weights import UpdateWeightsParams
 
@@ -32,6 +33,7 @@ SECTIONS: tuple[type[StageParams], ...] = (
     EvalPerplexityParams,
     EvalZeroshotParams,
     QuantizeParams,
+    ReportParams,
 )
 
 

@@ -169,11 +169,17 @@ def verify(
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run the directory's modeling file even where it is unknown.")
     ] = False,
+    vllm: Annotated[
+        Path | None, Option(metavar="PYTHON", help="Also run it in vLLM, with this environment's interpreter.")
+    ] = None,
+    serving: Annotated[
+        Path, Option(help="JSON file for the figures of vLLM; a sealed directory takes no new files.")
+    ] = Path("metrics/serving.json"),
 ) -> None:
     """Verify a pruned model: its files, its logits, its generation, its GGUF file. Exit status 1 where it fails."""
     from tvaprune.verify import report
 
-    if not report(directory, trust_remote_code):
+    if not report(directory, trust_remote_code, vllm, serving):
         raise typer.Exit(1)
 
 

@@ -6,18 +6,21 @@ import runpy
 import sys
 from pathlib import Path
 
+from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.cut import MODELING_FILE
 from tvaprune.proof.certificate import Check, read_certificate
 from tvaprune.proof.checks import fresh_checks
 from tvaprune.proof.quantized import QUANTIZED, check_quantized
+from tvaprune.proof.vllm_runtime import vllm_check
 
 
-def verify(directory: Path, trust_remote_code: bool = False) -> list[Check]:
+def verify(directory: Path, trust_remote_code: bool = False, vllm: Path | None = None) -> list[Check]:
     """Check the files against their hashes, then the logits against those that the certificate stores.
 
     Of a directory of quantised files the hashes, and the differences that were measured when they were written.
 
     The directory's modeling file runs only if it is this version's, byte for byte, or `trust_remote_code` is set.
+    With `vllm`, the interpreter of an environment that has vLLM, generation is also compared with vLLM's.
 
     Raises:
         FileNotFoundError: there is no certificate.
@@ -29,7 +32,8 @@ def verify(directory: Path, trust_remote_code: bool = False) -> list[Check]:
     stored = read_certificate(directory)
     if not trust_remote_code:
         _refuse_unknown_code(directory)
-    return fresh_checks(directory, stored.reference, stored.bound, trust_remote_code=stored.trust_remote_code)
+    checks = fresh_checks(directory, stored.reference, stored.bound, trust_remote_code=stored.trust_remote_code)
+    return checks if vllm is None else [*checks, vllm_check(directory, stored, vllm)]
 
 
 def _refuse_unknown_code(directory: Path) -> None:
@@ -46,12 +50,16 @@ def _refuse_unknown_code(directory: Path) -> None:
         raise ValueError(f"{directory / 'adapter_config.json'}: loads another model, with that model's code{read_it}")
 
 
-def report(directory: Path, trust_remote_code: bool = False) -> bool:
-    """Print each check; whether none failed. Raises as `verify`."""
-    checks = verify(directory, trust_remote_code)
+def report(
+    directory: Path, trust_remote_code: bool = False, vllm: Path | None = None, serving: Path | None = None
+) -> bool:
+    """Print each check; whether none failed. The figures of vLLM are written to `serving`. Raises as `verify`."""
+    checks = verify(directory, trust_remote_code, vllm)
     print("files: as certified (SHA-256)")
     for check in checks:
         print(check)
+    if vllm is not None and serving is not None:
+        write_json(serving, {"vllm": {**checks[-1].figures, "passed": int(bool(checks[-1].passed))}})
     return all(check.passed is not False for check in checks)
 
 

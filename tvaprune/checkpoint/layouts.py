@@ -137,6 +137,7 @@ def _uneven_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projecti
         "architectures": ["TvaPruneForCausalLM"],
         "auto_map": {
             "AutoConfig": "modeling_tvaprune.TvaPruneConfig",
+            "AutoModel": "modeling_tvaprune.TvaPruneModel",
             "AutoModelForCausalLM": "modeling_tvaprune.TvaPruneForCausalLM",
         },
         "model_type": "tvaprune",

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
+from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM, TvaPruneModel
 
 AutoConfig.register(TvaPruneConfig.model_type, TvaPruneConfig, exist_ok=True)
+AutoModel.register(TvaPruneConfig, TvaPruneModel, exist_ok=True)
 AutoModelForCausalLM.register(TvaPruneConfig, TvaPruneForCausalLM, exist_ok=True)
 # So that save_pretrained puts the modeling file beside the weights.
 TvaPruneConfig.register_for_auto_class()
+TvaPruneModel.register_for_auto_class("AutoModel")
 TvaPruneForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 

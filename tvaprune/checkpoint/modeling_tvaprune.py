@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 
 class TvaPruneConfig(PreTrainedConfig):
@@ -67,8 +69,11 @@ class TvaPruneConfig(PreTrainedConfig):
         }
 
     def cached_heads(self, layer: int) -> int:
-        """Key-value heads that the layer's cache holds: layer 0 has one at least, of which caches read the length."""
-        return max(self.kv_head_counts[layer], int(layer == 0))
+        """Key-value heads that the layer's cache holds: one where the layer has none.
+
+        Caches of transformers read the length off layer 0, and vLLM takes no layer without a cache.
+        """
+        return max(self.kv_head_counts[layer], 1)
 
     def layer_config(self, layer: int) -> PreTrainedConfig:
         """The base family's config with the sizes of one layer."""
@@ -100,18 +105,31 @@ class _NoHeads(nn.Module):
     (transformers takes a module file with a class named *Attention* for one with attention code of its own.)
     """
 
-    def __init__(self, layer_idx: int, head_dim: int, o_proj: _Constant | None) -> None:
+    def __init__(self, config: TvaPruneConfig, layer_idx: int, o_proj: _Constant | None) -> None:
         super().__init__()
-        self.layer_idx, self.head_dim = layer_idx, head_dim
+        self.config, self.layer_idx = config, layer_idx
         self.o_proj = o_proj
 
     def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor | float, None]:
+        batch, tokens, _ = hidden_states.shape
         if past_key_values is not None and self.layer_idx == 0:
             # Caches read the sequence length off layer 0.
-            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
+            placeholder = hidden_states.new_zeros(batch, 1, tokens, self.config.head_dim)
             past_key_values.update(placeholder, placeholder, 0)
+        if self.config._attn_implementation == "vllm":
+            # vLLM takes no layer that does not call the attention function, which it looks for in the source: one
+            # assignment of its own, one call. The result of the empty head is not used.
+            attend = ALL_ATTENTION_FUNCTIONS["vllm"]
+            own = self.config.per_layer_config[self.layer_idx]
+            query = hidden_states.new_zeros(batch, own.num_attention_heads, tokens, self.config.head_dim)
+            key = query[:, : own.num_key_value_heads]
+            attend(self, query, key, key, attention_mask, **kwargs)
         return 0.0 if self.o_proj is None else self.o_proj.bias, None
 
 
@@ -126,21 +144,28 @@ class _NoMLP(nn.Module):
         return 0.0 if self.down_proj is None else self.down_proj.bias
 
 
-class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model with per-layer widths. Tensor names are those of the base family."""
+class TvaPrunePreTrainedModel(PreTrainedModel):
+    """What both models have in common."""
 
     config_class = TvaPruneConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+
+class TvaPruneModel(TvaPrunePreTrainedModel):
+    """The decoder without its head: embedding, layers of widths of their own, and last norm.
+
+    Servers with a transformers backend build this class and bring their own head and attention. The base family's
+    forward runs on it, which hands keyword arguments down to the attention function.
+    """
 
     def __init__(self, config: TvaPruneConfig) -> None:
-        super().__init__(config)
         shared = config.layer_config(0)
         dense = CONFIG_MAPPING[config.base_model_type](**config.base_config)
         vars(shared).update(
@@ -148,18 +173,23 @@ class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
             num_attention_heads=dense.num_attention_heads,
             num_key_value_heads=dense.num_key_value_heads,
         )
-        self.model = AutoModel.from_config(shared, attn_implementation=config._attn_implementation)
-        shared = self.model.config
-        vars(shared)["num_hidden_layers"] = config.num_hidden_layers
-        family = sys.modules[type(self.model).__module__]
-        layer_class = getattr(family, type(self.model).__name__.removesuffix("Model") + "DecoderLayer")
+        self._stock_class = MODEL_MAPPING[type(shared)]
+        self._can_record_outputs = self._stock_class._can_record_outputs
+        self._no_split_modules = self._stock_class._no_split_modules
+        super().__init__(config)
+        stock = self._stock_class(shared)
+        for name, module in stock.named_children():
+            self.add_module(name, module)
+        self.has_sliding_layers = getattr(stock, "has_sliding_layers", False)
+        self.gradient_checkpointing = False
+        family = sys.modules[self._stock_class.__module__]
+        layer_class = getattr(family, self._stock_class.__name__.removesuffix("Model") + "DecoderLayer")
         for index in range(config.num_hidden_layers):
-            self.model.layers.append(self._layer(layer_class, config, shared, index))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.layers.append(self._layer(layer_class, config, index))
         self.post_init()
 
     @staticmethod
-    def _layer(layer_class: Any, config: TvaPruneConfig, shared: PreTrainedConfig, index: int) -> nn.Module:
+    def _layer(layer_class: Any, config: TvaPruneConfig, index: int) -> nn.Module:
         own = config.layer_config(index)
         has_attention, has_mlp = config.kv_head_counts[index] > 0, config.intermediate_sizes[index] > 0
         buildable = copy.copy(own)
@@ -174,11 +204,11 @@ class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
         down_bias = extra or mlp.down_proj.bias is not None
         if has_attention:
             # One config for all layers, so that a change of attention implementation reaches each of them.
-            attention.config = shared
+            attention.config = config
             if extra:
                 attention.o_proj = nn.Linear(attention.o_proj.in_features, width, bias=True)
         else:
-            layer.self_attn = _NoHeads(index, own.head_dim, _Constant(width) if output_bias else None)
+            layer.self_attn = _NoHeads(config, index, _Constant(width) if output_bias else None)
             layer.input_layernorm = nn.Identity()
         if not has_mlp:
             layer.mlp = _NoMLP(_Constant(width) if down_bias else None)
@@ -186,6 +216,40 @@ class TvaPruneForCausalLM(PreTrainedModel, GenerationMixin):
         elif extra:
             mlp.down_proj = nn.Linear(own.intermediate_size, width, bias=True)
         return layer
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[torch.Tensor, ...]:
+        """As the base family's model; a tuple where `return_dict` is False."""
+        return self._stock_class.forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class TvaPruneForCausalLM(TvaPrunePreTrainedModel, GenerationMixin):
+    """A causal language model with per-layer widths. Tensor names are those of the base family."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TvaPruneConfig) -> None:
+        super().__init__(config)
+        self.model = TvaPruneModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def forward(
         self,

@@ -52,8 +52,7 @@ def _skeleton(
     config: PreTrainedConfig, widths: LayerWidths, dtype: torch.dtype, device: torch.device
 ) -> TvaPruneForCausalLM:
     """The model with its memory unwritten."""
-    # The dtype is given twice, as the stack inside is built from the base family's config.
-    base = config.to_dict() | {"num_hidden_layers": len(widths.kv_heads), "layer_types": None, "dtype": dtype}
+    base = config.to_dict() | {"num_hidden_layers": len(widths.kv_heads), "layer_types": None}
     described = TvaPruneConfig(config.model_type, base, *widths)
     with no_init_weights(), device:
         model: TvaPruneForCausalLM = TvaPruneForCausalLM._from_config(described, dtype=dtype)

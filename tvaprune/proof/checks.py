@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,9 +50,9 @@ def against_reference(
     name: str, reference: Reference, logits: Float[Tensor, "prompts tokens vocab"], bound: float
 ) -> Check:
     """Compare logits with the reference's, at the positions that it has; `bound` as in `fresh_checks`."""
-    tie = _tie(reference.logits, bound)
+    tie = tie_width(reference.logits, bound)
     parity = compare(reference.logits, logits[:, -reference.logits.shape[1] :], tie)
-    return _check(name, parity._asdict(), {"max_rel_logit_diff": bound, "argmax_agreement": 1})
+    return bounded_check(name, parity._asdict(), {"max_rel_logit_diff": bound, "argmax_agreement": 1})
 
 
 def against_gates(gated: Float[Tensor, "*logits"], logits: Float[Tensor, "*logits"], stored: torch.dtype) -> Check:
@@ -63,15 +63,15 @@ def against_gates(gated: Float[Tensor, "*logits"], logits: Float[Tensor, "*logit
     """
     bound = max(FOLD_FLOOR, FOLD_FACTOR * torch.finfo(stored).eps ** 2)
     figures = {"mean_kl": mean_kl(gated, logits), "argmax_agreement": compare(gated, logits).argmax_agreement}
-    return _check("gates over the dense weights = compact", figures, {"mean_kl": bound})
+    return bounded_check("gates over the dense weights = compact", figures, {"mean_kl": bound})
 
 
-def _tie(logits: Tensor, bound: float) -> float:
+def tie_width(logits: Tensor, bound: float) -> float:
     """Logits this close may change places within the relative bound."""
     return TIE * bound * float(logits.abs().max())
 
 
-def _check(name: str, figures: dict[str, float], bounds: dict[str, float]) -> Check:
+def bounded_check(name: str, figures: dict[str, float], bounds: dict[str, float]) -> Check:
     """Differences may be at most their bounds, agreements at least; figures are kept to two significant digits.
 
     A figure that two digits put on the other side of its bound, or on it, keeps as many as tell them apart.
@@ -101,10 +101,8 @@ def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_r
     Raises:
         DamagedDirectoryError: transformers or llama.cpp does not load it; the error is quoted.
     """
-    positions = json.loads((directory / "config.json").read_text()).get("max_position_embeddings") or sys.maxsize
-    beginnings = reference.input_ids[:, :GENERATE_AFTER].clone()  # safetensors takes no view of another tensor
-    tokens = max(1, min(NEW_TOKENS, positions - beginnings.shape[1]))
-    found = _reload(directory, reference.input_ids, beginnings, tokens, trust_remote_code)
+    beginnings, tokens = generation(directory, reference.input_ids)
+    found = reload_fresh(directory, reference.input_ids, beginnings, tokens, trust_remote_code)
     checks = [
         against_reference("reloaded in a fresh process", reference, found["logits"], bound),
         _cache_check(beginnings, found, bound),
@@ -112,6 +110,14 @@ def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_r
     if (directory / GGUF).is_file():
         checks.append(_gguf_check(directory / GGUF, beginnings, found, bound))
     return checks
+
+
+def generation(directory: Path, input_ids: Int[Tensor, "prompts tokens"]) -> tuple[Int[Tensor, "prompts fewer"], int]:
+    """What to generate: the prompts' beginnings, and how many tokens after them, within the model's positions."""
+    config = json.loads((directory / "config.json").read_text())
+    positions = config.get("max_position_embeddings") or config.get("base_config", {}).get("max_position_embeddings")
+    beginnings = input_ids[:, :GENERATE_AFTER].clone()  # safetensors takes no view of another tensor
+    return beginnings, max(1, min(NEW_TOKENS, (positions or sys.maxsize) - beginnings.shape[1]))
 
 
 def _cache_check(beginnings: Tensor, found: dict[str, Tensor], bound: float) -> Check:
@@ -126,23 +132,32 @@ def _cache_check(beginnings: Tensor, found: dict[str, Tensor], bound: float) -> 
         "max_abs_logit_diff": parity.max_abs_logit_diff,
         "max_rel_logit_diff": parity.max_rel_logit_diff,
         "token_agreement": same_choices(
-            found["step_logits_uncached"], uncached, cached, _tie(found["step_logits_uncached"], bound)
+            found["step_logits_uncached"], uncached, cached, tie_width(found["step_logits_uncached"], bound)
         ),
     }
-    return _check("generation with cache = without", figures, {"max_rel_logit_diff": bound, "token_agreement": 1})
+    return bounded_check(
+        "generation with cache = without", figures, {"max_rel_logit_diff": bound, "token_agreement": 1}
+    )
 
 
-def _reload(
-    directory: Path, input_ids: Tensor, beginnings: Tensor, tokens: int, trust_remote_code: bool
+def reload_fresh(
+    directory: Path,
+    input_ids: Tensor,
+    beginnings: Tensor,
+    tokens: int,
+    trust_remote_code: bool,
+    python: str = sys.executable,
 ) -> dict[str, Tensor]:
-    """The results of `reload_script`."""
+    """The results of `reload_script`, run by this interpreter or another environment's."""
     with tempfile.TemporaryDirectory() as temporary:
         prompts, results = Path(temporary, "prompts.safetensors"), Path(temporary, "results.safetensors")
         save_file({"input_ids": input_ids, "beginnings": beginnings}, prompts)
         # Empty caches: no code that an earlier run or a download left there is used.
         caches = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE"), temporary)
-        command = [sys.executable, "-P", reload_script.__file__, str(directory.resolve()), str(prompts), str(results)]
-        _run([*command, str(tokens), str(int(trust_remote_code))], directory, "transformers", cwd=temporary, **caches)
+        command = [python, "-P", reload_script.__file__, str(directory.resolve()), str(prompts), str(results)]
+        run_fresh(
+            [*command, str(tokens), str(int(trust_remote_code))], directory, "transformers", cwd=temporary, **caches
+        )
         return load_file(results)
 
 
@@ -159,7 +174,7 @@ def _gguf_check(file: Path, beginnings: Tensor, found: dict[str, Tensor], bound:
     request = json.dumps([beginnings.tolist(), expected.shape[1], expected.shape[2]])
     # llama.cpp ends the process at a failed assertion, so it gets one of its own.
     command = [sys.executable, "-c", _RUN_GGUF, str(file.resolve())]
-    answer = _run(command, file, "llama.cpp", cwd=Path(tvaprune.__file__).parent.parent, given=request)
+    answer = run_fresh(command, file, "llama.cpp", cwd=Path(tvaprune.__file__).parent.parent, given=request)
     answered = json.loads(answer.splitlines()[-1])
     ours, theirs, best = [], [], []
     for logits, (ids, logprobs) in zip(expected[:, 0], answered["first"], strict=True):
@@ -176,15 +191,17 @@ def _gguf_check(file: Path, beginnings: Tensor, found: dict[str, Tensor], bound:
         "max_rel_logprob_diff": first.max_rel_logit_diff,
         "first_token_logprob_diff": max(best),
         "token_agreement": same_choices(
-            expected, found["tokens"], torch.tensor(answered["chosen"]), _tie(expected, bound)
+            expected, found["tokens"], torch.tensor(answered["chosen"]), tie_width(expected, bound)
         ),
     }
     if all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in GGUFReader(file).tensors):
-        return _check(name, figures, {"max_rel_logprob_diff": bound, "token_agreement": 1})
-    return _check(name, figures, {"first_token_logprob_diff": ROUNDED_BOUND})
+        return bounded_check(name, figures, {"max_rel_logprob_diff": bound, "token_agreement": 1})
+    return bounded_check(name, figures, {"first_token_logprob_diff": ROUNDED_BOUND})
 
 
-def _run(command: list[str], what: Path, runtime: str, cwd: Path | str, given: str = "", **environment: str) -> str:
+def run_fresh(
+    command: list[str], what: Path, runtime: str, cwd: Path | str, given: str = "", **environment: str
+) -> str:
     # What a directory runs, its own code among it, needs no credentials.
     kept = {name: value for name, value in os.environ.items() if not _CREDENTIAL.search(name)}
     variables = kept | {"HF_HUB_OFFLINE": "1"} | environment

@@ -1,0 +1,38 @@
+"""An environment with vLLM, made once per lock file and kept in the user's cache."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+LOCK_FILE = Path(__file__).parents[1] / "requirements-vllm.lock"
+# vLLM's CPU build asks for them, and does not need them for text; an index may serve a build for another torch.
+UNUSED = ("torchvision", "torchaudio", "torchcodec")
+
+
+def vllm_python() -> Path:
+    """The environment's interpreter: TVAPRUNE_VLLM_PYTHON if set. Skips the test where the index cannot serve it."""
+    if given := os.environ.get("TVAPRUNE_VLLM_PYTHON"):
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvaprune"
+    cache.mkdir(parents=True, exist_ok=True)
+    name = f"vllm-{hashlib.sha256(LOCK_FILE.read_bytes()).hexdigest()[:12]}-{sys.version_info[0]}.{sys.version_info[1]}"
+    home, done = cache / name, cache / name / "installed"
+    python = home / "bin" / "python"
+    with FileLock(cache / f"{name}.lock"):
+        if not done.is_file():
+            shutil.rmtree(home, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+            pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+            installed = subprocess.run([*pip, "install", "-q", "-r", str(LOCK_FILE)], capture_output=True, text=True)
+            if installed.returncode:
+                lines = installed.stderr.strip().splitlines() or ["no message"]
+                pytest.skip(f"the package index cannot serve {LOCK_FILE.name}: {lines[-1]}")
+            subprocess.run([*pip, "uninstall", "-q", "-y", *UNUSED], check=True)
+            done.touch()
+    return python

@@ -1,0 +1,105 @@
+"""Throughput of the dense and the pruned model in vLLM, side by side.
+
+`python -m tools.vllm_speed PYTHON` takes the interpreter of an environment that has vLLM (docs/serving.md). It holds
+each model in a process of its own, times them in turn and prints a row for each number of requests at once. It needs an
+otherwise idle machine. The dense model is also timed in vLLM's transformers backend, which an uneven model runs in.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+from typer import Argument, Option, echo
+
+from stages._command import command
+from stages._options import Compact, Model
+from tools import _vllm_speed_script as script
+from tools import markdown
+from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.proof.vllm_runtime import ENVIRONMENT
+
+Times = dict[str, float]  # as the script prints them
+
+
+class Server:
+    """A process that holds one model."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def answer(self, request: str = "") -> Times:
+        """Send a request, and read the next result. Raises RuntimeError where the process ended instead."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(request)
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+        raise RuntimeError(f"vLLM ended with status {self.process.wait()}; its messages are above")
+
+
+@contextmanager
+def served(python: Path, directory: Path, backend: str, dtype: str, tokens: tuple[int, int]) -> Iterator[Server]:
+    """A loaded model; `tokens` are those of a prompt and the new ones."""
+    vocabulary = load_config(directory).vocab_size
+    arguments = [str(directory.resolve()), backend, dtype, str(vocabulary), *map(str, tokens)]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | ENVIRONMENT
+    started = [str(python), "-P", str(Path(script.__file__).resolve()), *arguments]
+    process = subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, text=True)
+    try:
+        server = Server(process)
+        server.answer()
+        yield server
+    finally:
+        process.stdin.close()  # type: ignore[union-attr]  # the script ends with its input
+        process.wait()
+
+
+def measure(servers: dict[str, Server], requests: int, repeats: int) -> dict[str, list[Times]]:
+    """Times by model, taken in turn after one unrecorded round."""
+    rounds = [{name: each.answer(f"{requests}\n") for name, each in servers.items()} for _ in range(repeats + 1)]
+    return {name: [one[name] for one in rounds[1:]] for name in servers}
+
+
+def row(found: dict[str, list[Times]], requests: int, new_tokens: int) -> list[str]:
+    """One row: for each model tokens a second and milliseconds to the first token, medians with their ranges."""
+    cells = [str(requests)]
+    for times in found.values():
+        rates = [requests * new_tokens / one["whole_s"] for one in times]
+        first = median(one["first_s"] for one in times)
+        cells.append(f"{median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f}), {1e3 * first:.0f} ms")
+    return cells
+
+
+@command
+def main(
+    python: Annotated[Path, Argument(help="Interpreter of an environment that has vLLM.")],
+    dense: Model = Path("data/model"),
+    compact: Compact = Path("artifacts/compact"),
+    requests: Annotated[str, Option(help="Numbers of requests at once.")] = "1,8,32",
+    tokens: Annotated[tuple[int, int], Option(help="Tokens of a prompt, and new ones.")] = (128, 32),
+    repeats: Annotated[int, Option(help="Timed rounds.")] = 3,
+    dtype: Annotated[str, Option(help="vLLM's dtype.")] = "bfloat16",
+) -> None:
+    """Prints the table, in Markdown."""
+    pruned = "transformers" if load_config(compact).model_type == "tvaprune" else "auto"
+    models = {"dense": (dense, "auto"), "dense, transformers backend": (dense, "transformers")}
+    models["pruned" + (", transformers backend" if pruned == "transformers" else "")] = (compact, pruned)
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(served(python, directory, backend, dtype, tokens))
+            for name, (directory, backend) in models.items()
+        }
+        rows = [row(measure(servers, each, repeats), each, tokens[1]) for each in map(int, requests.split(","))]
+    read = [sum(info.nbytes for info in Checkpoint.of(each).info.values()) for each in (dense, compact)]
+    echo("Tokens a second (lowest-highest of the rounds), and time until all requests have their first token.")
+    size = f"The pruned weights are {read[1] / read[0]:.2f} of the dense."
+    echo(f"Prompts of {tokens[0]} tokens, {tokens[1]} new ones, {dtype}. {size}\n")
+    echo(markdown.table(["requests", *models], rows))

@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow test-nightly lint clean-env
+.PHONY: help repro test test-slow test-nightly lint docs clean-env
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ lint: $(VENV)/.installed-dev ## style, types and layers alone
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(VENV)/.installed-dev ## build the documentation into docs/_build, warnings are errors
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --nitpicky --keep-going docs docs/_build
+
 clean-env: ## remove .venv
 	rm -rf $(VENV)
 
@@ -45,6 +48,7 @@ $(BIN)/pip:
 
 $(VENV)/.installed: requirements.lock | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m tools.plots_page
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed

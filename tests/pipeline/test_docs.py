@@ -53,7 +53,7 @@ def test_the_commands_of_experiments_run(workspace: Workspace, tmp_path: Path) -
     workspace.dvc("remote", "add", "-d", "team", str(tmp_path / "remote"))
     workspace.commit()
     printed = run_commands("docs/experiments.md", workspace, changes | CHEAP)
-    assert "sixty" in printed["dvc exp list origin"]
+    assert "sixty" in printed["dvc exp list --all-commits origin"]
     drawn = (workspace.root / "dvc_plots" / "index.html").read_text()
     assert "vegaEmbed" in drawn
     assert not re.search(r"<(?:script|link)[^>]*(?:src|href)=", drawn)

@@ -35,7 +35,7 @@ LIBRARY
 
 def page() -> str:
     """HTML that sets `vegaEmbed`, which DVC's plots call; a function keeps the library's other names to itself."""
-    library = vl_convert.javascript_bundle()
+    library = vl_convert.javascript_bundle(None)
     if "</script" in library:
         raise ValueError("vl_convert: the library holds '</script', which would end it early; use another version")
     return PAGE.replace("LIBRARY", library)

@@ -65,7 +65,7 @@ def run_commands(page: str, workspace: Workspace, changes: dict[str, str]) -> di
             done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True)
             assert done.returncode == 0, f"{line}:\n{done.stdout}\n{done.stderr}"
             printed[line] = done.stdout
-        if line == "dvc queue start":
+        if changed == "dvc queue start":
             _wait_for_the_queue(workspace)
     return printed
 

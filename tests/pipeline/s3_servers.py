@@ -45,6 +45,7 @@ def seaweedfs(directory: Path) -> Iterator[str]:
     )
     command = [str(Path(sys.executable).parent / "weed"), "server", f"-dir={directory}", f"-ip={HOST}", "-s3"]
     command += [f"-s3.config={directory / 's3.json'}", "-volume.max=8", "-master.telemetry=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # their default ports are not free everywhere
     command += [f"-{name}={port}" for name, port in ports.items()]
     with (directory / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=directory, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

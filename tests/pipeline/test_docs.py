@@ -15,7 +15,7 @@ from tools.parameters_page import PAGE, page
 DOCS = REPOSITORY / "docs"
 # Pages whose commands a test below, or test_readme.py for the README, runs from top to bottom.
 IN_CI, NIGHTLY = ("docs/experiments.md", "docs/sharing.md"), ("docs/own-model.md", "docs/paper-8b.md", "docs/start.md")
-# In CI the cheapest stages stand for all, and the queue is that of test_readme.py; nightly the commands run as they are.
+# In CI the cheapest stages stand for all, without the queue, which test_readme.py runs; nightly all runs as it is.
 CHEAP = {
     "dvc exp run --queue -S 'sparsity=0.3,0.5'": "dvc exp list",
     "dvc queue start": "dvc exp list",

@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow test-nightly lint clean-env
+.PHONY: help repro test test-slow test-nightly lint docs clean-env
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ lint: $(VENV)/.installed-dev ## style, types and layers alone
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(VENV)/.installed-dev ## build the documentation into docs/_build, warnings are errors
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --nitpicky --keep-going docs docs/_build
+
 clean-env: ## remove .venv
 	rm -rf $(VENV)
 
@@ -49,6 +52,7 @@ $(BIN)/pip:
 $(VENV)/.installed: requirements.lock | $(BIN)/pip
 	@echo "installing requirements.lock into $(VENV): some minutes the first time"
 	@$(PIP) -r requirements.lock
+	$(BIN)/python -m tools.plots_page
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed

@@ -1,10 +1,11 @@
-"""The SLURM recipe's body, with sbatch's variables given: clone, shared cache, experiment, push."""
+"""Recipes that are run: the SLURM one's body, with sbatch's variables given, and the check of the users' own CI."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.pipeline.workspace import REPOSITORY, Workspace, environment
 
@@ -46,3 +47,24 @@ def test_a_slurm_job_pushes_an_experiment_that_another_clone_pulls(workspace: Wo
     assert "limit: 2" in (clone.root / "params.yaml").read_text()
     name = "artifacts/compact/model.safetensors"
     assert (clone.root / name).read_bytes() == (workspace.root / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_users_ci_fails_only_where_the_lock_file_is_out_of_date(workspace: Workspace, tmp_path: Path) -> None:
+    recipe = YAML(typ="safe").load(REPOSITORY / "configs" / "recipes" / "github-actions.yml")
+    (check,) = [step["run"] for step in recipe["jobs"]["pipeline"]["steps"] if "dvc repro" in step.get("run", "")]
+    git(tmp_path, "clone", "-q", str(workspace.root), "clone")
+    clone = Workspace(tmp_path / "clone")
+    (clone.root / ".venv" / "bin").mkdir(parents=True)
+    (clone.root / ".venv" / "bin" / "activate").touch()
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-eo", "pipefail", "-c", check]
+        return subprocess.run(command, cwd=clone.root, env=environment(), capture_output=True, text=True)
+
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    clone.set_param("sparsity", 0.3)
+    done = run()
+    assert done.returncode == 1
+    assert "::error::dvc.lock is out of date" in done.stdout

@@ -1,41 +1,67 @@
-"""Artifacts shared through a remote: pushed to an S3 server, pulled in another clone."""
+"""Artifacts shared through a remote: pushed to an S3 server or a directory, pulled in other clones."""
 
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
+from tests.pipeline import s3_servers
+from tests.pipeline.s3_servers import KEY, REGION
 from tests.pipeline.workspace import Workspace, environment
 
 
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket="artifacts")
-    yield url
-    server.stop()
+@pytest.fixture(params=[s3_servers.moto, pytest.param(s3_servers.seaweedfs, marks=pytest.mark.slow)])
+def endpoint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    monkeypatch.setenv("NO_PROXY", s3_servers.HOST)
+    server: Any = request.param
+    with server(tmp_path / "server") as url:
+        s3_servers.create_bucket(url, "artifacts")
+        yield url
+
+
+def clone_of(workspace: Workspace, root: Path) -> Workspace:
+    subprocess.run(["git", "clone", "-q", str(workspace.root), str(root)], env=environment(), check=True)
+    clone = Workspace(root)
+    assert not (root / "artifacts").exists()
+    return clone
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def test_pushed_artifacts_are_pulled_in_another_clone(workspace: Workspace, tmp_path: Path, endpoint: str) -> None:
+    """Byte for byte, and no stage runs: neither where all is pulled, nor where nothing is there yet."""
     workspace.dvc("remote", "add", "--default", "shared", "s3://artifacts/tvaprune")
-    options = {"endpointurl": endpoint, "access_key_id": "test", "secret_access_key": "test", "region": "us-east-1"}
+    options = {"endpointurl": endpoint, "access_key_id": KEY, "secret_access_key": KEY, "region": REGION}
     for option, value in options.items():
         workspace.dvc("remote", "modify", "shared", option, value)
     workspace.commit()
     workspace.dvc("push")
-    clone = Workspace(tmp_path / "clone")
-    subprocess.run(["git", "clone", "-q", str(workspace.root), str(clone.root)], env=environment(), check=True)
-    assert not (clone.root / "artifacts").exists()
-    clone.dvc("pull")
-    assert clone.dvc("status", "--json").stdout.strip() == "{}"
-    assert clone.repro() == set()
-    name = "artifacts/compact/model.safetensors"
-    assert (clone.root / name).read_bytes() == (workspace.root / name).read_bytes()
+
+    whole = clone_of(workspace, tmp_path / "whole")
+    whole.dvc("pull")
+    assert whole.dvc("status", "--json").stdout.strip() == "{}"
+    assert whole.repro() == set()
+
+    bare = clone_of(workspace, tmp_path / "bare")
+    assert bare.repro("--pull", "--allow-missing") == set()
+    bare.dvc("pull", "compact")
+    for clone in (whole, bare):
+        assert files(clone.root / "artifacts/compact") == files(workspace.root / "artifacts/compact")
+
+
+@pytest.mark.slow
+def test_the_pruned_model_is_got_by_name_and_version(workspace: Workspace, tmp_path: Path) -> None:
+    """`artifacts:` of dvc.yaml and GTO's tag: without a clone, and the version that the tag names."""
+    workspace.dvc("remote", "add", "--default", "shared", str(tmp_path / "remote"))
+    workspace.commit()
+    workspace.dvc("push")
+    tag = ["git", "tag", "-a", "pruned@v1.0.0", "-m", "20% of the decoder"]
+    subprocess.run(tag, cwd=workspace.root, env=environment(), check=True)
+    Workspace(tmp_path).dvc("artifacts", "get", str(workspace.root), "pruned", "--rev", "v1.0.0", "-o", "got")
+    assert files(tmp_path / "got") == files(workspace.root / "artifacts/compact")
+    done = Workspace(tmp_path).dvc("artifacts", "get", str(workspace.root), "pruned", "--rev", "v2.0.0", check=False)
+    assert done.returncode != 0

@@ -40,6 +40,7 @@ class Workspace:
             if source.is_file() and not name.startswith("metrics/") and name != "dvc.lock":
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
+        _run([sys.executable, "-m", "tools.plots_page"], root)
         _run(["git", "init", "-q"], root)
         return cls(root)
 

@@ -12,12 +12,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "configs" / "recipes"
 SKYPILOT = YAML(typ="safe").load(FOLDER / "skypilot.yaml")
 RECIPES = sorted(FOLDER.iterdir())
-SHELL = {path.name: path.read_text() for path in RECIPES if path.suffix != ".yaml"}
+SHELL = {path.name: path.read_text() for path in RECIPES if path.suffix not in (".yaml", ".yml")}
+ACTIONS = YAML(typ="safe").load(FOLDER / "github-actions.yml")["jobs"]["pipeline"]["steps"]
+SHELL |= {f"actions {step['name']}": f"#!/usr/bin/env bash\n{step['run']}" for step in ACTIONS if "run" in step}
 SHELL |= {f"skypilot {part}": f"#!/usr/bin/env bash\n{SKYPILOT[part]}" for part in ("setup", "run")}
 
 
 def test_all_recipes_are_known() -> None:
-    assert [path.name for path in RECIPES] == ["several-gpus.sh", "skypilot.yaml", "slurm.sbatch"]
+    assert [path.name for path in RECIPES] == [
+        "github-actions.yml",
+        "several-gpus.sh",
+        "skypilot.yaml",
+        "slurm.sbatch",
+    ]
     assert set(SKYPILOT) <= {"name", "resources", "envs", "setup", "run"}
 
 

@@ -1,0 +1,97 @@
+"""The code blocks of the README and of docs/, and how tests run their commands on the tiny pipeline."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.workspace import REPOSITORY, Workspace, environment
+from tests.tiny_models import random_masks, random_update, write_published
+from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.loading import load_config
+
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md"))))
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```$", re.M | re.S
+)
+# Set-up: `.ci/run` and the tests themselves come from it.
+MAKE = re.compile(r"make ([a-z-]+)")
+PUBLISHED = "tvaprune-mistral-mask.pkl"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block. A comment `<!-- not run: REASON -->` on the line before it keeps tests from running it."""
+
+    language: str  # bash or python
+    text: str
+    reason: str | None  # why it is not run
+
+
+def blocks(page: str, language: str) -> list[Block]:
+    found = BLOCK.finditer((REPOSITORY / page).read_text())
+    return [Block(each["language"], each["text"], each["reason"]) for each in found if each["language"] == language]
+
+
+def commands(page: str) -> list[str]:
+    """The lines of the bash blocks that are run, without comments."""
+    text = "\n".join(block.text for block in blocks(page, "bash") if block.reason is None)
+    lines = [line.split("  #")[0].split(" # ")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line and line != "source .venv/bin/activate"]
+
+
+def run_commands(page: str, workspace: Workspace, changes: dict[str, str]) -> dict[str, str]:
+    """Run a page's commands in their order; command -> what it printed. Each part in `changes` is replaced first."""
+    printed = {}
+    for line in commands(page):
+        if MAKE.match(line):
+            continue
+        changed = line
+        for part, smaller in changes.items():
+            changed = changed.replace(part, smaller)
+        program, *arguments = shlex.split(changed)
+        if PUBLISHED in arguments:
+            _write_published(workspace)
+        if program == "dvc":
+            printed[line] = workspace.dvc(*arguments).stdout
+        else:
+            assert program in ("python", "git"), f"no test knows how to run {line!r}"
+            command = [sys.executable if program == "python" else program, *arguments]
+            done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}:\n{done.stdout}\n{done.stderr}"
+            printed[line] = done.stdout
+        if changed == "dvc queue start":
+            _wait_for_the_queue(workspace)
+    return printed
+
+
+def run_python(snippet: str, root: Path, home: Path) -> str:
+    variables = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", snippet], cwd=root, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _write_published(workspace: Workspace) -> None:
+    topology = Topology.of(load_config(workspace.root / "data/model"))
+    masks, update = random_masks(topology, seed=0), random_update(topology, seed=0)
+    write_published(workspace.root / PUBLISHED, masks, update)
+
+
+def _wait_for_the_queue(workspace: Workspace) -> None:
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        status = workspace.dvc("queue", "status").stdout
+        assert "Failed" not in status, status
+        if "Running" not in status and "Queued" not in status:
+            assert "Success" in status, status
+            return
+        time.sleep(2)
+    pytest.fail("the queue did not end")

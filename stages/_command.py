@@ -7,6 +7,8 @@ from inspect import getdoc
 
 import typer
 
+from tvaprune.out_of_memory import memory_errors_named
+
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make a function, the last of its module, what `python -m MODULE` runs; an import does not run it."""
@@ -30,7 +32,8 @@ def application(main: Callable[..., None]) -> typer.Typer:
 def clear_errors() -> Iterator[None]:
     """Turn errors that name their cause (ValueError and its kin) into one line and exit status 1."""
     try:
-        yield
+        with memory_errors_named():
+            yield
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error

@@ -29,7 +29,7 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TVAPRUNE_TEST_SCRATCH", str(root / "scratch"))
         with warm_programs(root / "warm") as warm:
-            workspace = prepare(root / "finished", {**warm.variables(), "PYTHONHASHSEED": "0"})
+            workspace = prepare(root / "finished", warm.variables())
             yield Killer(Undisturbed(workspace, contents(workspace)), warm, root / "killed")
 
 

@@ -119,9 +119,11 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that any reader accepts: NaN and infinity are refused."""
+    """Write JSON that any reader accepts: NaN and infinity are refused. A kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    unfinished.replace(path)
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:

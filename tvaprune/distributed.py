@@ -5,6 +5,7 @@ torch.distributed connects them: NCCL between CUDA devices, Gloo between CPUs.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,6 +20,8 @@ from torch import Tensor, distributed
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tvaprune.out_of_memory import advice
 
 
 class ProcessFailedError(ValueError):
@@ -139,9 +142,12 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "stopped with an error (above)"
+        memory = ""
+        if failure.exitcode == -signal.SIGKILL:
+            memory = f" The kernel sends signal 9 where memory runs out; to need less, {advice(module)}."
         raise ProcessFailedError(
             f"{module}: process {rank} of {nodes * processes} {how}, so the others were stopped. "
-            "Nothing was written; run it again and it goes on from its last saved state."
+            "Nothing was written; run it again and it goes on from its last saved state." + memory
         ) from error
     except SignalException as error:
         raise ProcessFailedError(f"{module}: stopped by signal {int(error.sigval)}, with all its processes") from error

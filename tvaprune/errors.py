@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from tvaprune.out_of_memory import memory_errors_named
+
 TRACEBACK = "TVAPRUNE_TRACEBACK"  # in the environment, not empty: errors keep their traceback
 
 _FULL = "; make room, then run it again"
@@ -24,7 +26,8 @@ def clear_errors(unexpected_too: bool = False) -> Iterator[None]:
     """
     expected = (ValueError, OSError, SafetensorError)
     try:
-        yield
+        with memory_errors_named():
+            yield
     except Exception as error:
         if os.environ.get(TRACEBACK) or not (unexpected_too or isinstance(error, expected)):
             raise

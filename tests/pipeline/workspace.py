@@ -53,7 +53,7 @@ class Workspace:
         _run(["git", "commit", "-qm", "state"], self.root)
 
     def dvc(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return _run([_dvc(), *arguments], self.root, check, self.variables)
+        return _run(["dvc", *arguments], self.root, check, self.variables)
 
     def repro(self, *arguments: str) -> set[str]:
         """Run `dvc repro`; the names of the stages that it ran."""
@@ -116,11 +116,11 @@ class Workspace:
         return (self.root / "started.log").read_text()
 
     @contextmanager
-    def _started(self, stage: str, reached: Callable[[Path], bool]) -> Iterator[subprocess.Popen[bytes]]:
-        """`dvc repro STAGE` once `reached(root)`, in a process group of its own that does not outlive the block."""
+    def started(self, stage: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`dvc repro STAGE`, logged in started.log, in a process group that does not outlive the block."""
         with (self.root / "started.log").open("w") as log:
             dvc = subprocess.Popen(
-                [_dvc(), "repro", stage],
+                ["dvc", "repro", stage],
                 cwd=self.root,
                 env=environment() | self.variables,
                 stdout=log,
@@ -128,15 +128,21 @@ class Workspace:
                 process_group=0,
             )
             try:
-                while not reached(self.root):
-                    if dvc.poll() is not None:
-                        raise AssertionError((self.root / "started.log").read_text())
-                    time.sleep(0.001)
                 yield dvc
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(dvc.pid, signal.SIGKILL)
                 dvc.wait(TIMEOUT_S)
+
+    @contextmanager
+    def _started(self, stage: str, reached: Callable[[Path], bool]) -> Iterator[subprocess.Popen[bytes]]:
+        """`started` once `reached(root)`."""
+        with self.started(stage) as dvc:
+            while not reached(self.root):
+                if dvc.poll() is not None:
+                    raise AssertionError((self.root / "started.log").read_text())
+                time.sleep(0.001)
+            yield dvc
 
 
 def stages_run(output: str) -> set[str]:
@@ -162,10 +168,6 @@ def environment() -> dict[str, str]:
         "GIT_CONFIG_GLOBAL": os.devnull,
         **{f"GIT_{role}_{field}": "test@localhost" for role in ("AUTHOR", "COMMITTER") for field in ("NAME", "EMAIL")},
     }
-
-
-def _dvc() -> str:
-    return str(Path(sys.executable).parent / "dvc")
 
 
 def _stage_process(ancestor: int, stage: str, variables: dict[str, str] | None = None) -> psutil.Process:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tvaprune.architecture.topology import AXES
 from tvaprune.distributed import ALONE, World, launch, processes_asked
+from tvaprune.gates.curvature import RunningCurvature
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -75,3 +77,16 @@ def test_nodes_need_an_address_to_connect_at(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TVAPRUNE_NNODES", "2")
     with pytest.raises(ValueError, match="set TVAPRUNE_RENDEZVOUS to the host:port"):
         launch("stages.learn_masks", [], 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_resumed_curvature_is_on_its_own_process_device(rank: int) -> None:
+    """The state is one, read to the CPU; `meta` stands for a second process's GPU."""
+    device = torch.device(["cpu", "meta"][rank])
+    ones = {axis: torch.ones(2, 3) for axis in AXES}
+    resumed = RunningCurvature.from_state(RunningCurvature(ones, 4).state_dict(), device)
+    step = {axis: torch.ones(2, 3, device=device) for axis in AXES}
+    resumed.add(step, {axis: one.bool() for axis, one in step.items()}, 1)
+    state = resumed.state_dict()
+    tensors = [tensor for part in ("start", "drawn", "draws") for tensor in state[part].values()]
+    assert {tensor.device for tensor in tensors} == {device}

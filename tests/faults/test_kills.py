@@ -1,0 +1,67 @@
+"""Signals at random moments of every stage: `dvc repro` then ends with the hashes of the undisturbed run."""
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.kills import (
+    SIGNALS,
+    STAGES,
+    TARGETS,
+    Kill,
+    Killer,
+    Undisturbed,
+    contents,
+    different,
+    prepare,
+    report,
+    run,
+)
+from tests.faults.warm import warm_programs
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
+    root = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVAPRUNE_TEST_SCRATCH", str(root / "scratch"))
+        with warm_programs(root / "warm") as warm:
+            workspace = prepare(root / "finished", warm.variables())
+            yield Killer(Undisturbed(workspace, contents(workspace)), warm, root / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "target"), zip(SIGNALS, TARGETS, strict=True))
+def test_a_signal_at_a_random_moment_changes_nothing(killer: Killer, number: signal.Signals, target: str) -> None:
+    moment = random.Random(target).random()
+    assert killer.kill("learn_masks", number, target, moment).different == []  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_comparison_sees_a_changed_byte(killer: Killer) -> None:
+    path = killer.workspace.root / "artifacts" / "masks" / "tensors.safetensors"
+    right = path.read_bytes()
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    assert different(killer.workspace, killer.undisturbed) == ["artifacts/masks/tensors.safetensors"]
+    path.write_bytes(right)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(6 * 3600)
+def test_two_hundred_kills_leave_no_difference(tmp_path: Path) -> None:
+    done = run(tmp_path, kills=200)
+    assert [kill for kill in done if kill.different] == []
+    assert {kill.stage for kill in done if kill.came} == set(STAGES)
+
+
+def test_the_report_counts_kills_that_came_in_time() -> None:
+    done = [
+        Kill("compact", "SIGKILL", "dvc", 0.5, True, []),
+        Kill("compact", "SIGTERM", "group", 0.5, True, ["artifacts/compact/config.json"]),
+        Kill("compact", "SIGINT", "stage", 0.9, False, []),
+    ]
+    assert "| compact | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in report(done)
+    assert "| all | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in report(done)

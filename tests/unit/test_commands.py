@@ -194,8 +194,8 @@ def test_a_model_is_pruned_and_writes(inputs: Path, tmp_path: Path, monkeypatch:
     assert load(out).num_parameters() > 0
     with pytest.raises(FileExistsError, match="name another directory"):
         invoke("prune", inputs / "model", inputs / "text.txt", out, *options)
-    said = invoke("generate", out, "The bank", "--new-tokens", "4").output
+    said = invoke("generate", out, "The bank", "--new-tokens", "4").stdout
     assert said.startswith("The bank")
     assert len(said) > len("The bank\n")
-    assert invoke("generate", out, "The bank", "--new-tokens", "4").output == said
-    assert invoke("chat", out, "--new-tokens", "2", text="The bank\n\n").output.startswith("The bank")
+    assert invoke("generate", out, "The bank", "--new-tokens", "4").stdout == said
+    assert invoke("chat", out, "--new-tokens", "2", text="The bank\n\n").stdout.startswith("The bank")

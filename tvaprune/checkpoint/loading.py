@@ -65,7 +65,7 @@ def _damage(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         cause = " ".join(str(error).split())
         raise DamagedModelError(f"{directory}: does not load: {cause}; run dvc repro to make it again") from error

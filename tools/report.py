@@ -14,9 +14,10 @@ from typing import Annotated, Any
 from typer import Option, echo
 
 from stages._command import command
-from tools.saved_runs import Run, git, read_saved, record, value_at
+from tools.saved_runs import Run, git, read_saved, record
 from tvaprune.artifacts import ArtifactError
 from tvaprune.masks.latency_table import PHASES
+from tvaprune.measures.columns import value_at
 from tvaprune.report import svg
 from tvaprune.report.page import Figure, Report, Section, Table, html
 from tvaprune.report.run import CURVES, METRICS, RunFiles, read_json, read_rows

@@ -19,9 +19,9 @@ from typer import Argument, Option, echo
 from stages._command import command
 from stages._options import Compact, Model
 from tools import _vllm_speed_script as script
-from tools import markdown
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.measures import markdown
 from tvaprune.proof.vllm_runtime import ENVIRONMENT
 
 Times = dict[str, float]  # as the script prints them

@@ -126,7 +126,7 @@ class _NoHeads(nn.Module):
             # vLLM takes no layer that does not call the attention function, which it looks for in the source: one
             # assignment of its own, one call. The result of the empty head is not used.
             attend = ALL_ATTENTION_FUNCTIONS["vllm"]
-            own = self.config.per_layer_config[self.layer_idx]
+            own: Any = self.config.per_layer_config[self.layer_idx]
             query = hidden_states.new_zeros(batch, own.num_attention_heads, tokens, self.config.head_dim)
             key = query[:, : own.num_key_value_heads]
             attend(self, query, key, key, attention_mask, **kwargs)

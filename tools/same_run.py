@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from ruamel.yaml import YAML
+from typer import Argument, Exit, echo
+
+from stages._command import command
 
 # Files and keys that hold measurements of the machine, which differ between equal runs.
 MEASURED_FILES = {"speed.json", "profile.json"}
@@ -56,17 +58,14 @@ def _leaves(content: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{name}:{key}" if name.endswith(".json") else f"{name}.{key}")
 
 
+@command
 def main(
-    one: Annotated[Path, typer.Argument(help="Directory with dvc.lock and metrics/.")],
-    other: Annotated[Path, typer.Argument(help="Another.")],
+    one: Annotated[Path, Argument(help="Directory with dvc.lock and metrics/.")],
+    other: Annotated[Path, Argument(help="Another.")],
 ) -> None:
     """Say what differs between two runs; exit status 1 where anything does."""
     found = differences(one, other)
     for line in found:
-        typer.echo(line)
-    typer.echo(f"{len(found)} differences, {len(_hashes(one))} hashes and {len(_metrics(one))} figures compared")
-    raise typer.Exit(bool(found))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        echo(line)
+    echo(f"{len(found)} differences, {len(_hashes(one))} hashes and {len(_metrics(one))} figures compared")
+    raise Exit(bool(found))

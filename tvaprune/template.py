@@ -149,8 +149,8 @@ def _params(wishes: Wishes, directory: Path) -> str:
     content["sample_calibration"]["mix"], content["sample_calibration"]["finetune_mix"] = {}, None
     if wishes.heldout is not None:
         inputs["heldout"]["sources"] = [_text(wishes.heldout, "heldout", wishes.text_field, directory)]
-        content["eval_perplexity"]["validation"] = {"heldout": 16}
-        content["eval_perplexity"]["test"] = {"heldout": 8}
+        for section, windows in (("eval_perplexity", 16), ("quantize", 4)):
+            content[section]["validation"], content[section]["test"] = {"heldout": windows}, {"heldout": windows // 2}
     if wishes.zeroshot is not None:
         if not wishes.zeroshot.is_dir():
             raise InputError(f"{wishes.zeroshot}: no such directory; name one with six .jsonl files")

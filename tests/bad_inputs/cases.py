@@ -313,11 +313,11 @@ def _artifacts() -> list[Case]:
         ), "artifacts/compact/config.json"),
         Case("a module that the model lacks", "stages.finetune_lora", param("finetune_lora.targets", ["x_proj"]),
              "x_proj"),
-        Case("an altered modeling file", "tvaprune.verify", write(modeling, "open('ran', 'w')\n"), modeling,
+        Case("an altered modeling file", "tvaprune verify", write(modeling, "open('ran', 'w')\n"), modeling,
              ("artifacts/compact",)),
-        Case("no certificate to verify", "tvaprune.verify", remove("artifacts/compact/parity.json"), "parity.json",
+        Case("no certificate to verify", "tvaprune verify", remove("artifacts/compact/parity.json"), "parity.json",
              ("artifacts/compact",)),
-        Case("a damaged certificate", "tvaprune.verify", write("artifacts/compact/parity.json", "[]"), "parity.json",
+        Case("a damaged certificate", "tvaprune verify", write("artifacts/compact/parity.json", "[]"), "parity.json",
              ("artifacts/compact",)),
         Case("held-out text that is missing", "stages.eval_perplexity", remove("data/heldout"), "data/heldout"),
         Case("more windows than held-out text", "stages.eval_perplexity", param(
@@ -337,7 +337,7 @@ def _spoil_pickle(root: Path) -> None:
 
 def _published() -> list[Case]:
     def read(what: str, spoil: Callable[[Path], object], named: str) -> Case:
-        return Case(what, "tools.import_masks", spoil, named, ("masks.pkl", "--out", "artifacts/published"))
+        return Case(what, "tvaprune import-masks", spoil, named, ("masks.pkl", "--out", "artifacts/published"))
 
     def pickled(content: Any) -> Callable[[Path], None]:
         return write("masks.pkl", pickle.dumps(content, protocol=4))

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -18,10 +19,12 @@ from typer.testing import CliRunner
 from stages._command import application
 from tests.pipeline.tiny_inputs import write_inputs, write_small_params
 from tests.tiny_models import random_masks, random_update, write_published
+from tvaprune import commands
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import write_artifact
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load_config
+from tvaprune.errors import clear_errors
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import write_masks
 from tvaprune.masks.update import write_update
@@ -46,7 +49,7 @@ class Case:
     """One wrong input."""
 
     what: str  # in words; unique
-    module: str  # that reads it: stages.NAME, tools.NAME or tvaprune.verify
+    module: str  # that reads it: stages.NAME, or `tvaprune VERB`
     spoil: Callable[[Path], object]  # makes it, in a copy of the workspace
     named: str  # what the message must name: the parameter or the file
     arguments: tuple[str, ...] = ()
@@ -82,15 +85,22 @@ def build(root: Path) -> Path:
 
 
 def run(root: Path, module: str, *arguments: str, environment: dict[str, str] | None = None) -> Said:
-    """Run a module's command line in `root`, as `python -m MODULE ARGUMENTS` does. Raises what it does not catch."""
-    app = application(importlib.import_module(module).main)
+    """Run a command line in `root`, as `python -m MODULE ARGUMENTS` does. Raises what it does not catch."""
+    if verb := module.partition(" ")[2]:
+        app, arguments = commands.app, (verb, *arguments)
+    else:
+        app = application(importlib.import_module(module).main)
     with contextlib.chdir(root), _variables(environment or {}):
         done = CliRunner().invoke(app, list(arguments))
+    said, code = done.stderr, done.exit_code
     if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+        # The verbs' own `main` is outside of the application, so it is done here.
+        with contextlib.redirect_stderr(io.StringIO()) as stream, contextlib.suppress(SystemExit), clear_errors():
+            raise done.exception
+        said = said + stream.getvalue()
+    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
     start = next((number for number, line in enumerate(lines) if line.startswith("error: ")), 0)
-    return Said(done.exit_code, "\n".join(lines[start:]))
+    return Said(code, "\n".join(lines[start:]))
 
 
 @contextlib.contextmanager

@@ -70,10 +70,10 @@ class Workspace:
         yaml.dump(content, path)
 
     def hashes(self) -> dict[str, str]:
-        """Output -> hash, from dvc.lock, without the JSON metrics: they hold timings."""
+        """Output -> hash, from dvc.lock, without the JSON metrics and the report: they hold timings."""
         locked = YAML(typ="safe").load(self.root / "dvc.lock")["stages"]
         outs = [out for stage in locked.values() for out in stage.get("outs", [])]
-        return {out["path"]: out["md5"] for out in outs if not out["path"].endswith(".json")}
+        return {out["path"]: out["md5"] for out in outs if not out["path"].endswith((".json", "artifacts/report"))}
 
     def forget(self, stage: str) -> None:
         """As if the stage had never run: no lock entry, no outputs, no cached runs."""

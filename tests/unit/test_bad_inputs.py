@@ -47,7 +47,7 @@ def test_the_workspace_itself_is_right(base: Path) -> None:
 def test_a_process_of_its_own_says_the_same(what: str, base: Path, tmp_path: Path) -> None:
     case = CASES[what]
     said = try_case(case, base, tmp_path / "work")
-    command = [sys.executable, "-m", case.module, *case.arguments]
+    command = [sys.executable, "-m", *case.module.split(), *case.arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
     assert done.returncode == said.exit_code

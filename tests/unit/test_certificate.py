@@ -42,7 +42,7 @@ from tvaprune.proof.certificate import (
     prompt_ids,
     read_certificate,
 )
-from tvaprune.proof.checks import _check, against_reference, fresh_checks
+from tvaprune.proof.checks import against_reference, bounded_check, fresh_checks
 from tvaprune.proof.parity import compact_logits, masked_dense_logits, same_choices
 from tvaprune.verify import verify
 
@@ -311,7 +311,7 @@ def test_the_command_line(out: Path, tmp_path: Path) -> None:
 )
 def test_a_check_shows_on_which_side_of_its_bound_a_figure_is(value: float, shown: str) -> None:
     """A failed one used to say "0.001 of 0.001"."""
-    check = _check("parity", {"max_rel_logit_diff": value}, {"max_rel_logit_diff": 0.001})
+    check = bounded_check("parity", {"max_rel_logit_diff": value}, {"max_rel_logit_diff": 0.001})
     assert check.passed is (value <= 0.001)
     assert f"max_rel_logit_diff {shown}" in str(check)
 

@@ -50,7 +50,9 @@ def write(folder: Path, kind: str) -> Path:
 
 def source_of(folder: Path, kind: str, documents: int = 60, seed: int = 0) -> TextHub | TextLocal:
     if kind == "hub":
-        return TextHub(label="corpus", kind="web", repo=str(folder), revision="main", documents=documents, seed=seed)
+        # A folder in place of a repository, which the library reads alike and the parameters refuse.
+        stored = TextHub(label="corpus", kind="web", repo="a/b", revision="main", documents=documents, seed=seed)
+        return stored.model_copy(update={"repo": str(folder)})
     return TextLocal(label="corpus", kind="web", path=folder, documents=documents, seed=seed)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 from tests.tiny_models import random_masks, random_update, tiny_model, tiny_tokenizer
 from tests.vllm_environment import vllm_python
 from tools.vllm_speed import row
+from tvaprune import commands
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load, load_config
@@ -24,7 +24,6 @@ from tvaprune.proof.certificate import Reference, prompt_ids, read_certificate, 
 from tvaprune.proof.checks import against_reference, generation, reload_fresh
 from tvaprune.proof.parity import compact_logits
 from tvaprune.proof.vllm_runtime import compare_top
-from tvaprune.verify import main
 
 BOUND = 1e-4
 FAMILIES = ["llama", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen3"]
@@ -136,10 +135,8 @@ def test_a_row_of_speeds() -> None:
 )
 def test_vllm_generates_the_same(family: str, layout: Layout, empty: int | None, tmp_path: Path) -> None:
     out, figures = pruned(tmp_path, family, layout, empty), tmp_path / "figures.json"
-    arguments = [str(out), "--vllm", str(vllm_python()), "--serving", str(figures)]
-    app = typer.Typer()
-    app.command()(main)
-    done = CliRunner().invoke(app, arguments)
+    arguments = ["verify", str(out), "--vllm", str(vllm_python()), "--serving", str(figures)]
+    done = CliRunner().invoke(commands.app, arguments)
     assert done.exit_code == 0, done.output
     assert json.loads(figures.read_text())["vllm"]["top5_agreement"] == 1
 

@@ -55,6 +55,7 @@ class TvaPruneConfig(PreTrainedConfig):
         kwargs["hidden_size"] = hidden_size or base.hidden_size
         kwargs["head_dim"] = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
         super().__init__(**kwargs)
+        self.use_cache = getattr(base, "use_cache", True)  # not in a config's dict
         # Static caches and serving backends read the counts of each layer here. The global ones stay readable: they are
         # the dense model's, and transformers warns whoever reads them.
         self.allow_global_per_layer_attribute_access = True

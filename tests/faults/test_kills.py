@@ -33,14 +33,14 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
             yield Killer(Undisturbed(workspace, contents(workspace)), warm, root / "killed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "target"), zip(SIGNALS, TARGETS, strict=True))
+@pytest.mark.nightly
+@pytest.mark.parametrize(("number", "target"), list(zip(SIGNALS, TARGETS, strict=True)))
 def test_a_signal_at_a_random_moment_changes_nothing(killer: Killer, number: signal.Signals, target: str) -> None:
     moment = random.Random(target).random()
     assert killer.kill("learn_masks", number, target, moment).different == []  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_comparison_sees_a_changed_byte(killer: Killer) -> None:
     path = killer.workspace.root / "artifacts" / "masks" / "tensors.safetensors"
     right = path.read_bytes()

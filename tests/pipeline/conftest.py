@@ -1,5 +1,6 @@
 """The pipeline run once on tiny inputs, for all workers; every test works in a copy of it."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,10 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished(scratch: None, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Workspace:
+def finished(scratch: None, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """After one `dvc repro`, committed. Not to be changed: take `workspace` for that."""
     own = tmp_path_factory.getbasetemp()
-    shared = own if worker_id == "master" else own.parent  # of all workers of this session
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # of all workers of this session
     with FileLock(shared / "finished.lock"):
         root, making = shared / "finished", shared / "making"
         if not root.exists():

@@ -48,7 +48,7 @@ def prepared(workspace: Workspace, tmp_path: Path) -> dict[str, str]:
     return {"/mnt/team/tvaprune": str(tmp_path / "remote"), "/shared/dvc-cache": str(tmp_path / "cache")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_commands_of_experiments_run(workspace: Workspace, tmp_path: Path) -> None:
     changes = prepared(workspace, tmp_path)
     workspace.dvc("remote", "add", "-d", "team", str(tmp_path / "remote"))

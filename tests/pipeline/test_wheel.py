@@ -59,7 +59,7 @@ def test_the_wheel_holds_the_stages_the_command_and_the_repositorys_own_pipeline
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "target",
-    [pytest.param("compact", marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.nightly, id="everything")],
+    [pytest.param("compact", marks=pytest.mark.nightly), pytest.param("", marks=pytest.mark.nightly, id="everything")],
 )
 def test_an_installed_wheel_prunes_a_local_model_with_local_text(installed: Path, tmp_path: Path, target: str) -> None:
     variables = environment() | {"PATH": f"{installed}{os.pathsep}{os.environ['PATH']}"}

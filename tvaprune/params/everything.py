@@ -58,6 +58,7 @@ def check_content(content: dict[str, Any], path: Path) -> None:
             problems.append(str(error))
     texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
     measured = [loaded[name] for name in ("eval_perplexity", "quantize") if name in loaded]
+    measured = [each for each in measured if getattr(each, "enabled", True)]
     problems += _unknown_sources(texts, sampling) if texts and sampling else []
     problems += [problem for each in measured for problem in _unknown_texts(texts, each)] if texts else []
     problems += _broken_blocks(masks, sampling) if masks and sampling else []

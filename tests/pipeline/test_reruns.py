@@ -7,7 +7,7 @@ import pytest
 
 from tests.pipeline.workspace import Workspace, stages_run
 
-MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot", "report"}
+MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot", "quantize", "report"}
 FROM_ADAPT = {"check_model", "adapt_dimensions", "compact", "finetune_lora", *MEASURES}
 slow = pytest.mark.slow
 

@@ -19,7 +19,8 @@ slow = pytest.mark.slow
         ("report.prompts", [], {"report"}),
         ("learn_masks.flap.windows", 32, {"check_model"}),  # another method's option
         pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=slow),
-        pytest.param("adapt_dimensions.multiple", 8, {"profile_hardware", *FROM_ADAPT}, marks=slow),
+        # The same change as in the experiment below.
+        pytest.param("adapt_dimensions.multiple", 8, {"profile_hardware", *FROM_ADAPT}, marks=pytest.mark.nightly),
         pytest.param("sparsity", 0.4, {"learn_masks", "update_weights", *FROM_ADAPT}, marks=slow),
     ],
 )

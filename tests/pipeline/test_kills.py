@@ -19,20 +19,21 @@ def exists(path: str) -> Reached:
 
 
 LEARN, RECOVER = saved_state("learn_masks"), saved_state("finetune_lora")
-slow = pytest.mark.slow
+SAMPLED = exists("artifacts/calibration")
+slow, nightly = pytest.mark.slow, pytest.mark.nightly
 
 
 @pytest.mark.parametrize(
     ("stage", "reached", "dvc_too"),
     [
         pytest.param("learn_masks", LEARN, True, id="learn_masks, and DVC"),
-        pytest.param("learn_masks", LEARN, False, id="learn_masks", marks=slow),
+        pytest.param("learn_masks", LEARN, False, id="learn_masks", marks=nightly),
         pytest.param("finetune_lora", RECOVER, True, id="finetune_lora, and DVC", marks=slow),
-        pytest.param("finetune_lora", RECOVER, False, id="finetune_lora", marks=slow),
-        pytest.param("fetch_inputs", exists("data/heldout"), True, id="fetch_inputs", marks=slow),
-        pytest.param("sample_calibration", exists("artifacts/calibration"), True, id="sample_calibration", marks=slow),
-        pytest.param("adapt_dimensions", exists("artifacts/adapted"), True, id="adapt_dimensions", marks=slow),
-        pytest.param("update_weights", exists("artifacts/update"), True, id="update_weights", marks=slow),
+        pytest.param("finetune_lora", RECOVER, False, id="finetune_lora", marks=nightly),
+        pytest.param("fetch_inputs", exists("data/heldout"), True, id="fetch_inputs", marks=nightly),
+        pytest.param("sample_calibration", SAMPLED, True, id="sample_calibration", marks=nightly),
+        pytest.param("adapt_dimensions", exists("artifacts/adapted"), True, id="adapt_dimensions", marks=nightly),
+        pytest.param("update_weights", exists("artifacts/update"), True, id="update_weights", marks=nightly),
         pytest.param("compact", exists("artifacts/compact"), True, id="compact", marks=slow),
     ],
 )

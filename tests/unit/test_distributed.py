@@ -31,9 +31,9 @@ def run(directory: Path, processes: int, *arguments: str) -> dict[str, torch.Ten
     [
         ("paper", "llama_tied", "whole"),
         ("tva", "qwen3", "sharded"),
-        pytest.param("tva", "llama", "whole", marks=pytest.mark.slow),
+        pytest.param("tva", "llama", "whole", marks=pytest.mark.nightly),
         pytest.param("deterministic", "llama", "whole", marks=pytest.mark.slow),
-        pytest.param("paper", "llama_bias", "sharded", marks=pytest.mark.slow),
+        pytest.param("paper", "llama_bias", "sharded", marks=pytest.mark.nightly),
     ],
 )
 def test_two_processes_learn_the_gates_of_one(tmp_path: Path, case: str, family: str, sharded: str) -> None:

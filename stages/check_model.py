@@ -8,6 +8,7 @@ from stages._command import command
 from stages._options import Config, Marker, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import check_context, load_config
+from tvaprune.export.widths import check_group_multiples, check_types, check_widths
 from tvaprune.masks.adapt import check_multiples
 from tvaprune.methods import check_request
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
@@ -15,6 +16,7 @@ from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.params.compact import CompactParams
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 from tvaprune.params.learn_masks import LearnMasksParams
+from tvaprune.params.quantize import QuantizeParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
 
@@ -24,14 +26,15 @@ def main(
     out: Marker = Path("artifacts/model.ok"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Reads data/model/config.json and params.yaml (learn_masks, adapt_dimensions, sparsity, seed, and the
+    """Reads data/model/config.json and params.yaml (learn_masks, adapt_dimensions, sparsity, seed, quantize, and the
     lengths of windows and prompts); writes artifacts/model.ok. A sparsity that no mask reaches, axes that the method
-    cannot prune, a multiple that does not divide a width, or a length beyond the model's context stops
-    `dvc repro` here, not after the learning.
+    cannot prune, a multiple that does not divide a width or does not fit a quantised type, or a length beyond the
+    model's context stops `dvc repro` here, not after the learning.
     """
     learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
     windows, cut = SampleCalibrationParams.load(params_file), CompactParams.load(params_file)
     speed, perplexity = BenchmarkSpeedParams.load(params_file), EvalPerplexityParams.load(params_file)
+    quantised = QuantizeParams.load(params_file)
     config = load_config(model)
     lengths = {
         "sample_calibration.seq_len": windows.seq_len,
@@ -41,11 +44,18 @@ def main(
         "benchmark_speed.decode_prompt_tokens + decode_tokens": speed.decode_prompt_tokens + speed.decode_tokens,
         "eval_perplexity.window": perplexity.window,
     }
+    if quantised.enabled:
+        lengths |= {"quantize.window": quantised.window, "quantize.prefill_tokens": quantised.prefill_tokens}
     check_context(config, lengths)
     topology = Topology.of(config)
     check_request(learn.request(), topology)
     if multiples := adapt.multiples():
         check_multiples(topology, *multiples)
+    if quantised.enabled:
+        check_types(quantised.types)
+        check_widths("dense", config, quantised.types)
+        own = zip(("hidden", "intermediate"), multiples or (), strict=False)  # measured widths: in the stage
+        check_group_multiples(quantised.types, {axis: multiple for axis, multiple in own if axis in learn.axes})
     if adapt.layout == "uniform" and learn.method == "tva" and not learn.tva.uniform_layers:
         secho(
             "warning: compact.layout = uniform with masks learned for layers of different widths loses quality; set "

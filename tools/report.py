@@ -58,15 +58,6 @@ def compared(runs: dict[str, dict[str, Any]]) -> list[Compared]:
     return found
 
 
-def pareto(latency_and_loss: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other point beats in both, fastest first."""
-    front: list[tuple[float, float]] = []
-    for latency, loss in sorted(latency_and_loss):
-        if not front or loss < front[-1][1]:
-            front.append((latency, loss))
-    return front
-
-
 def experiments() -> dict[str, Run]:
     """The runs that `dvc exp` keeps, and the workspace's."""
     refs = [ref for ref in git("for-each-ref", "--format=%(refname)", "refs/exps").split() if ref.count("/") == 4]
@@ -102,7 +93,7 @@ def _figures(runs: list[Compared], table: Table) -> Iterator[Figure]:
         if points:
             title = f"Quality against latency, {phase}"
             points.append(svg.Point(1, 1, "dense", 0))
-            front = pareto([(point.x, point.y) for point in points])
+            front = svg.pareto([(point.x, point.y) for point in points])
             note = "The dashed line joins the runs that no other beats in both."
             labels = ("latency ÷ dense", "× dense")
             yield Figure(title, note, svg.scatter(title, note, points, front, names, labels), table)

@@ -19,7 +19,7 @@ from tools import saved_runs
 from tools.run_rows import DEFINITIONS, Row, read_rows
 from tools.saved_runs import SAVED, Run
 from tvaprune.measures import markdown
-from tvaprune.measures.columns import SavedRun, cell, column, value_at
+from tvaprune.measures.columns import ROW_TYPE, SavedRun, cell, column, value_at
 from tvaprune.params.loading import read_yaml
 from tvaprune.results import WORKSPACE, own_table, sentences, workspace_run
 
@@ -34,6 +34,7 @@ class TableRow(BaseModel):
     label: str = Field(description="First cell.")
     saved: str | list[str] | dict[str, str | list[str]] = Field(description="Names of saved runs.")
     model: Literal["dense", "compact", "finetuned"] = Field(default="compact", description="Whose figures.")
+    type: str = Field(default="", description="Of quantize, or `stored`: what stands for {type} in columns' names.")
 
     def names(self, group: str = "") -> list[str]:
         """Of a group of columns; without a group, of the row's first."""
@@ -95,7 +96,7 @@ class Results:
             cells = []
             for group, name in table.flat():
                 runs = [self.runs[each] for each in row.names(group) if each in self.runs]
-                cells.append(cell(column(name), runs, row.model))
+                cells.append(cell(column(name.replace(ROW_TYPE, row.type)), runs, row.model))
             if any(cells):
                 rows.append([row.label, *cells])
         shown = [self.runs[name] for name in table.names() if name in self.runs]

@@ -64,6 +64,7 @@ def _parameters() -> list[Case]:
         _check("a mix of zeros", param("sample_calibration.mix", {"letters": 0, "notes": 0}), "sample_calibration.mix"),
         _check("an unknown held-out text", param("eval_perplexity.test", {"poems": 4}), "eval_perplexity.test"),
         _check("blocks that do not divide a window", param("learn_masks.tva.curvature_tokens", 24), "curvature_tokens"),
+        _check("int4 of torchao", param("quantize.types", ["int4_wo"]), "int4_wo is not offered"),
         _check("steps and epochs both", param("finetune_lora.epochs", 2), "epochs"),
         _check("text for lm_head", param("finetune_lora.targets", ["lm_head"]), "targets"),
         _check("a latency target without a table", both(
@@ -225,6 +226,9 @@ def _against_the_model() -> list[Case]:
         ), "protect_first"),
         _fits("a multiple that does not divide", param("adapt_dimensions.multiple", 7), "adapt_dimensions.multiple"),
         _fits("a multiple above the width", param("adapt_dimensions.multiple", 128), "adapt_dimensions.multiple"),
+        _fits("a multiple that a quantised type does not hold", both(
+            param("quantize.enabled", True), param("adapt_dimensions.multiple", 16)
+        ), "adapt_dimensions.multiple.hidden = 16"),
         _fits("windows longer than the context", param("sample_calibration.seq_len", 512),
               "sample_calibration.seq_len"),
         _fits("fine-tuning windows longer than the context", param("sample_calibration.finetune_seq_len", 512),

@@ -189,7 +189,7 @@ def test_runs_are_compared_by_their_own_figures() -> None:
 
 
 def test_the_front_holds_those_that_nothing_beats() -> None:
-    assert tool.pareto([(3.0, 10.0), (1.0, 30.0), (2.0, 40.0), (2.5, 20.0), (4.0, 10.0)]) == [
+    assert svg.pareto([(3.0, 10.0), (1.0, 30.0), (2.0, 40.0), (2.5, 20.0), (4.0, 10.0)]) == [
         (1.0, 30.0),
         (2.5, 20.0),
         (3.0, 10.0),

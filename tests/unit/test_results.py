@@ -285,6 +285,18 @@ def test_a_page_is_filled_once_and_for_all(documents: Path) -> None:
     results.main(checked=True)
 
 
+def test_a_row_of_a_quantised_type_shows_that_type() -> None:
+    rows = [
+        {"label": "pruned, q8_0", "saved": "low", "type": "q8_0"},
+        {"label": "pruned, q4_0", "saved": "low", "type": "q4_0"},  # not measured
+    ]
+    table = results.Table.model_validate(
+        {"columns": ["quantized.{type}.size", "quantized.{type}.decode"], "rows": rows}
+    )
+    drawn = results.Results({}, {}, {"low": saved_run("low", 30.0)}).render(table)
+    assert drawn == "|  | MB | decode tok/s |\n|---|---|---|\n| pruned, q8_0 | 5 | 71 |"
+
+
 @pytest.mark.parametrize(
     ("path", "old", "new", "problem"),
     [

@@ -67,7 +67,8 @@ def column(name: str) -> Column:
         _, kind, key = name.split(".")
         if key in QUANTIZED:
             title, path, scale, write = QUANTIZED[key]
-            return Column(f"{kind} {title}", at(f"quantized.{{model}}.{kind}.{path}", scale), write)
+            head = title if kind == ROW_TYPE else f"{kind} {title}"
+            return Column(head, at(f"quantized.{{model}}.{kind}.{path}", scale), write)
     if name not in COLUMNS:
         raise ValueError(
             f"no column {name}; columns are {', '.join(COLUMNS)}, test_ratio.LABEL, "
@@ -190,7 +191,8 @@ def _speed() -> dict[str, Column]:
     return columns
 
 
-# Of a model in one GGUF type, or `stored`: head, path under metrics/quantized.json's model and type, scale, format.
+ROW_TYPE = "{type}"  # in the name of a column: the type that each row of the table has
+# Of a model in one type: head, path under metrics/quantized.json's model and type, scale, format.
 QUANTIZED: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
     "size": ("MB", "bytes", 1e-6, "{:.0f}".format),
     "validation_ratio": ("× dense", "validation_ratio", 1, "{:.2f}".format),

@@ -174,20 +174,22 @@ def compare(
 
     return {
         batch: (
-            Phase(timed("prefill", _prefill_probe, batch), batch * benchmark.prefill_tokens, flops),
-            Phase(timed("decode", _decode_probe, batch), batch, bytes_read),
+            Phase(timed("prefill", prefill_probe, batch), batch * benchmark.prefill_tokens, flops),
+            Phase(timed("decode", decode_probe, batch), batch, bytes_read),
         )
         for batch, (flops, bytes_read) in work.items()
     }
 
 
-def _prefill_probe(model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime) -> Callable[[], float]:
+def prefill_probe(model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime) -> Callable[[], float]:
+    """Each call of the result is a prefill; returns its milliseconds."""
     prompt = random_prompt(model, batch, benchmark.prefill_tokens)
     work = recorded_prefill(model, prompt) if runtime == "graphs" else partial(prefill, model, prompt)
     return lambda: _milliseconds(model.device, work)
 
 
-def _decode_probe(model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime) -> Callable[[], float]:
+def decode_probe(model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime) -> Callable[[], float]:
+    """Each call of the result reads the prompt and decodes; returns a decoded token's milliseconds."""
     prompt = random_prompt(model, batch, benchmark.decode_prompt_tokens)
     decoding = (RecordedDecoding if runtime == "graphs" else Decoding)(model, prompt, benchmark.decode_tokens)
 

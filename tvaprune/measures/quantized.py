@@ -1,6 +1,7 @@
-"""Models as GGUF files: perplexity and distance from the unquantised model in llama.cpp itself, size and speed.
+"""Quantised models: perplexity and distance from the unquantised model, size and speed.
 
-llama.cpp computes every layer and the final norm; the last matrix is multiplied here, dequantised, in float32.
+GGUF files run in llama.cpp: it computes every layer and the final norm, and the last matrix is multiplied here,
+dequantised, in float32. Model directories run in transformers, in the dtype that they are stored in.
 """
 
 import math
@@ -19,7 +20,14 @@ from transformers import PreTrainedModel
 from tvaprune.architecture.topology import hidden_states, lm_head
 from tvaprune.checkpoint.loading import load
 from tvaprune.measures.comparison import POSITIONS_AT_ONCE
-from tvaprune.measures.latency import checkpoint_bytes, interleave, without_garbage_collection
+from tvaprune.measures.latency import (
+    Benchmark,
+    checkpoint_bytes,
+    decode_probe,
+    interleave,
+    prefill_probe,
+    without_garbage_collection,
+)
 from tvaprune.measures.perplexity import Perplexity
 from tvaprune.options.quantize import QuantizeOptions
 from tvaprune.progress import Progress
@@ -39,26 +47,32 @@ class Measured(NamedTuple):
 
 
 def measure_files(directory: Path, files: Mapping[str, Path], windows: Sets, name: str = "") -> dict[str, Measured]:
-    """Measure a model directory and its GGUF files: by type, STORED first. `name` is the model's, for progress.
+    """Measure a model directory and what it was quantised to, files or directories: by type, STORED first.
 
-    Raises what `tvaprune.proof.gguf_runtime.greedy_steps` raises.
+    `name` is the model's, for progress. Raises what `tvaprune.proof.gguf_runtime.greedy_steps` raises.
     """
     together = torch.cat([own for texts in windows.values() for own in texts.values()])
     model = load(directory, torch.float32)
     head = lm_head(model).weight.float()
     nll, first = _run(_torch_states(model, together), head, together, f"{name} {STORED}")
     found = {STORED: Measured(checkpoint_bytes(directory), _by_text(windows, nll), 0.0)}
-    for kind, file in files.items():
-        own = output_matrix(file)
-        nll, states = _run(final_states(file, together), own, together, f"{name} {kind}")
-        found[kind] = Measured(file.stat().st_size, _by_text(windows, nll), mean_kl(first, head, states, own))
+    del model
+    for kind, path in files.items():
+        if path.is_dir():
+            quantised = load(path)
+            own, computed = lm_head(quantised).weight.float(), _torch_states(quantised, together)
+        else:
+            own, computed = output_matrix(path), final_states(path, together)
+        size = checkpoint_bytes(path) if path.is_dir() else path.stat().st_size
+        nll, states = _run(computed, own, together, f"{name} {kind}")
+        found[kind] = Measured(size, _by_text(windows, nll), mean_kl(first, head, states, own))
     return found
 
 
 @torch.inference_mode()
 def _torch_states(model: PreTrainedModel, windows: Tensor) -> Iterable[Tensor]:
     for window in windows:
-        yield hidden_states(model, window[None].long())[0]
+        yield hidden_states(model, window[None].long())[0].float()
 
 
 def _run(
@@ -113,14 +127,23 @@ def _by_text(windows: Sets, nll: Tensor) -> dict[str, dict[str, Perplexity]]:
 def time_files(
     files: Mapping[str, Path], vocabulary: int, options: QuantizeOptions
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of prefill and of a decoded token in llama.cpp, by file name, a value a round; files in turn."""
+    """Milliseconds of prefill and of a decoded token, by name, a value a round; all in turn.
+
+    GGUF files in llama.cpp, model directories in transformers as they are stored, eagerly.
+    """
+    own = Benchmark(options.prefill_tokens, options.decode_tokens, options.decode_tokens, options.repeats, MAX_WARMUP)
     prompt = torch.randint(vocabulary, (options.prefill_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     probes: dict[str, dict[str, Callable[[], float]]] = {"prefill": {}, "decode": {}}
     for name, file in files.items():
+        if file.is_dir():
+            model = load(file)
+            probes["prefill"][name] = prefill_probe(model, 1, own, "eager")
+            probes["decode"][name] = decode_probe(model, 1, own, "eager")
+            continue
         read, generate = timed(file, prompt, 1), timed(file, prompt[: options.decode_tokens], options.decode_tokens)
         probes["prefill"][name] = lambda read=read: read().prefill_ms  # type: ignore[misc]
         probes["decode"][name] = lambda generate=generate: generate().decode_ms  # type: ignore[misc]
-    with without_garbage_collection():
+    with without_garbage_collection(), torch.inference_mode():
         return {phase: interleave(each, options.repeats, MAX_WARMUP, phase) for phase, each in probes.items()}
 
 
@@ -128,7 +151,7 @@ def quantized_metrics(
     found: Mapping[str, Mapping[str, Measured]], times: Mapping[str, Mapping[str, list[float]]], prefill_tokens: int
 ) -> dict[str, Any]:
     """By model and type: bytes, mean_kl in nats, perplexity by set and text, their ratios to the unquantised dense
-    model's, and of files the speed; `times` of `time_files`, by "MODEL-TYPE".
+    model's, and the speed; `times` of `time_files`, by "MODEL-TYPE".
     """
     dense = found["dense"][STORED].perplexity
     metrics: dict[str, Any] = {model: {} for model in found}

@@ -9,7 +9,9 @@ RESULTS is the safetensors file to write: logits, float32 [prompts, tokens, voca
 step_logits_uncached, float32 [prompts, TOKENS, vocab].
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,11 +29,13 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor, tokens: int, cache
 
 @torch.inference_mode()
 def main(directory: str, prompts: str, results: str, tokens: str, trust: str) -> None:
+    # Quantised weights keep the dtype of their scales.
+    quantised = "quantization_config" in json.loads(Path(directory, "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust == "1"
+        directory, dtype="auto" if quantised else torch.float32, use_safetensors=True, trust_remote_code=trust == "1"
     ).eval()
     given = load_file(prompts)
-    found = {"logits": model(input_ids=given["input_ids"], use_cache=False).logits}
+    found = {"logits": model(input_ids=given["input_ids"], use_cache=False).logits.float()}
     for name, cache in (("", True), ("_uncached", False)):
         found["tokens" + name], found["step_logits" + name] = generate(model, given["beginnings"], int(tokens), cache)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, results)

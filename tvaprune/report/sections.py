@@ -274,23 +274,26 @@ def _quantised(run: RunFiles) -> Iterator[Block]:
     for model in [name for name in MODELS if name in run.metrics["quantized"]]:
         for kind, found in run.metrics["quantized"][model].items():
             ratios = [found.get(f"{part}_ratio") for part in ("validation", "test")]
-            rate = found.get("decode", {}).get("tokens_per_s")
+            rates = [found.get(phase, {}).get("tokens_per_s") for phase in PHASES]
             cells = [f"{ratio:.3f}" if ratio else "" for ratio in ratios]
-            rate_cell = f"{rate:,.1f}" if rate else ""
+            rate_cells = [f"{rate:,.1f}" if rate else "" for rate in rates]
             name = f"{MODELS[model]}, {kind}"
-            rows.append([name, megabytes(found["bytes"]), *cells, f"{found['mean_kl']:.4f}", rate_cell])
+            rows.append([name, megabytes(found["bytes"]), *cells, f"{found['mean_kl']:.4f}", *rate_cells])
             if shown := ratios[1] or ratios[0]:
                 points.append(svg.Point(found["bytes"] / 1e6, shown, kind, SERIES[model]))
     if not rows:
         return
-    head = ["model and type", "size", "validation × dense", "test × dense", "mean KL, nats", "decode, tokens/s"]
-    table = Table("Quantised files, and the models as stored", head, rows)
+    head = ["model and type", "size", "validation × dense", "test × dense", "mean KL, nats"]
+    table = Table("Quantised models, and the models as stored", [*head, *(f"{p}, tokens/s" for p in PHASES)], rows)
+    yield "Models as stored and those of torchao (int8_wo) are timed in transformers, GGUF files in llama.cpp."
     yield table
     title, names = "Perplexity by size", list(MODELS.values())
     described = "; ".join(f"{row[0]}: {row[1]}, {row[3] or row[2]} × dense" for row in rows)
     if points:
-        drawn = svg.scatter(title, described, points, [], names, ("MB", "× dense"))
-        yield Figure(title, "Lower and further left is better.", drawn, table)
+        front = svg.pareto([(point.x, point.y) for point in points])
+        drawn = svg.scatter(title, described, points, front, names, ("MB", "× dense"))
+        note = "Lower and further left is better. The dashed line joins the files that no other beats in both."
+        yield Figure(title, note, drawn, table)
 
 
 def _samples(prompts: Sequence[str], texts: dict[str, list[str]]) -> Iterator[Block]:

@@ -1,0 +1,55 @@
+"""What quantised types need before any work starts: packages, and widths that hold whole groups of weights."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from math import lcm
+
+from transformers import PreTrainedConfig
+
+from tvaprune.architecture.topology import Topology
+from tvaprune.options.quantize import GROUPS, TORCHAO, FileType
+
+
+def check_types(types: Sequence[FileType]) -> None:
+    """Raise ModuleNotFoundError where a package that writes or runs a type is not installed."""
+    if set(types) & set(TORCHAO) and find_spec("torchao") is None:
+        raise ModuleNotFoundError("int8_wo needs torchao: pip install 'tvaprune[torchao]'")
+    if set(types) - set(TORCHAO) and find_spec("xllamacpp") is None:
+        raise ModuleNotFoundError("GGUF types need llama.cpp: pip install 'tvaprune[gguf]' (the package xllamacpp)")
+
+
+def check_group_multiples(types: Sequence[FileType], multiples: Mapping[str, int]) -> None:
+    """Raise ValueError where widths of these multiples, by pruned axis, may not hold whole groups of a type.
+
+    The message says to what `adapt_dimensions.multiple` must be raised.
+    """
+    for kind in types:
+        for axis, multiple in multiples.items():
+            if multiple % GROUPS[kind]:
+                raise ValueError(
+                    f"adapt_dimensions.multiple.{axis} = {multiple}: {kind} in quantize.types needs widths that are "
+                    f"multiples of {GROUPS[kind]}; raise it to {lcm(multiple, GROUPS[kind])}"
+                )
+
+
+def check_widths(name: str, config: PreTrainedConfig, types: Sequence[FileType]) -> None:
+    """Raise ValueError for the first width of a model that does not hold whole groups of a type; names the layer.
+
+    `name` is the model's in the metrics; no parameter changes the widths of "dense".
+    """
+    topology = Topology.of(config)
+    units = getattr(config, "intermediate_sizes", None) or [topology.intermediate] * topology.layers
+    heads = getattr(config, "kv_head_counts", None) or [topology.kv_heads] * topology.layers
+    widths = [("hidden", "the hidden width", topology.hidden)]
+    for layer, (own_units, own_heads) in enumerate(zip(units, heads, strict=True)):
+        widths.append(("intermediate", f"layer {layer}: the MLP width", own_units))
+        widths.append(("", f"layer {layer}: the width of the heads", own_heads * topology.query_rows))
+    for kind in types:
+        for axis, where, width in widths:
+            if width % GROUPS[kind]:
+                raised = f"raise adapt_dimensions.multiple.{axis} to {GROUPS[kind]}"
+                advice = raised if axis and name != "dense" else f"leave {kind} out"
+                raise ValueError(
+                    f"{name}: {where} is {width}, and {kind} in quantize.types needs multiples of {GROUPS[kind]}; "
+                    f"{advice}"
+                )

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +18,8 @@ import torch
 from filelock import FileLock, Timeout
 
 
-class AnotherWriterError(BlockingIOError):
-    """Another process is making the same output."""
+class StateInUseError(BlockingIOError):
+    """Another process computes the same result and saves its state."""
 
 
 @runtime_checkable
@@ -69,11 +68,11 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 class ResumableRun:
-    """A stage's saved state and its locks, as a context manager.
+    """A stage's saved state and its lock, as a context manager.
 
     A clean exit deletes the state; after an exception or a kill it stays for the next run with the same settings and
-    inputs. Any change in a parameter, an input or the code starts without a state. Two locks keep other writers out:
-    one on the state, one on the workspace's outputs (a SIGTERM to dvc alone leaves its child running).
+    inputs. Any change in a parameter, an input or the code starts without a state. Experiments in copies of the
+    workspace share the directory of states; the lock keeps a second one with the same settings and inputs out.
 
     Args:
         settings: every parameter that the result depends on (JSON values).
@@ -81,7 +80,7 @@ class ResumableRun:
         writer: True in one of the processes of a run; the others only read, take no lock and delete nothing.
 
     Raises:
-        AnotherWriterError: on entry, when another process holds a lock.
+        StateInUseError: on entry, when another process holds the lock.
     """
 
     def __init__(self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], writer: bool = True) -> None:
@@ -89,26 +88,22 @@ class ResumableRun:
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         identity = json.dumps([stage, settings, environment, hash_files(inputs)], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        workspace = hashlib.sha256(str(Path.cwd().resolve()).encode()).hexdigest()[:12]
         root.mkdir(parents=True, exist_ok=True)
         self.directory = root / f"{stage}-{key}"
         self._stage = stage
         self._writer = writer
         self._state_path = self.directory / "state.pt"
-        self._locks = [FileLock(root / f"{stage}-{name}.lock", timeout=0) for name in (workspace, key) if writer]
-        self._held = ExitStack()
+        self._lock = FileLock(root / f"{stage}-{key}.lock", timeout=0)
 
     def __enter__(self) -> Self:
-        with ExitStack() as held:
-            for lock in self._locks:
-                try:
-                    held.enter_context(lock)
-                except Timeout:
-                    raise AnotherWriterError(
-                        f"{self._stage}: another process is already making this output (lock {lock.lock_file}). "
-                        "Wait for it to end, or stop it, then run dvc repro again."
-                    ) from None
-            self._held = held.pop_all()
+        if self._writer:
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise StateInUseError(
+                    f"{self._stage}: another process is computing the same result (lock {self._lock.lock_file}), "
+                    "in this workspace or in a copy. Wait for it to end, or stop it, then run this again."
+                ) from None
         self.directory.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -117,7 +112,7 @@ class ResumableRun:
     ) -> None:
         if self._writer and error is None:
             shutil.rmtree(self.directory, ignore_errors=True)
-        self._held.close()
+        self._lock.release()
 
     def load(self) -> dict[str, Any] | None:
         """The last complete state; None if there is none, or if it is damaged."""

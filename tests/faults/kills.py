@@ -222,10 +222,11 @@ def read_kills(directory: Path) -> list[Kill]:
 def run(directory: Path, kills: int, seed: int = 0) -> list[Kill]:
     """Kill until `kills` signals came in time, those of an interrupted run in the same directory included."""
     os.environ.setdefault("TVAPRUNE_TEST_SCRATCH", str(directory / "scratch"))
-    root = directory / "finished"
-    if not (root / "dvc.lock").exists():
-        shutil.rmtree(root, ignore_errors=True)
-        prepare(root, {"PYTHONHASHSEED": "0"})
+    root, making = directory / "finished", directory / "making"
+    if not root.exists():
+        shutil.rmtree(making, ignore_errors=True)
+        prepare(making, {"PYTHONHASHSEED": "0"})
+        making.rename(root)
     workspace = Workspace(root)
     undisturbed = Undisturbed(workspace, contents(workspace))
     done = read_kills(directory)

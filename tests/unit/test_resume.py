@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvaprune.resume import AnotherWriterError, ResumableRun, hash_files
+from tvaprune.resume import ResumableRun, StateInUseError, hash_files
 
 
 @pytest.fixture
@@ -87,13 +87,15 @@ def test_state_that_would_run_code_is_not_read(code: Path) -> None:
         assert run.load() is None
 
 
-def test_a_second_writer_is_refused_and_told_what_to_do(code: Path) -> None:
+def test_a_second_writer_of_a_state_is_refused_and_told_what_to_do(code: Path) -> None:
     with (
         ResumableRun("stage", {"a": 1}, [code]),
-        pytest.raises(AnotherWriterError, match="stage: another process is already making this output"),
-        ResumableRun("stage", {"a": 2}, [code]),
+        pytest.raises(StateInUseError, match=r"stage: another process is computing the same result .* Wait for it"),
+        ResumableRun("stage", {"a": 1}, [code]),
     ):
-        pytest.fail("two writers of the same outputs")
+        pytest.fail("two writers of the same state")
+    with ResumableRun("stage", {"a": 1}, [code]) as again:
+        assert again.load() is None
 
 
 def test_stages_that_run_at_the_same_time_keep_their_own_states(code: Path) -> None:

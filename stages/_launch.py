@@ -30,7 +30,8 @@ class StageProcess(Process):
         kind: dict[str, Any] = {"device": self.device.type, "dtype": str(self.dtype)}
         kind |= {"processes": self.world.size, "sharded": self.sharded}
         code = [*Path(tvaprune.__file__).parent.rglob("*.py"), Path(__file__).with_name(f"{stage}.py")]
-        return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main)
+        alone = self.world.size == 1
+        return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main, waits=alone)
 
     def put(self, model: PreTrainedModel) -> PreTrainedModel:
         """Freeze a model and move it, or this process's part of its layers, to the device."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,18 +73,27 @@ class ResumableRun:
 
     A clean exit deletes the state; after an exception or a kill it stays for the next run with the same settings and
     inputs. Any change in a parameter, an input or the code starts without a state. Experiments in copies of the
-    workspace share the directory of states; the lock keeps a second one with the same settings and inputs out.
+    workspace share the directory of states; by the lock, a second one with the same settings and inputs waits.
 
     Args:
         settings: every parameter that the result depends on (JSON values).
         inputs: files and directories that the result depends on, code included.
         writer: True in one of the processes of a run; the others only read, take no lock and delete nothing.
+        waits: whether entry waits while another run holds the lock. Not where processes share a run: its readers
+            would have read that run's state.
 
     Raises:
-        StateInUseError: on entry, when another process holds the lock.
+        StateInUseError: on entry, when another run holds the lock and this one does not wait.
     """
 
-    def __init__(self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], writer: bool = True) -> None:
+    def __init__(
+        self,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: Iterable[Path],
+        writer: bool = True,
+        waits: bool = True,
+    ) -> None:
         root = Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".resume"
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         identity = json.dumps([stage, settings, environment, hash_files(inputs)], sort_keys=True)
@@ -92,6 +102,7 @@ class ResumableRun:
         self.directory = root / f"{stage}-{key}"
         self._stage = stage
         self._writer = writer
+        self._waits = waits
         self._state_path = self.directory / "state.pt"
         self._lock = FileLock(root / f"{stage}-{key}.lock", timeout=0)
 
@@ -100,10 +111,11 @@ class ResumableRun:
             try:
                 self._lock.acquire()
             except Timeout:
-                raise StateInUseError(
-                    f"{self._stage}: another process is computing the same result (lock {self._lock.lock_file}), "
-                    "in this workspace or in a copy. Wait for it to end, or stop it, then run this again."
-                ) from None
+                busy = f"{self._stage}: another process is computing the same result (lock {self._lock.lock_file})"
+                if not self._waits:
+                    raise StateInUseError(f"{busy}. Wait for it to end, or stop it, then run this again.") from None
+                print(f"{busy}; waiting for it to end", file=sys.stderr, flush=True)
+                self._lock.acquire(timeout=-1)
         self.directory.mkdir(parents=True, exist_ok=True)
         return self
 

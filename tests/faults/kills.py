@@ -147,8 +147,9 @@ class Killer:
                 else:
                     os.kill(victim, number)
             came = dvc.wait(PATIENCE_S) != 0 and running
+            self._wait_for_end("dvc")  # of which a signal to the group ends the client first
             self._repair()
-            self._wait_for_orphan(stage)
+            self._wait_for_end(stage)
         found = different(self.workspace, self.undisturbed)
         if found:
             self.workspace = self._fresh()
@@ -186,8 +187,8 @@ class Killer:
             time.sleep(0.2)
         raise AssertionError(done.stdout + done.stderr)
 
-    def _wait_for_orphan(self, stage: str) -> None:
-        if (left := self.warm.process_id(stage)) is not None:
+    def _wait_for_end(self, name: str) -> None:
+        if (left := self.warm.process_id(name)) is not None:
             while _alive(left):
                 time.sleep(0.01)
 

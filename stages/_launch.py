@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tvaprune
-from stages._command import command
+from stages._command import QUESTIONS, command
 from tvaprune.architecture.sharding import to_process
 from tvaprune.device import keep_freed_memory, pick_device, pick_dtype
 from tvaprune.distributed import Process, join, launch, processes_asked, sharding_asked
@@ -30,7 +30,8 @@ class StageProcess(Process):
         kind: dict[str, Any] = {"device": self.device.type, "dtype": str(self.dtype)}
         kind |= {"processes": self.world.size, "sharded": self.sharded}
         code = [*Path(tvaprune.__file__).parent.rglob("*.py"), Path(__file__).with_name(f"{stage}.py")]
-        return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main)
+        alone = self.world.size == 1
+        return ResumableRun(stage, settings | kind, [*inputs, *code], writer=self.world.is_main, waits=alone)
 
     def put(self, model: PreTrainedModel) -> PreTrainedModel:
         """Freeze a model and move it, or this process's part of its layers, to the device."""
@@ -40,7 +41,7 @@ class StageProcess(Process):
 def process_command(main: Callable[..., None]) -> Callable[..., None]:
     """`command` for a stage that runs in TVAPRUNE_NPROC processes if that is above 1."""
     specification = sys.modules["__main__"].__spec__
-    if main.__module__ == "__main__" and specification and not {"--help", "--estimate"} & set(sys.argv):
+    if main.__module__ == "__main__" and specification and not QUESTIONS & set(sys.argv):
         with clear_errors():
             if (processes := processes_asked()) > 1:
                 launch(specification.name, sys.argv[1:], processes)

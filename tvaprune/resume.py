@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 
 
-class AnotherWriterError(BlockingIOError):
-    """Another process is making the same output."""
+class StateInUseError(BlockingIOError):
+    """Another process computes the same result and saves its state."""
 
 
 @runtime_checkable
@@ -69,46 +69,53 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 class ResumableRun:
-    """A stage's saved state and its locks, as a context manager.
+    """A stage's saved state and its lock, as a context manager.
 
     A clean exit deletes the state; after an exception or a kill it stays for the next run with the same settings and
-    inputs. Any change in a parameter, an input or the code starts without a state. Two locks keep other writers out:
-    one on the state, one on the workspace's outputs (a SIGTERM to dvc alone leaves its child running).
+    inputs. Any change in a parameter, an input or the code starts without a state. Experiments in copies of the
+    workspace share the directory of states; by the lock, a second one with the same settings and inputs waits.
 
     Args:
         settings: every parameter that the result depends on (JSON values).
         inputs: files and directories that the result depends on, code included.
         writer: True in one of the processes of a run; the others only read, take no lock and delete nothing.
+        waits: whether entry waits while another run holds the lock. Not where processes share a run: its readers
+            would have read that run's state.
 
     Raises:
-        AnotherWriterError: on entry, when another process holds a lock.
+        StateInUseError: on entry, when another run holds the lock and this one does not wait.
     """
 
-    def __init__(self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], writer: bool = True) -> None:
+    def __init__(
+        self,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: Iterable[Path],
+        writer: bool = True,
+        waits: bool = True,
+    ) -> None:
         root = Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".resume"
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         identity = json.dumps([stage, settings, environment, hash_files(inputs)], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        workspace = hashlib.sha256(str(Path.cwd().resolve()).encode()).hexdigest()[:12]
         root.mkdir(parents=True, exist_ok=True)
         self.directory = root / f"{stage}-{key}"
         self._stage = stage
         self._writer = writer
+        self._waits = waits
         self._state_path = self.directory / "state.pt"
-        self._locks = [FileLock(root / f"{stage}-{name}.lock", timeout=0) for name in (workspace, key) if writer]
-        self._held = ExitStack()
+        self._lock = FileLock(root / f"{stage}-{key}.lock", timeout=0)
 
     def __enter__(self) -> Self:
-        with ExitStack() as held:
-            for lock in self._locks:
-                try:
-                    held.enter_context(lock)
-                except Timeout:
-                    raise AnotherWriterError(
-                        f"{self._stage}: another process is already making this output (lock {lock.lock_file}). "
-                        "Wait for it to end, or stop it, then run dvc repro again."
-                    ) from None
-            self._held = held.pop_all()
+        if self._writer:
+            try:
+                self._lock.acquire()
+            except Timeout:
+                busy = f"{self._stage}: another process is computing the same result (lock {self._lock.lock_file})"
+                if not self._waits:
+                    raise StateInUseError(f"{busy}. Wait for it to end, or stop it, then run this again.") from None
+                print(f"{busy}; waiting for it to end", file=sys.stderr, flush=True)
+                self._lock.acquire(timeout=-1)
         self.directory.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -117,7 +124,7 @@ class ResumableRun:
     ) -> None:
         if self._writer and error is None:
             shutil.rmtree(self.directory, ignore_errors=True)
-        self._held.close()
+        self._lock.release()
 
     def load(self) -> dict[str, Any] | None:
         """The last complete state; None if there is none, or if it is damaged."""

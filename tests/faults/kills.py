@@ -25,13 +25,14 @@ from ruamel.yaml import YAML
 
 from tests.faults.warm import Warm, warm_programs
 from tests.pipeline.tiny_inputs import write_inputs, write_small_params
-from tests.pipeline.workspace import REPOSITORY, TIMEOUT_S, Workspace
+from tests.pipeline.workspace import REPOSITORY, Workspace
 
 Target = Literal["stage", "dvc", "group"]
 TARGETS: tuple[Target, ...] = ("stage", "dvc", "group")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STAGES = tuple(YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"])
 REPORT = REPOSITORY / "docs" / "faults.md"
+PATIENCE_S = 3600  # on a busy machine the first run takes longer than a test may
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def prepare(root: Path, variables: dict[str, str] | None = None) -> Workspace:
     write_inputs(root / "inputs")
     write_small_params(root / "params.yaml")
     workspace.commit()
-    replace(workspace, variables=variables or {}).repro()
+    replace(workspace, variables=variables or {}, timeout_s=PATIENCE_S).repro()
     workspace.commit()
     return workspace
 
@@ -128,7 +129,9 @@ class Killer:
 
     def _fresh(self) -> Workspace:
         shutil.rmtree(self.root, ignore_errors=True)
-        return replace(self.undisturbed.workspace.copy(self.root), variables=self.warm.variables())
+        return replace(
+            self.undisturbed.workspace.copy(self.root), variables=self.warm.variables(), timeout_s=PATIENCE_S
+        )
 
     def kill(self, stage: str, number: signal.Signals, target: Target, moment: float) -> Kill:
         """Start the stage through DVC, send the signal at this share of its time, and repair by `dvc repro`."""
@@ -143,9 +146,10 @@ class Killer:
                     os.killpg(dvc.pid, number)
                 else:
                     os.kill(victim, number)
-            came = dvc.wait(TIMEOUT_S) != 0 and running
+            came = dvc.wait(PATIENCE_S) != 0 and running
+            self._wait_for_end("dvc")  # of which a signal to the group ends the client first
             self._repair()
-            self._wait_for_orphan(stage)
+            self._wait_for_end(stage)
         found = different(self.workspace, self.undisturbed)
         if found:
             self.workspace = self._fresh()
@@ -162,7 +166,7 @@ class Killer:
                 while _alive(own):
                     time.sleep(0.002)
                 self._seconds[stage, True] = time.monotonic() - own_start
-                assert dvc.wait(TIMEOUT_S) == 0, (self.root / "started.log").read_text()
+                assert dvc.wait(PATIENCE_S) == 0, (self.root / "started.log").read_text()
                 self._seconds[stage, False] = time.monotonic() - started
         return self._seconds[stage, of_stage]
 
@@ -183,8 +187,8 @@ class Killer:
             time.sleep(0.2)
         raise AssertionError(done.stdout + done.stderr)
 
-    def _wait_for_orphan(self, stage: str) -> None:
-        if (left := self.warm.process_id(stage)) is not None:
+    def _wait_for_end(self, name: str) -> None:
+        if (left := self.warm.process_id(name)) is not None:
             while _alive(left):
                 time.sleep(0.01)
 
@@ -222,10 +226,11 @@ def read_kills(directory: Path) -> list[Kill]:
 def run(directory: Path, kills: int, seed: int = 0) -> list[Kill]:
     """Kill until `kills` signals came in time, those of an interrupted run in the same directory included."""
     os.environ.setdefault("TVAPRUNE_TEST_SCRATCH", str(directory / "scratch"))
-    root = directory / "finished"
-    if not (root / "dvc.lock").exists():
-        shutil.rmtree(root, ignore_errors=True)
-        prepare(root, {"PYTHONHASHSEED": "0"})
+    root, making = directory / "finished", directory / "making"
+    if not root.exists():
+        shutil.rmtree(making, ignore_errors=True)
+        prepare(making, {"PYTHONHASHSEED": "0"})
+        making.rename(root)
     workspace = Workspace(root)
     undisturbed = Undisturbed(workspace, contents(workspace))
     done = read_kills(directory)
@@ -240,7 +245,7 @@ def run(directory: Path, kills: int, seed: int = 0) -> list[Kill]:
     return done
 
 
-def report(done: list[Kill]) -> str:
+def report(done: list[Kill], commit: str) -> str:
     """docs/faults.md: kills by stage and signal, and how many left something different."""
     came = [kill for kill in done if kill.came]
     rows = []
@@ -251,7 +256,7 @@ def report(done: list[Kill]) -> str:
         rows.append([stage, *map(str, counts), str(len(own)), str(sum(bool(kill.different) for kill in own))])
     columns = ["stage", *(one.name for one in SIGNALS), *TARGETS, "kills", "different"]
     lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]]
-    return HEADING + "\n".join(lines) + "\n"
+    return HEADING.format(commit=commit) + "\n".join(lines) + "\n"
 
 
 HEADING = """# Faults
@@ -273,9 +278,12 @@ def main(
 ) -> None:
     """Kill stages at random moments; exit status 1 where something was different afterwards."""
     done = run(directory, kills, seed)
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+    written = report(done, commit)
     if write:
-        REPORT.write_text(report(done))
-    typer.echo(report(done))
+        REPORT.write_text(written)
+    typer.echo(written)
     raise typer.Exit(any(kill.different for kill in done))
 
 

@@ -63,5 +63,7 @@ def test_the_report_counts_kills_that_came_in_time() -> None:
         Kill("compact", "SIGTERM", "group", 0.5, True, ["artifacts/compact/config.json"]),
         Kill("compact", "SIGINT", "stage", 0.9, False, []),
     ]
-    assert "| compact | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in report(done)
-    assert "| all | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in report(done)
+    written = report(done, "abc1234")
+    assert "| compact | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in written
+    assert "| all | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in written
+    assert "commit abc1234" in written

@@ -53,14 +53,21 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.slow
-def test_a_second_writer_is_refused_while_the_first_lives(workspace: Workspace) -> None:
+@pytest.mark.parametrize(
+    ("stage", "reached"),
+    [
+        pytest.param("learn_masks", LEARN, id="learn_masks"),
+        pytest.param("compact", exists("artifacts/compact"), id="compact"),  # which saves no state
+    ],
+)
+def test_a_second_writer_is_refused_while_the_first_lives(workspace: Workspace, stage: str, reached: Reached) -> None:
     """A SIGTERM to DVC alone leaves its stage running; the next `dvc repro` must not write beside it."""
     undisturbed = workspace.hashes()
-    workspace.forget("learn_masks")
-    with workspace.running("learn_masks", LEARN) as orphan:
-        done = workspace.dvc("repro", "learn_masks", check=False)
+    workspace.forget(stage)
+    with workspace.running(stage, reached) as orphan:
+        done = workspace.dvc("repro", stage, check=False)
         assert done.returncode != 0
-        assert "error: learn_masks: another process is already making this output" in done.stderr
+        assert f"error: {stage}: another process is already making this output" in done.stderr
         assert "Traceback" not in done.stderr
         assert orphan.is_running()
     workspace.repro()

@@ -1,5 +1,6 @@
 """What a user's mistakes and a machine's limits end in: one clear line and an exit status other than 0."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +57,10 @@ def test_mistakes_in_an_experiment(fresh: Workspace) -> None:
     ],
     ids=["full disk", "below a file", "where nothing can be made"],
 )
-def test_what_cannot_be_written(out: str, line: str) -> None:
+def test_what_cannot_be_written(out: str, line: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stages.check_params", "--out", out]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    environ = environment() | {"DVC_ROOT": str(tmp_path)}  # where the stage's lock is: these run side by side
+    done = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: {line}\n"
 
@@ -84,3 +86,24 @@ def test_tensors_that_do_not_fit_on_the_disk(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "File too large" in line
+
+
+def test_a_stage_runs_once_at_a_time_in_a_workspace(tmp_path: Path) -> None:
+    """Also one that saves no state. The first waits, in its `main`, for parameters from a pipe."""
+    pipe, environ = tmp_path / "pipe", environment() | {"DVC_ROOT": str(tmp_path)}
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "stages.check_params"]
+    out = ["--out", str(tmp_path / "params.ok")]
+    first = subprocess.Popen([*command, "--params", str(pipe)], cwd=REPOSITORY, env=environ)
+    with first, pipe.open("w"):  # open from both sides: it holds the lock
+        second = subprocess.run([*command, *out], cwd=REPOSITORY, env=environ, capture_output=True, text=True)
+        asked = subprocess.run([*command, "--help"], cwd=REPOSITORY, env=environ, capture_output=True)
+        other = {"DVC_ROOT": str(tmp_path / "other")}
+        elsewhere = subprocess.run([*command, *out], cwd=REPOSITORY, env=environ | other, capture_output=True)
+        first.kill()
+    assert (second.returncode, second.stdout) == (1, "")
+    (line,) = second.stderr.splitlines()
+    assert line.startswith("error: check_params: another process is already making this output (lock ")
+    assert line.endswith("Wait for it to end, or stop it, then run dvc repro again.")
+    assert (asked.returncode, elsewhere.returncode) == (0, 0)
+    assert subprocess.run([*command, *out], cwd=REPOSITORY, env=environ).returncode == 0  # a kill leaves no lock

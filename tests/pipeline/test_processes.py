@@ -45,7 +45,7 @@ def test_two_processes_find_what_one_finds(paired: Workspace) -> None:
     assert two_processes.repro() >= set(STAGES)
     two, two_masks = figures(paired), read_artifact(paired.root / "artifacts/masks", "masks")[0]
     for name, expected in one_masks.items():
-        if name.endswith(".mask"):
+        if name.endswith(".keep"):
             assert torch.equal(two_masks[name], expected), name
         else:
             torch.testing.assert_close(two_masks[name], expected, rtol=0, atol=1e-4)

@@ -1,11 +1,14 @@
 """A changed parameter reruns what depends on it and nothing else. check_params reads them all, so it always runs."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.pipeline.workspace import Workspace, stages_run
+from tvaprune.artifacts import read_artifact
 
 MEASURES = {"benchmark_speed", "eval_perplexity", "eval_zeroshot", "quantize", "report"}
 FROM_ADAPT = {"check_model", "adapt_dimensions", "compact", "finetune_lora", *MEASURES}
@@ -62,3 +65,40 @@ def test_an_experiment_in_a_copy_reruns_the_same_and_leaves_the_workspace_alone(
     assert {"artifacts/adapted", "artifacts/compact", "artifacts/finetuned"} <= changed
     assert "artifacts/masks" not in changed
     assert workspace.repro() == set()
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "sample_calibration",
+        *(pytest.param(each, marks=pytest.mark.nightly) for each in ("fetch_inputs", "learn_masks", "compact")),
+    ],
+)
+def test_the_seed_of_pythons_hashes_changes_nothing(workspace: Workspace, stage: str) -> None:
+    """The order of a set follows it."""
+    undisturbed = workspace.hashes()
+    for seed in ("1", "2"):
+        workspace.forget(stage)
+        assert replace(workspace, variables={"PYTHONHASHSEED": seed}).repro(stage) == {stage}
+        assert workspace.hashes() == undisturbed
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_two_threads_learn_the_masks_of_one(workspace: Workspace) -> None:
+    """Not the bits: two threads add the elements of a whole tensor in another order (docs/design.md)."""
+    before, _ = read_artifact(workspace.root / "artifacts/masks", "masks")
+    same = {
+        path: md5 for path, md5 in workspace.hashes().items() if path.startswith(("data/", "artifacts/calibration"))
+    }
+    for stage in ("fetch_inputs", "sample_calibration", "learn_masks"):
+        workspace.forget(stage)
+    two = replace(workspace, variables={"OMP_NUM_THREADS": "2"})
+    assert two.repro("learn_masks") >= {"fetch_inputs", "sample_calibration", "learn_masks"}
+    after, _ = read_artifact(workspace.root / "artifacts/masks", "masks")
+    assert same.items() <= workspace.hashes().items()
+    for name, expected in before.items():
+        if name.endswith(".keep"):
+            assert torch.equal(after[name], expected), name
+        else:
+            torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-4)

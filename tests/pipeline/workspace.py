@@ -26,10 +26,12 @@ class Workspace:
 
     Attributes:
         variables: what its commands find in their environment, beside `environment()`.
+        timeout_s: how long one command of DVC may take.
     """
 
     root: Path
     variables: dict[str, str] = field(default_factory=dict)
+    timeout_s: float = TIMEOUT_S
 
     @classmethod
     def create(cls, root: Path) -> "Workspace":
@@ -53,7 +55,7 @@ class Workspace:
         _run(["git", "commit", "-qm", "state"], self.root)
 
     def dvc(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return _run(["dvc", *arguments], self.root, check, self.variables)
+        return _run(["dvc", *arguments], self.root, check, self.variables, self.timeout_s)
 
     def repro(self, *arguments: str) -> set[str]:
         """Run `dvc repro`; the names of the stages that it ran."""
@@ -179,10 +181,14 @@ def _stage_process(ancestor: int, stage: str, variables: dict[str, str] | None =
 
 
 def _run(
-    command: list[str], directory: Path, check: bool = True, variables: dict[str, str] | None = None
+    command: list[str],
+    directory: Path,
+    check: bool = True,
+    variables: dict[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        command, cwd=directory, env=environment() | (variables or {}), timeout=TIMEOUT_S,
+        command, cwd=directory, env=environment() | (variables or {}), timeout=timeout_s,
         capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if check and done.returncode:

@@ -1,5 +1,6 @@
 """Two real processes over Gloo: what they learn is what one learns on the same batch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +12,29 @@ from safetensors.torch import load_file
 from tvaprune.architecture.topology import AXES
 from tvaprune.distributed import ALONE, World, launch, processes_asked
 from tvaprune.gates.curvature import RunningCurvature
+from tvaprune.gates.training import SAVE_EVERY
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run(directory: Path, processes: int, *arguments: str) -> dict[str, torch.Tensor]:
-    """What `tests.learn_on_processes` learned; in a process of its own, because torchrun sets its environment."""
+def run(directory: Path, processes: int, *arguments: str, killed_at: str = "") -> subprocess.CompletedProcess[str]:
+    """Start `tests.learn_on_processes`, in a process of its own, because torchrun sets its environment.
+
+    Its state is below `directory`, and what it learned in `learned(directory, processes)`.
+    """
+    directory.mkdir(exist_ok=True)
     out = directory / f"{processes}.safetensors"
     code = "import sys; from tvaprune.distributed import launch; launch(sys.argv[1], sys.argv[3:], int(sys.argv[2]))"
-    subprocess.run(
-        [sys.executable, "-c", code, "tests.learn_on_processes", str(processes), *arguments, str(out)],
-        cwd=REPOSITORY, check=True, timeout=200,
+    return subprocess.run(
+        [sys.executable, "-c", code, "tests.learn_on_processes", str(processes), *arguments, str(out), killed_at],
+        cwd=REPOSITORY, env=os.environ | {"DVC_ROOT": str(directory)}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
-    return load_file(out)
+
+
+def learned(directory: Path, processes: int, *arguments: str) -> dict[str, torch.Tensor]:
+    done = run(directory, processes, *arguments)
+    assert done.returncode == 0, done.stderr
+    return load_file(directory / f"{processes}.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -38,14 +49,33 @@ def run(directory: Path, processes: int, *arguments: str) -> dict[str, torch.Ten
 )
 def test_two_processes_learn_the_gates_of_one(tmp_path: Path, case: str, family: str, sharded: str) -> None:
     """Noise included: it belongs to a window, wherever it is computed."""
-    two = run(tmp_path, 2, case, family, sharded)
-    one = run(tmp_path, 1, case, family, "whole")
+    two = learned(tmp_path, 2, case, family, sharded)
+    one = learned(tmp_path, 1, case, family, "whole")
     for name, expected in one.items():
         if name.startswith("keep."):
             assert torch.equal(two[name], expected), name
         else:
             torch.testing.assert_close(two[name], expected, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     assert not torch.equal(one["mean.intermediate"], torch.ones_like(one["mean.intermediate"]))
+
+
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [("tva", "llama"), *(pytest.param(case, "qwen3", marks=pytest.mark.slow) for case in ("deterministic", "paper"))],
+)
+def test_two_processes_resume_after_a_kill_as_if_undisturbed(tmp_path: Path, case: str, family: str) -> None:
+    """Rank 0 saved on its own device, which the other process cannot read."""
+    undisturbed = learned(tmp_path / "undisturbed", 2, case, family, "whole")
+    killed = run(tmp_path / "killed", 2, case, family, "whole", killed_at="13")
+    assert "process 1 of 2 was killed by signal 9" in killed.stderr
+    assert len(list((tmp_path / "killed").glob(".resume/learn-*/state.pt"))) == 1
+    resumed = learned(tmp_path / "killed", 2, case, family, "whole")
+    steps = len(undisturbed["steps"])
+    assert undisturbed.pop("steps").tolist() == list(range(steps))
+    assert resumed.pop("steps").tolist() == list(range(SAVE_EVERY, steps))
+    assert undisturbed.keys() == resumed.keys()
+    for name, expected in undisturbed.items():
+        assert torch.equal(resumed[name], expected), name
 
 
 def test_shares_cover_everything_once() -> None:

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from tvaprune.resume import AnotherWriterError, ResumableRun, hash_files
+from tvaprune.resume import ResumableRun, StateInUseError, hash_files
 
 
 @pytest.fixture
@@ -87,13 +88,32 @@ def test_state_that_would_run_code_is_not_read(code: Path) -> None:
         assert run.load() is None
 
 
-def test_a_second_writer_is_refused_and_told_what_to_do(code: Path) -> None:
+def test_a_second_run_of_several_processes_is_refused_and_told_what_to_do(code: Path) -> None:
     with (
         ResumableRun("stage", {"a": 1}, [code]),
-        pytest.raises(AnotherWriterError, match="stage: another process is already making this output"),
-        ResumableRun("stage", {"a": 2}, [code]),
+        pytest.raises(StateInUseError, match=r"stage: another process is computing the same result .* Wait for it"),
+        ResumableRun("stage", {"a": 1}, [code], waits=False),
     ):
-        pytest.fail("two writers of the same outputs")
+        pytest.fail("two writers of the same state")
+
+
+def test_a_second_run_of_one_process_waits_for_the_first(code: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two workers of a queue of experiments come to the same masks."""
+    states = []
+
+    def second() -> None:
+        with ResumableRun("stage", {"a": 1}, [code]) as run:
+            states.append(run.load())
+
+    waiting = threading.Thread(target=second)
+    with ResumableRun("stage", {"a": 1}, [code]) as first:
+        first.save({"step": 1})
+        waiting.start()
+        while "stage: another process is computing the same result" not in capfd.readouterr().err:
+            assert waiting.is_alive()
+        assert states == []
+    waiting.join()
+    assert states == [None]  # the first ended well
 
 
 def test_stages_that_run_at_the_same_time_keep_their_own_states(code: Path) -> None:

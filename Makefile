@@ -5,6 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Warnings and errors only, not a line for every package.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# A file whose SHA-256 is not in the lock is refused. Source archives are built with the pinned setuptools. The lock holds
+# every dependency, which `pip check` proves; without --no-deps pip would ask for those of torch's CUDA build here.
+LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 -r
+# Torch's CPU build where the index has it and the machine no NVIDIA driver; otherwise the index's usual build.
+TORCH_CPU := $(shell sed -n 's/^torch==\([^ ]*\).*/\1+cpu/p' requirements.lock)
+CUDA := import sys; from importlib.metadata import requires; sys.exit(not any("cuda" in each for each in requires("torch")))
 # The tiny pipeline runs once, on one thread, for all workers.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 15
 
@@ -13,7 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow test-nightly lint docs clean-env
+.PHONY: help repro test test-slow test-nightly lint docs audit clean-env
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,6 +46,9 @@ lint: $(VENV)/.installed-dev ## style, types and layers alone
 docs: $(VENV)/.installed-dev ## build the documentation into docs/_build, warnings are errors
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --nitpicky --keep-going docs docs/_build
 
+audit: $(VENV)/.installed ## ask a public database for vulnerabilities of the pinned packages; needs a network
+	$(BIN)/python -m tools.audit
+
 clean-env: ## remove .venv
 	rm -rf $(VENV)
 
@@ -49,13 +58,20 @@ $(BIN)/pip:
 			"name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 1; }
 
-$(VENV)/.installed: requirements.lock | $(BIN)/pip
+$(VENV)/.installed: requirements-build.lock requirements.lock requirements-cuda.lock | $(BIN)/pip
 	@echo "installing requirements.lock into $(VENV): some minutes the first time"
-	@$(PIP) -r requirements.lock
+	@$(LOCKED) requirements-build.lock
+	@: > $(VENV)/torch.txt
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip index versions torch 2>/dev/null | \
+		grep -owF '$(TORCH_CPU)' | sed 's/^/torch==/' >> $(VENV)/torch.txt
+	@$(LOCKED) requirements.lock -c $(VENV)/torch.txt
+	@if $(BIN)/python -c '$(CUDA)'; then $(LOCKED) requirements-cuda.lock; fi
+	@$(BIN)/python -m pip check
 	$(BIN)/python -m tools.plots_page
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@echo "installing requirements-dev.lock into $(VENV)"
-	@$(PIP) -r requirements-dev.lock
+	@$(LOCKED) requirements-dev.lock
+	@$(BIN)/python -m pip check
 	@touch $@

@@ -22,6 +22,7 @@ import stages
 import tvaprune
 from stages._command import application
 from tools.dvc_deps import ALWAYS, code_dependencies, import_graph
+from tools.lock_hashes import LOCKS, pins
 from tvaprune.options.masks import METHOD_OPTIONS
 from tvaprune.params.everything import SECTIONS
 
@@ -366,25 +367,25 @@ def test_tracked_files_name_no_machine_and_no_registry() -> None:
 
 
 def test_the_lock_pins_every_direct_dependency_to_what_is_installed() -> None:
-    """Exact, no local build suffix, no hashes: any index serves it."""
+    """Exact, no local build suffix, with the hashes of its files."""
     import tomllib
     from importlib.metadata import version
 
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    pins = {}
-    for name in ("requirements.lock", "requirements-dev.lock"):
-        for line in (REPOSITORY / name).read_text().splitlines():
-            if line and not line.startswith(("#", "-r ")):
-                assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), line
-                package, pinned = line.split("==")
-                assert package not in pins, package
-                pins[package] = pinned
+    locked: dict[str, str] = {}
+    for path in LOCKS:
+        text = (REPOSITORY / path).read_text()
+        for package, pinned in pins(text.splitlines()):
+            assert package not in locked, package
+            locked[package] = pinned
+        packages = re.findall(r"^\S+==\S+(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", text, flags=re.MULTILINE)
+        assert len(packages) == len(pins(text.splitlines())), f"{path}: a pin without a hash"
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         wanted = Requirement(text)
-        pinned = pins[canonicalize_name(wanted.name)]
+        pinned = locked[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(pinned), wanted
         assert version(wanted.name).split("+")[0] == pinned, wanted
 

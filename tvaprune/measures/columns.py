@@ -11,19 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvaprune.masks.latency_table import PHASES
-from tvaprune.options.inputs import TASK_METRICS, TaskName
+from tvaprune.options.inputs import TASK_METRICS, TASK_TITLES
 
 SavedRun = dict[str, Any]
 Value = float | str | None
 AXES = ("hidden", "intermediate", "kv_heads")
-TITLES: dict[TaskName, str] = {
-    "piqa": "PIQA",
-    "hellaswag": "HellaSwag",
-    "arc_easy": "ARC-easy",
-    "arc_challenge": "ARC-challenge",
-    "winogrande": "WinoGrande",
-    "boolq": "BoolQ",
-}
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ def _plain(value: Any) -> Value:
 def _zeroshot() -> dict[str, Column]:
     columns = {"mean": Column("mean", at("zeroshot.{model}.mean"), "{:.3f}".format)}
     error = {"mean": at("zeroshot.{model}.mean_stderr")}
-    for task, title in TITLES.items():
+    for task, title in TASK_TITLES.items():
         metric = TASK_METRICS[task]
         path = f"zeroshot.{{model}}.{task}.{metric}"
         columns[task] = Column(f"{title} ({metric})", at(path), "{:.3f}".format)

@@ -14,3 +14,13 @@ TASK_METRICS: dict[TaskName, Literal["acc", "acc_norm"]] = {
     "arc_easy": "acc",
     "arc_challenge": "acc_norm",
 }
+
+# In tables, in this order.
+TASK_TITLES: dict[TaskName, str] = {
+    "piqa": "PIQA",
+    "hellaswag": "HellaSwag",
+    "arc_easy": "ARC-easy",
+    "arc_challenge": "ARC-challenge",
+    "winogrande": "WinoGrande",
+    "boolq": "BoolQ",
+}

@@ -4,20 +4,13 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tvaprune.masks.latency_table import PHASES
+from tvaprune.options.inputs import TASK_TITLES
 from tvaprune.report import svg
 from tvaprune.report.page import Block, Figure, Report, Samples, Section, Table, Tile
 from tvaprune.report.run import MODELS, RunFiles, Widths
 
 AXIS_NAMES = {"hidden": "hidden dimensions", "intermediate": "MLP units", "kv_heads": "key-value heads"}
-PHASES = {"prefill": "prefill", "decode": "decode"}
-TASKS = {
-    "piqa": "PIQA",
-    "hellaswag": "HellaSwag",
-    "arc_easy": "ARC-easy",
-    "arc_challenge": "ARC-challenge",
-    "winogrande": "WinoGrande",
-    "boolq": "BoolQ",
-}
 SERIES = {model: n for n, model in enumerate(MODELS)}
 SMOOTHED = 10  # steps in a running mean
 
@@ -169,13 +162,13 @@ def _zeroshot(run: RunFiles) -> tuple[Table, str]:
     """By task, with its own metric: acc_norm for HellaSwag and ARC-challenge."""
     scores, models = run.metrics["zeroshot"], run.measured("zeroshot")
     rows, groups = [], {}
-    for task in [*(name for name in scores["dense"] if name in TASKS), "mean"]:
+    for task in [*(name for name in scores["dense"] if name in TASK_TITLES), "mean"]:
         metric = "mean" if task == "mean" else "acc_norm" if task in ("hellaswag", "arc_challenge") else "acc"
         found = {model: scores[model] if task == "mean" else scores[model][task] for model in models}
         values = {model: (each[metric], each[f"{metric}_stderr"]) for model, each in found.items()}
         shown = [f"{value:.3f} ± {error:.3f}" for value, error in values.values()]
-        rows.append([TASKS.get(task, task), metric if task != "mean" else "", *shown])
-        groups[TASKS.get(task, task)] = [svg.Dot(SERIES[model], *value) for model, value in values.items()]
+        rows.append([TASK_TITLES.get(task, task), metric if task != "mean" else "", *shown])
+        groups[TASK_TITLES.get(task, task)] = [svg.Dot(SERIES[model], *value) for model, value in values.items()]
     table = Table("Zero-shot accuracy; higher is better", ["task", "metric", *models.values()], rows)
     described = "; ".join(f"{row[0]}: {', '.join(row[2:])}" for row in rows)
     names = list(models.values())

@@ -2,9 +2,9 @@
 
     python -P _vllm_speed_script.py DIRECTORY BACKEND DTYPE VOCABULARY PROMPT_TOKENS NEW_TOKENS
 
-BACKEND is vLLM's model_impl. Prints `RESULT {}` when the model is loaded. Each line of its input is a number of
-requests to send at once; the answer is `RESULT {"first_s": ..., "whole_s": ...}`: seconds until all of them have their
-first token, and until all have NEW_TOKENS.
+BACKEND is vLLM's model_impl. Prints `RESULT {"vllm": VERSION}` when the model is loaded. Each line of its input is a
+number of requests to send at once; the answer is `RESULT {"first_s": ..., "whole_s": ...}`: seconds until all of them
+have their first token, and until all have NEW_TOKENS.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(directory: str, backend: str, dtype: str, vocabulary: str, prompt_token
         model.generate(prompts, settings, use_tqdm=False)
         return time.perf_counter() - start
 
-    print("RESULT {}", flush=True)
+    print("RESULT " + json.dumps({"vllm": vllm.__version__}), flush=True)
     for line in sys.stdin:
         requests = int(line)
         found = {"first_s": seconds(requests, 1), "whole_s": seconds(requests, tokens)}

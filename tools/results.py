@@ -1,10 +1,12 @@
 """The tables of README.md and docs/*.md, from metrics/*.json (the default run) and metrics/results/*.json (saved runs).
 
 docs/results.yaml defines the tables. A page holds one between `<!-- table: NAME -->` and `<!-- end of table -->`.
-The table `default` is that of the workspace's own run, which `tvaprune results` prints. To add a row, define it in
-docs/results.yaml, run `python -m tools.run_rows NAME`, name it in a table, and run `python -m tools.results --write`.
+The table `default` is that of the workspace's own run, which `tvaprune results` prints; `vllm_speed` is what
+`tools.vllm_speed` measured. To add a row, define it in docs/results.yaml, run `python -m tools.run_rows NAME`, name it
+in a table, and run `python -m tools.results --write`.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typer import Option, echo
 
 from stages._command import command
-from tools import saved_runs
+from tools import saved_runs, vllm_speed
 from tools.run_rows import DEFINITIONS, Row, read_rows
 from tools.saved_runs import SAVED, Run
+from tools.vllm_speed import MEASURED
 from tvaprune.measures import markdown
 from tvaprune.measures.columns import ROW_TYPE, SavedRun, cell, column, value_at
 from tvaprune.params.loading import read_yaml
@@ -107,6 +110,8 @@ class Results:
         """The table of a name, that of the workspace's run included. Raises ValueError for one that is not defined."""
         if name == WORKSPACE:
             return own_table(self.runs[WORKSPACE])
+        if name == MEASURED.stem and MEASURED.is_file():
+            return vllm_speed.table(json.loads(MEASURED.read_text()))
         if name not in self.tables:
             raise ValueError(f"{DEFINITIONS} has no table {name}")
         return self.render(self.tables[name])

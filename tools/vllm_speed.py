@@ -1,8 +1,9 @@
 """Throughput of the dense and the pruned model in vLLM, side by side.
 
 `python -m tools.vllm_speed PYTHON` takes the interpreter of an environment that has vLLM (docs/serving.md). It holds
-each model in a process of its own, times them in turn and prints a row for each number of requests at once. It needs an
-otherwise idle machine. The dense model is also timed in vLLM's transformers backend, which an uneven model runs in.
+each model in a process of its own, times them in turn, and prints a row for each number of requests at once. It needs
+an otherwise idle machine, and records how busy it was. The dense model is also timed in vLLM's transformers backend,
+which an uneven model runs in. All times go to a file, from which `tools.results` makes the table of docs/serving.md.
 """
 
 import json
@@ -12,19 +13,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option, echo
 
 from stages._command import command
 from stages._options import Compact, Model
 from tools import _vllm_speed_script as script
+from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.measures import markdown
 from tvaprune.proof.vllm_runtime import ENVIRONMENT
 
 Times = dict[str, float]  # as the script prints them
+MEASURED = Path("metrics/vllm_speed.json")
 
 
 class Server:
@@ -32,8 +35,9 @@ class Server:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
+        self.version: str = self.answer()["vllm"]
 
-    def answer(self, request: str = "") -> Times:
+    def answer(self, request: str = "") -> dict[str, Any]:
         """Send a request, and read the next result. Raises RuntimeError where the process ended instead."""
         assert self.process.stdin
         assert self.process.stdout
@@ -54,9 +58,7 @@ def served(python: Path, directory: Path, backend: str, dtype: str, tokens: tupl
     started = [str(python), "-P", str(Path(script.__file__).resolve()), *arguments]
     process = subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, text=True)
     try:
-        server = Server(process)
-        server.answer()
-        yield server
+        yield Server(process)
     finally:
         process.stdin.close()  # type: ignore[union-attr]  # the script ends with its input
         process.wait()
@@ -78,6 +80,21 @@ def row(found: dict[str, list[Times]], requests: int, new_tokens: int) -> list[s
     return cells
 
 
+def table(measured: dict[str, Any]) -> str:
+    """What `main` wrote, in Markdown: a row for each number of requests, and what the figures are of."""
+    times = {int(requests): found for requests, found in measured["times"].items()}
+    rows = [row(found, requests, measured["new_tokens"]) for requests, found in times.items()]
+    rounds = len(next(iter(next(iter(times.values())).values())))
+    sentences = [
+        f"Tokens a second, the median of {rounds} rounds (lowest-highest); and the time until all requests have their",
+        f"first token. Prompts of {measured['prompt_tokens']} tokens, {measured['new_tokens']} new ones,",
+        f"{measured['dtype']}, vLLM {measured['vllm']} on {measured['processors']} CPU cores. The pruned weights are",
+        f"{measured['weights_ratio']:.2f} of the dense. Other work kept {measured['busy_with_others']:.1f} processes",
+        "busy when the run started.",
+    ]
+    return "\n\n".join([markdown.table(["requests", *next(iter(times.values()))], rows), " ".join(sentences)])
+
+
 @command
 def main(
     python: Annotated[Path, Argument(help="Interpreter of an environment that has vLLM.")],
@@ -87,19 +104,29 @@ def main(
     tokens: Annotated[tuple[int, int], Option(help="Tokens of a prompt, and new ones.")] = (128, 32),
     repeats: Annotated[int, Option(help="Timed rounds.")] = 3,
     dtype: Annotated[str, Option(help="vLLM's dtype.")] = "bfloat16",
+    out: Annotated[Path, Option(help="JSON file for the times.")] = MEASURED,
 ) -> None:
-    """Prints the table, in Markdown."""
+    """Writes the times and prints the table, in Markdown."""
     pruned = "transformers" if load_config(compact).model_type == "tvaprune" else "auto"
     models = {"dense": (dense, "auto"), "dense, transformers backend": (dense, "transformers")}
     models["pruned" + (", transformers backend" if pruned == "transformers" else "")] = (compact, pruned)
+    busy = os.getloadavg()[0]
     with ExitStack() as stack:
         servers = {
             name: stack.enter_context(served(python, directory, backend, dtype, tokens))
             for name, (directory, backend) in models.items()
         }
-        rows = [row(measure(servers, each, repeats), each, tokens[1]) for each in map(int, requests.split(","))]
+        times = {each: measure(servers, int(each), repeats) for each in requests.split(",")}
     read = [sum(info.nbytes for info in Checkpoint.of(each).info.values()) for each in (dense, compact)]
-    echo("Tokens a second (lowest-highest of the rounds), and time until all requests have their first token.")
-    size = f"The pruned weights are {read[1] / read[0]:.2f} of the dense."
-    echo(f"Prompts of {tokens[0]} tokens, {tokens[1]} new ones, {dtype}. {size}\n")
-    echo(markdown.table(["requests", *models], rows))
+    measured = {
+        "vllm": next(iter(servers.values())).version,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "busy_with_others": busy,
+        "dtype": dtype,
+        "prompt_tokens": tokens[0],
+        "new_tokens": tokens[1],
+        "weights_ratio": read[1] / read[0],
+        "times": times,
+    }
+    write_json(out, measured)
+    echo(table(measured))

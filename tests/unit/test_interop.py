@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_tokenizer
+from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load, load_config
@@ -55,6 +55,20 @@ def test_every_layer_says_its_widths(model: PreTrainedModel) -> None:
             assert own.num_key_value_heads == heads
         if own.intermediate_size:
             assert layer.mlp.up_proj.out_features == own.intermediate_size
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_stock_classes_give_every_layer_the_same_size(family: str) -> None:
+    """Why a checkpoint brings a modeling file: only caches read `per_layer_config` (transformers#45332).
+
+    Where this fails, transformers builds layers of the sizes in a stock config, and the file can go.
+    """
+    config = tiny_model(family).config
+    width, layers = config.intermediate_size, config.num_hidden_layers
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = {layer: {"intermediate_size": width - 4 * (1 + layer)} for layer in range(layers)}
+    built = AutoModelForCausalLM.from_config(config).model.layers
+    assert [layer.mlp.up_proj.out_features for layer in built] == [width] * layers
 
 
 def test_a_static_cache_generates_the_same(model: PreTrainedModel) -> None:

@@ -13,15 +13,21 @@ from typer.testing import CliRunner
 
 from tests.tiny_models import random_masks, random_update, tiny_model, tiny_tokenizer
 from tests.vllm_environment import vllm_python
-from tools.vllm_speed import row
+from tools.vllm_speed import row, table
 from tvaprune import commands
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.projection import project
-from tvaprune.proof.certificate import Reference, prompt_ids, read_certificate, write_certificate
-from tvaprune.proof.checks import against_reference, generation, reload_fresh
+from tvaprune.proof.certificate import (
+    DamagedDirectoryError,
+    Reference,
+    prompt_ids,
+    read_certificate,
+    write_certificate,
+)
+from tvaprune.proof.checks import against_reference, generation, reload_fresh, run_fresh
 from tvaprune.proof.parity import compact_logits
 from tvaprune.proof.vllm_runtime import compare_top
 
@@ -39,6 +45,8 @@ def pruned(folder: Path, family: str, layout: Layout = "uneven", empty: int | No
     masks = random_masks(topology, seed=5, empty_layer=empty)
     if layout == "uniform":
         masks = adapt(topology, project(topology, masks, 0.4), 0.4, "budget", 4, 8, layout=layout)
+    if layout == "padded":  # a stock Llama's width is a multiple of its heads
+        masks.keep["hidden"][:] = True
     compact(dense, masks, random_update(topology, seed=6), out, layout)
     input_ids = prompt_ids(AutoTokenizer.from_pretrained(dense), 24)
     reference = Reference("the compact model", input_ids, compact_logits(out, input_ids))
@@ -118,9 +126,25 @@ def test_close_generations() -> None:
     assert compare_top(logits, chosen, torch.tensor([[2, 3, 7]]), reported)[0] == 0
 
 
+def test_the_cause_is_the_error_of_a_worker(tmp_path: Path) -> None:
+    """vLLM's own last line says that its engine did not start, and no more."""
+    said = """(Worker pid=7) ERROR 11-28 08:05:52 [executor.py:953]     raise ValueError(
+(Worker pid=7) ERROR 11-28 08:05:52 [executor.py:953] ValueError: Unrecognized configuration class
+(EngineCore pid=5) ERROR 11-28 08:05:58 [core.py:1510] Exception: WorkerProc initialization failed
+RuntimeError: Engine core initialization failed. See root cause above."""
+    with pytest.raises(DamagedDirectoryError, match=r"fresh process: ValueError: Unrecognized configuration class$"):
+        run_fresh(["sh", "-c", 'echo "$SAID" >&2; exit 1'], tmp_path, "vLLM", tmp_path, SAID=said)
+
+
 def test_a_row_of_speeds() -> None:
     times = [{"first_s": 0.1, "whole_s": 1.0}, {"first_s": 0.3, "whole_s": 2.0}, {"first_s": 0.2, "whole_s": 4.0}]
     assert row({"dense": times}, requests=8, new_tokens=10) == ["8", "40 (20-80), 200 ms"]
+    measured = {"vllm": "1.2", "processors": 2, "busy_with_others": 3.14, "dtype": "bfloat16", "weights_ratio": 0.8421}
+    measured |= {"prompt_tokens": 128, "new_tokens": 10, "times": {"8": {"dense": times, "pruned": times[:1] * 3}}}
+    printed = table(measured)
+    assert "| requests | dense | pruned |" in printed
+    assert "| 8 | 40 (20-80), 200 ms | 80 (80-80), 100 ms |" in printed
+    assert all(said in printed for said in ("median of 3 rounds", "vLLM 1.2 on 2 CPU cores", "0.84", "kept 3.1"))
 
 
 @pytest.mark.nightly

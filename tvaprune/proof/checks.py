@@ -32,6 +32,8 @@ ROUNDED_BOUND = 0.5
 FOLD_FACTOR, FOLD_FLOOR = 80, 1e-6
 # Names of environment variables that hold tokens, keys and passwords.
 _CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$|_KEY_ID$|^AWS_", re.IGNORECASE)
+# An error in a process that vLLM started, in vLLM's log; the last line of its messages only refers to it.
+_IN_A_WORKER = re.compile(r"^\(\w+ pid=\d+\) ERROR .*?\] (\w+(?:Error|Exception): .*)$", re.MULTILINE)
 LEAST_LOGPROB = -80  # llama.cpp reports probabilities in float32, which ends at exp(-87)
 
 # Reads [prompts, tokens] from its input. Prints the tokens with their log-probabilities, and those of all at the first.
@@ -207,6 +209,7 @@ def run_fresh(
     variables = kept | {"HF_HUB_OFFLINE": "1"} | environment
     done = subprocess.run(command, input=given, env=variables, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
-        cause = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        cause = next(iter(_IN_A_WORKER.findall(done.stderr)), last)
         raise DamagedDirectoryError(f"{what}: {runtime} does not run it in a fresh process: {cause}")
     return done.stdout

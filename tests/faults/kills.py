@@ -230,6 +230,9 @@ def run(directory: Path, kills: int, seed: int = 0) -> list[Kill]:
     if not root.exists():
         shutil.rmtree(making, ignore_errors=True)
         prepare(making, {"PYTHONHASHSEED": "0"})
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        (directory / "commit").write_text(commit)
         making.rename(root)
     workspace = Workspace(root)
     undisturbed = Undisturbed(workspace, contents(workspace))
@@ -278,9 +281,7 @@ def main(
 ) -> None:
     """Kill stages at random moments; exit status 1 where something was different afterwards."""
     done = run(directory, kills, seed)
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
-    written = report(done, commit)
+    written = report(done, (directory / "commit").read_text().strip())
     if write:
         REPORT.write_text(written)
     typer.echo(written)

@@ -1,5 +1,6 @@
 """The recipes are sound shell and YAML, and name only what exists."""
 
+import json
 import re
 import subprocess
 import sys
@@ -55,3 +56,29 @@ def test_every_name_exists(path: Path) -> None:
     for command in set(re.findall(r"\bdvc ((?:exp|cache|remote) \w+|repro)", text)):
         dvc = Path(sys.executable).parent / "dvc"
         subprocess.run([str(dvc), *command.split(), "--help"], check=True, capture_output=True)
+
+
+def test_the_container_sets_up_with_make() -> None:
+    container = json.loads((REPOSITORY / ".devcontainer" / "devcontainer.json").read_text())
+    assert re.fullmatch(r"make [a-z]+", container["postCreateCommand"])
+    planned = subprocess.run(
+        ["make", "-n", "-W", "requirements.lock", *container["postCreateCommand"].split()[1:]],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert re.search(r"--require-hashes .*-r requirements-dev\.lock", planned)
+    assert container["image"].endswith(":3.11")
+    assert container["remoteEnv"]["PATH"].startswith("${containerWorkspaceFolder}/.venv/bin:")
+
+
+def test_nothing_installs_a_lock_but_the_makefile() -> None:
+    """Another way would have to repeat its options, or would check no hash. The environment with vLLM is its own."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    paths = [path for name in names.split("\0") if name and (path := REPOSITORY / name).is_file()]
+    documents = [path for path in paths if path.suffix in (".md", ".yml", ".yaml", ".sh", ".sbatch", ".json", "")]
+    found = [
+        (path.relative_to(REPOSITORY).as_posix(), line)
+        for path in documents
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"-r requirements(?!-vllm)[a-z-]*\.lock", line) and not line.startswith("-r ")
+    ]
+    assert found == []

@@ -32,7 +32,7 @@ from typer import Argument, Option, echo
 from stages._command import command
 
 LOCKS = [Path(f"requirements{suffix}.lock") for suffix in ("-build", "", "-cuda", "-dev")]
-PIN = re.compile(r"([a-z0-9-]+)==([0-9][0-9a-z.]*)")
+PIN = re.compile(r"([a-z0-9-]+)==([0-9][0-9a-z.]*)(?: ; .+)?")
 MACHINES = re.compile(r"(manylinux|linux).*_(x86_64|aarch64)|macosx_.*_(x86_64|arm64|universal2)|any")
 PYTHON = re.compile(r"py(?:2|3|31[1-9])|cp31[1-9]")
 STABLE_ABI = re.compile(r"cp3[0-9]*")
@@ -166,7 +166,7 @@ def pins(lines: Iterable[str]) -> list[tuple[str, str]]:
             continue
         match = PIN.fullmatch(line.removesuffix("\\").strip())
         if match is None:
-            raise ValueError(f"{line!r}: a line of a lock file is a comment, `-r FILE` or `name==version`")
+            raise ValueError(f"{line!r}: a line of a lock file is a comment, `-r FILE` or `name==version [; marker]`")
         found.append((match[1], match[2]))
     return found
 
@@ -180,8 +180,9 @@ def renewed(lock: str, digests: dict[tuple[str, str], list[str]]) -> str:
         if line.startswith(("#", "-r ")) or not line.strip():
             lines.append(line)
             continue
-        ((name, version),) = pins([line])
-        lines.append(" \\\n    ".join([f"{name}=={version}", *(f"--hash=sha256:{d}" for d in digests[name, version])]))
+        (pin,) = pins([line])
+        written = line.removesuffix("\\").strip()
+        lines.append(" \\\n    ".join([written, *(f"--hash=sha256:{digest}" for digest in digests[pin])]))
     return "\n".join(lines) + "\n"
 
 

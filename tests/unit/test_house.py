@@ -380,7 +380,9 @@ def test_the_lock_pins_every_direct_dependency_to_what_is_installed() -> None:
         for package, pinned in pins(text.splitlines()):
             assert package not in locked, package
             locked[package] = pinned
-        packages = re.findall(r"^\S+==\S+(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", text, flags=re.MULTILINE)
+        packages = re.findall(
+            r"^\S+==\S+(?: ; .+?)?(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", text, flags=re.MULTILINE
+        )
         assert len(packages) == len(pins(text.splitlines())), f"{path}: a pin without a hash"
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:

@@ -110,11 +110,12 @@ def test_both_formats_of_a_page_give_the_same_files() -> None:
 
 
 def test_renewing_keeps_pins_and_comments_and_is_stable() -> None:
-    lock = "# comment\n-r other.lock\na==1\nb==2.0 \\\n    --hash=sha256:old\n"
+    lock = "# comment\n-r other.lock\na==1 ; python_version > '3.11'\nb==2.0 \\\n    --hash=sha256:old\n"
     digests = {("a", "1"): ["1", "2"], ("b", "2.0"): ["3"]}
     assert pins(lock.splitlines()) == list(digests)
     once = renewed(lock, digests)
-    first, second = "a==1 \\\n    --hash=sha256:1 \\\n    --hash=sha256:2\n", "b==2.0 \\\n    --hash=sha256:3\n"
+    first = "a==1 ; python_version > '3.11' \\\n    --hash=sha256:1 \\\n    --hash=sha256:2\n"
+    second = "b==2.0 \\\n    --hash=sha256:3\n"
     assert once == "# comment\n-r other.lock\n" + first + second
     assert renewed(once, digests) == once
     with pytest.raises(ValueError, match="a line of a lock file is"):

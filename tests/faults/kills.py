@@ -268,7 +268,8 @@ Written by `python -m tests.faults.kills DIRECTORY --kills N --write`: the pipel
 random moment of each stage, sent to the stage, to DVC, or to their process group. After each, `dvc repro` runs until
 nothing is left to do. `different` counts the kills after which a file in data/ or artifacts/, or a hash in dvc.lock,
 was not that of the undisturbed run. Signals that came after the end of a run are not counted. Processes are forked from
-one that has imported the libraries (tests/faults/warm.py), except those of the undisturbed run.
+one that has imported the libraries (tests/faults/warm.py), except those of the undisturbed run. Made at
+commit {commit}.
 
 """
 

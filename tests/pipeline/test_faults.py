@@ -26,14 +26,13 @@ def undisturbed(finished: Workspace) -> Undisturbed:
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """The line that says why a run failed; DVC's summary, which only names the stage, is left out."""
+    """The one line in which a stage says why it failed; else DVC's own, of which it writes one a file."""
     assert done.returncode != 0
     lines = (done.stdout + done.stderr).splitlines()
     assert not any("Traceback" in line for line in lines)
-    named = [line for line in lines if line.startswith(("error: ", "ERROR: "))]
-    own = [line for line in named if not line.startswith("ERROR: failed to reproduce")]
-    (line,) = own or named
-    return line
+    said = [line for line in lines if line.startswith("error: ")]
+    assert len(said) <= 1
+    return said[0] if said else "\n".join(line for line in lines if line.startswith("ERROR: "))
 
 
 def started_by(directory: Path, script: str) -> dict[str, str]:

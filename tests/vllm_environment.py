@@ -13,6 +13,7 @@ from filelock import FileLock
 LOCK_FILE = Path(__file__).parents[1] / "requirements-vllm.lock"
 # vLLM's CPU build asks for them, and does not need them for text; an index may serve a build for another torch.
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
+LIMIT_S = 300  # an index that takes longer cannot serve CI
 
 
 def vllm_python() -> Path:
@@ -29,9 +30,13 @@ def vllm_python() -> Path:
             shutil.rmtree(home, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
             pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-            installed = subprocess.run([*pip, "install", "-q", "-r", str(LOCK_FILE)], capture_output=True, text=True)
-            if installed.returncode:
-                lines = installed.stderr.strip().splitlines() or ["no message"]
+            install = [*pip, "install", "-q", "-r", str(LOCK_FILE)]
+            try:
+                subprocess.run(install, capture_output=True, text=True, check=True, timeout=LIMIT_S)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"the package index did not serve {LOCK_FILE.name} within {LIMIT_S} s")
+            except subprocess.CalledProcessError as error:
+                lines = error.stderr.strip().splitlines() or ["no message"]
                 pytest.skip(f"the package index cannot serve {LOCK_FILE.name}: {lines[-1]}")
             subprocess.run([*pip, "uninstall", "-q", "-y", *UNUSED], check=True)
             done.touch()

@@ -2,8 +2,8 @@
 
 docs/results.yaml defines the tables. A page holds one between `<!-- table: NAME -->` and `<!-- end of table -->`.
 The table `default` is that of the workspace's own run, which `tvaprune results` prints; `vllm_speed` is what
-`tools.vllm_speed` measured. To add a row, define it in docs/results.yaml, run `python -m tools.run_rows NAME`, name it
-in a table, and run `python -m tools.results --write`.
+`tools.vllm_speed` measured, `serving` what `tvaprune verify --vllm` did. To add a row, define it in docs/results.yaml,
+run `python -m tools.run_rows NAME`, name it in a table, and run `python -m tools.results --write`.
 """
 
 import json
@@ -20,12 +20,16 @@ from stages._command import command
 from tools import saved_runs, vllm_speed
 from tools.run_rows import DEFINITIONS, Row, read_rows
 from tools.saved_runs import SAVED, Run
-from tools.vllm_speed import MEASURED
 from tvaprune.measures import markdown
 from tvaprune.measures.columns import ROW_TYPE, SavedRun, cell, column, value_at
 from tvaprune.params.loading import read_yaml
 from tvaprune.results import WORKSPACE, own_table, sentences, workspace_run
 
+# Tables of one file each, which a command other than the pipeline's wrote.
+MEASUREMENTS = {
+    "vllm_speed": (vllm_speed.MEASURED, vllm_speed.table),
+    "serving": (vllm_speed.SERVING, lambda found: vllm_speed.agreement(found["vllm"])),
+}
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 
 
@@ -110,8 +114,9 @@ class Results:
         """The table of a name, that of the workspace's run included. Raises ValueError for one that is not defined."""
         if name == WORKSPACE:
             return own_table(self.runs[WORKSPACE])
-        if name == MEASURED.stem and MEASURED.is_file():
-            return vllm_speed.table(json.loads(MEASURED.read_text()))
+        if name in MEASUREMENTS:
+            file, rendered = MEASUREMENTS[name]
+            return rendered(json.loads(file.read_text()))
         if name not in self.tables:
             raise ValueError(f"{DEFINITIONS} has no table {name}")
         return self.render(self.tables[name])

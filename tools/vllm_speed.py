@@ -27,7 +27,7 @@ from tvaprune.measures import markdown
 from tvaprune.proof.vllm_runtime import ENVIRONMENT
 
 Times = dict[str, float]  # as the script prints them
-MEASURED = Path("metrics/vllm_speed.json")
+MEASURED, SERVING = Path("docs/vllm_speed.json"), Path("metrics/serving.json")
 
 
 class Server:
@@ -89,10 +89,18 @@ def table(measured: dict[str, Any]) -> str:
         f"Tokens a second, the median of {rounds} rounds (lowest-highest); and the time until all requests have their",
         f"first token. Prompts of {measured['prompt_tokens']} tokens, {measured['new_tokens']} new ones,",
         f"{measured['dtype']}, vLLM {measured['vllm']} on {measured['processors']} CPU cores. The pruned weights are",
-        f"{measured['weights_ratio']:.2f} of the dense. Other work kept {measured['busy_with_others']:.1f} processes",
-        "busy when the run started.",
+        f"{measured['weights_ratio']:.2f} of the dense. The load of other work at the start was",
+        f"{measured['busy_with_others']:.1f} processes.",
     ]
     return "\n\n".join([markdown.table(["requests", *next(iter(times.values()))], rows), " ".join(sentences)])
+
+
+def agreement(figures: dict[str, float]) -> str:
+    """What `tvaprune verify --vllm` wrote, in Markdown."""
+    head = ["new tokens a prompt", "largest difference of a log-probability", "same tokens", "close tokens"]
+    shares = [f"{figures[name]:.0%}" for name in ("token_agreement", "top5_agreement")]
+    cells = [f"{figures['tokens']:.0f}", f"{figures['max_abs_logprob_diff']:.0e} nats", *shares]
+    return markdown.table(head, [cells])
 
 
 @command

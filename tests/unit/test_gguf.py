@@ -4,6 +4,7 @@ import json
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,14 +54,17 @@ def greedy_tokens(file: Path, prompts: list[list[int]], tokens: int) -> list[lis
 
 def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
     """Token ids by the file's own tokenizer, with the special tokens that it adds and those named in the text."""
-    server, ids = start_server(file, context=32), []  # it listens while there is a reference to it
-    address = f"{server.listening_address}/tokenize"
-    for text in texts:
-        content = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-        request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            ids.append(json.load(answer)["tokens"])
-    return ids
+    server = start_server(file, context=32)  # it listens while there is a reference to it
+    return [ask(server, "tokenize", content=text, add_special=True, parse_special=True)["tokens"] for text in texts]
+
+
+def ask(server: Any, path: str, **content: Any) -> Any:
+    """What the server answers over HTTP."""
+    request = urllib.request.Request(
+        f"{server.listening_address}/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 @torch.inference_mode()
@@ -103,6 +107,21 @@ def test_a_padded_model_runs_alike_in_llama_cpp(family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["llama_tied", "llama_bias", "mistral", "qwen2"])
 def test_uneven_layers_run_alike_in_llama_cpp(family: str, empty_layer: int | None, tmp_path: Path) -> None:
     assert_exports_alike(pruned(family, tmp_path, masks_of(family, empty_layer)), "deci")
+
+
+@torch.inference_mode()
+def test_the_server_completes_over_http(tmp_path: Path) -> None:
+    """What llama-server offers its clients: the request of OpenAI's API, for a pruned model with an empty layer."""
+    directory = pruned("llama", tmp_path, masks_of("llama", empty_layer=1))
+    write_gguf(directory, tmp_path / "model.gguf", "f32")
+    server = start_server(tmp_path / "model.gguf", context=32)
+    asked = {"prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+    (choice,) = ask(server, "v1/completions", **asked)["choices"]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = load(directory, dtype=torch.float32).generate(torch.tensor(PROMPTS[:1]), **settings)
+    chosen = [step["id"] for step in choice["logprobs"]["content"]]
+    assert chosen == expected[0, len(PROMPTS[0]) :].tolist()
+    assert choice["text"]
 
 
 @pytest.mark.parametrize("axis", ["kv_heads", "intermediate"])

@@ -19,6 +19,10 @@ PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "do
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```$", re.M | re.S
 )
+# "`COMMAND` prints", then what it printed in a real run.
+OUTPUT = re.compile(r"`(?P<command>[^`\n]+)` prints\n\n```text\n(?P<text>.*?)^```$", re.M | re.S)
+# What is another one in every run: commits, times of day, and the names that DVC invents.
+CHANGING = re.compile(r"\b[0-9a-f]{7}\b|\b\d\d:\d\d (?:AM|PM)\b|\b[a-z]{5}-[a-z]{4}\b")
 # Set-up: `.ci/run` and the tests themselves come from it.
 MAKE = re.compile(r"make ([a-z-]+)")
 PUBLISHED = "tvaprune-mistral-mask.pkl"
@@ -43,6 +47,16 @@ def commands(page: str) -> list[str]:
     text = "\n".join(block.text for block in blocks(page, "bash") if block.reason is None)
     lines = [line.split("  #")[0].split(" # ")[0].strip() for line in text.splitlines()]
     return [line for line in lines if line and line != "source .venv/bin/activate"]
+
+
+def outputs(page: str) -> dict[str, str]:
+    """What a page says that its commands print, by command."""
+    return {each["command"]: each["text"] for each in OUTPUT.finditer((REPOSITORY / page).read_text())}
+
+
+def stable(printed: str) -> list[list[str]]:
+    """The words of each line that has any, with a dash for what is another one in every run."""
+    return [line.split() for line in CHANGING.sub("-", printed).splitlines() if line.strip()]
 
 
 def run_commands(page: str, workspace: Workspace, changes: dict[str, str]) -> dict[str, str]:

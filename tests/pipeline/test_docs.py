@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.documents import PAGES, blocks, commands, run_commands, run_python
+from tests.pipeline.documents import PAGES, blocks, commands, outputs, run_commands, run_python, stable
 from tests.pipeline.workspace import REPOSITORY, Workspace, environment
 from tools.parameters_page import PAGE, page
 
@@ -38,6 +38,13 @@ def test_a_reason_stands_right_before_its_block() -> None:
     for name in PAGES:
         marked = [block for language in ("bash", "python") for block in blocks(name, language) if block.reason]
         assert (REPOSITORY / name).read_text().count("<!-- not run") == len(marked), name
+
+
+def test_outputs_are_those_of_commands_that_a_test_runs() -> None:
+    """The test of docs/experiments.md as it is compares them with what the commands print."""
+    shown = {name: outputs(name) for name in PAGES if outputs(name)}
+    assert set(shown) == {"docs/experiments.md"}
+    assert set(shown["docs/experiments.md"]) <= set(commands("docs/experiments.md"))
 
 
 def prepared(workspace: Workspace, tmp_path: Path) -> dict[str, str]:
@@ -77,7 +84,9 @@ def test_the_commands_of_other_pages_run(workspace: Workspace, name: str) -> Non
 def test_the_commands_of_experiments_run_as_they_are(workspace: Workspace, tmp_path: Path) -> None:
     workspace.dvc("remote", "add", "-d", "team", str(tmp_path / "remote"))
     workspace.commit()
-    run_commands("docs/experiments.md", workspace, prepared(workspace, tmp_path))
+    printed = run_commands("docs/experiments.md", workspace, prepared(workspace, tmp_path))
+    for command, text in outputs("docs/experiments.md").items():
+        assert stable(printed[command]) == stable(text), command
 
 
 @pytest.mark.slow

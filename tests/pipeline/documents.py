@@ -71,7 +71,10 @@ def run_commands(page: str, workspace: Workspace, changes: dict[str, str]) -> di
         program, *arguments = shlex.split(changed)
         if PUBLISHED in arguments:
             _write_published(workspace)
-        if program == "dvc":
+        if changed == "dvc queue start":
+            _run_the_queue(workspace)
+            printed[line] = ""
+        elif program == "dvc":
             printed[line] = workspace.dvc(*arguments).stdout
         else:
             assert program in ("python", "git"), f"no test knows how to run {line!r}"
@@ -79,8 +82,6 @@ def run_commands(page: str, workspace: Workspace, changes: dict[str, str]) -> di
             done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True)
             assert done.returncode == 0, f"{line}:\n{done.stdout}\n{done.stderr}"
             printed[line] = done.stdout
-        if changed == "dvc queue start":
-            _wait_for_the_queue(workspace)
     return printed
 
 
@@ -99,7 +100,10 @@ def _write_published(workspace: Workspace) -> None:
     write_published(workspace.root / PUBLISHED, masks, update)
 
 
-def _wait_for_the_queue(workspace: Workspace) -> None:
+def _run_the_queue(workspace: Workspace) -> None:
+    """Start the queue and wait for its end. The worker keeps the output open, so a pipe would wait for it as well."""
+    variables = environment() | workspace.variables
+    subprocess.run(["dvc", "queue", "start"], cwd=workspace.root, env=variables, stdout=subprocess.DEVNULL, check=True)
     deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
         status = workspace.dvc("queue", "status").stdout

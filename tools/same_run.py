@@ -14,8 +14,8 @@ from typer import Argument, Exit, echo
 
 from stages._command import command
 
-# Files and keys that hold measurements of the machine, which differ between equal runs.
-MEASURED_FILES = {"speed.json", "profile.json"}
+# What differs between equal runs: measurements of the machine, and what no stage writes (serving.json).
+MEASURED_FILES = {"speed.json", "profile.json", "serving.json"}
 MEASURED_OUTPUTS = {"artifacts/profile"}
 MEASURED_KEY = re.compile(r"(^|_)(seconds|ms|memory_bytes|load_s|threads)$|_per_s$|_per_minute$")
 

@@ -16,7 +16,7 @@ from stages._command import command
 
 # What differs between equal runs: measurements of the machine, and what no stage writes (serving.json).
 MEASURED_FILES = {"speed.json", "profile.json", "serving.json"}
-MEASURED_OUTPUTS = {"artifacts/profile"}
+MEASURED_OUTPUTS = {"artifacts/profile", "artifacts/report"}
 MEASURED_KEY = re.compile(r"(^|_)(seconds|ms|memory_bytes|load_s|threads)$|_per_s$|_per_minute$")
 
 

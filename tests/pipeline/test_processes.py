@@ -61,8 +61,10 @@ def test_two_processes_find_what_one_finds(paired: Workspace) -> None:
     assert paired.repro() == set()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["learn_masks", "finetune_lora"])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param("learn_masks", marks=pytest.mark.nightly), pytest.param("finetune_lora", marks=pytest.mark.slow)],
+)
 def test_a_killed_process_stops_all_within_a_minute_and_the_stage_goes_on(paired: Workspace, stage: str) -> None:
     two_processes = replace(paired, variables={"TVAPRUNE_NPROC": "2"})
     paired.forget(stage)

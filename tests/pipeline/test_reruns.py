@@ -21,10 +21,10 @@ slow = pytest.mark.slow
         ("eval_zeroshot.limit", 2, {"eval_dense_zeroshot", "eval_zeroshot", "report"}),
         ("report.prompts", [], {"report"}),
         ("learn_masks.flap.windows", 32, {"check_model"}),  # another method's option
-        pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=slow),
+        pytest.param("finetune_lora.learning_rate", 5e-3, {"finetune_lora", *MEASURES}, marks=pytest.mark.nightly),
         # The same change as in the experiment below.
         pytest.param("adapt_dimensions.multiple", 8, {"profile_hardware", *FROM_ADAPT}, marks=pytest.mark.nightly),
-        pytest.param("sparsity", 0.4, {"learn_masks", "update_weights", *FROM_ADAPT}, marks=slow),
+        pytest.param("sparsity", 0.4, {"learn_masks", "update_weights", *FROM_ADAPT}, marks=pytest.mark.nightly),
     ],
 )
 def test_a_change_reruns_exactly_what_it_must(workspace: Workspace, key: str, value: Any, expected: set[str]) -> None:

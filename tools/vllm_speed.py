@@ -97,7 +97,12 @@ def table(measured: dict[str, Any]) -> str:
 
 def agreement(figures: dict[str, float]) -> str:
     """What `tvaprune verify --vllm` wrote, in Markdown."""
-    head = ["new tokens a prompt", "largest difference of a log-probability", "same tokens", "close tokens"]
+    head = [
+        "new tokens",
+        "largest difference of a log-probability",
+        "prompts with the same tokens",
+        "prompts that pass",
+    ]
     shares = [f"{figures[name]:.0%}" for name in ("token_agreement", "top5_agreement")]
     cells = [f"{figures['tokens']:.0f}", f"{figures['max_abs_logprob_diff']:.0e} nats", *shares]
     return markdown.table(head, [cells])

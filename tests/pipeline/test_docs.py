@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.documents import PAGES, blocks, commands, outputs, run_commands, run_python, stable
+from tests.pipeline.documents import PAGES, blocks, commands, outputs, run_commands, run_python, words
 from tests.pipeline.workspace import REPOSITORY, Workspace, environment
 from tools.parameters_page import PAGE, page
 
@@ -86,7 +86,7 @@ def test_the_commands_of_experiments_run_as_they_are(workspace: Workspace, tmp_p
     workspace.commit()
     printed = run_commands("docs/experiments.md", workspace, prepared(workspace, tmp_path))
     for command, text in outputs("docs/experiments.md").items():
-        assert stable(printed[command]) == stable(text), command
+        assert words(printed[command]) == words(text), command
 
 
 @pytest.mark.slow

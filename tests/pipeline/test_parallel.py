@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.faults.kills import Undisturbed, contents, different
-from tests.pipeline.workspace import Workspace
+from tests.pipeline.workspace import Workspace, git
+from tvaprune.measures.columns import value_at
 
 # Pairs with the same sparsity learn the same masks, and two workers do so at the same time.
 SWEEP: dict[str, list[Any]] = {
@@ -20,10 +20,6 @@ SWEEP: dict[str, list[Any]] = {
     "adapt_dimensions.multiple": [8, 16],
     "compact.layout": ["uneven", "padded"],
 }
-
-
-def git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
 
 
 def outputs(lock: str) -> dict[str, str]:
@@ -36,13 +32,7 @@ def outputs(lock: str) -> dict[str, str]:
 
 def values(params: str) -> tuple[Any, ...]:
     content = YAML(typ="safe").load(params)
-    found = []
-    for key in SWEEP:
-        value = content
-        for part in key.split("."):
-            value = value[part]
-        found.append(value)
-    return tuple(found)
+    return tuple(value_at(content, key) for key in SWEEP)
 
 
 @pytest.mark.nightly

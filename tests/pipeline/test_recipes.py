@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.workspace import REPOSITORY, Workspace, environment
-
-
-def git(directory: Path, *arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=directory, env=environment(), check=True, capture_output=True, text=True).stdout
+from tests.pipeline.workspace import REPOSITORY, Workspace, environment, git
 
 
 @pytest.mark.slow

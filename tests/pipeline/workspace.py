@@ -194,3 +194,8 @@ def _run(
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def git(directory: Path, *arguments: str) -> str:
+    """What git prints, run in a directory."""
+    return _run(["git", *arguments], directory).stdout

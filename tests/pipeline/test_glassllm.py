@@ -15,7 +15,7 @@ def metrics(workspace: Workspace, name: str) -> dict:
     return json.loads((workspace.root / "metrics" / f"{name}.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_glassllm_is_pruned_recovered_and_better_than_by_chance(tmp_path: Path) -> None:
     workspace = Workspace.create(tmp_path / "workspace")

@@ -51,7 +51,7 @@ def test_without_finetuning_the_pipeline_ends_and_compares_two_models(workspace:
         assert "finetuned" not in content
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_experiment_in_a_copy_reruns_the_same_and_leaves_the_workspace_alone(workspace: Workspace) -> None:
     """`dvc exp run --temp` works in a copy of the workspace, which has the committed and changed files only."""
     before = workspace.hashes()

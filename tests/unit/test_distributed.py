@@ -61,7 +61,11 @@ def test_two_processes_learn_the_gates_of_one(tmp_path: Path, case: str, family:
 
 @pytest.mark.parametrize(
     ("case", "family"),
-    [("tva", "llama"), *(pytest.param(case, "qwen3", marks=pytest.mark.slow) for case in ("deterministic", "paper"))],
+    [
+        ("tva", "llama"),
+        pytest.param("deterministic", "qwen3", marks=pytest.mark.slow),
+        pytest.param("paper", "qwen3", marks=pytest.mark.nightly),
+    ],
 )
 def test_two_processes_resume_after_a_kill_as_if_undisturbed(tmp_path: Path, case: str, family: str) -> None:
     """Rank 0 saved on its own device, which the other process cannot read."""

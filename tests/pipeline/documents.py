@@ -19,8 +19,10 @@ PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "do
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```$", re.M | re.S
 )
-# "`COMMAND` prints", then what it printed in a real run.
-OUTPUT = re.compile(r"`(?P<command>[^`\n]+)` prints\n\n```text\n(?P<text>.*?)^```$", re.M | re.S)
+# "`COMMAND` prints" or "ends with", then what it printed in a real run, or lines of that.
+OUTPUT = re.compile(r"`(?P<command>[^`\n]+)` (?:prints|ends with)[^`\n]*\n\n```text\n(?P<text>.*?)^```$", re.M | re.S)
+# Words that differ from run to run: figures, hashes and the names that DVC invents.
+OF_A_RUN = re.compile(r"-?\d.*|[0-9a-f]{7}|'[a-z]+-[a-z]+'|-+|\|-[-|]*")
 # Set-up: `.ci/run` and the tests themselves come from it.
 MAKE = re.compile(r"make ([a-z-]+)")
 PUBLISHED = "tvaprune-mistral-mask.pkl"
@@ -52,9 +54,19 @@ def outputs(page: str) -> dict[str, str]:
     return {each["command"]: each["text"] for each in OUTPUT.finditer((REPOSITORY / page).read_text())}
 
 
-def words(printed: str) -> list[list[str]]:
-    """The words of each line that has any."""
-    return [line.split() for line in printed.splitlines() if line.strip()]
+def missing_lines(shown: str, printed: str) -> list[list[str]]:
+    """Lines that a page shows and a command did not print, but for what differs from run to run."""
+    found = _words(printed)
+    return [line for line in _words(shown) if line not in found]
+
+
+def _words(printed: str) -> list[list[str]]:
+    """The words of each line that has any, `#` in place of those that differ from run to run."""
+    return [
+        ["#" if OF_A_RUN.fullmatch(word) else word for word in line.split()]
+        for line in printed.splitlines()
+        if line.strip()
+    ]
 
 
 def run_commands(page: str, workspace: Workspace, changes: dict[str, str]) -> dict[str, str]:

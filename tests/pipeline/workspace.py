@@ -43,7 +43,7 @@ class Workspace:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
         _run([sys.executable, "-m", "tools.plots_page"], root)
-        _run(["git", "init", "-q"], root)
+        _run(["git", "init", "-q", "-b", "main"], root)
         return cls(root)
 
     def copy(self, root: Path) -> "Workspace":

@@ -25,6 +25,7 @@ help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 repro: $(VENV)/.installed ## run the whole pipeline: fetch, prune, fine-tune, measure
+	@$(BIN)/python -m tools.mend_rwlock
 	$(BIN)/dvc repro
 	@$(BIN)/python -m tvaprune results
 

@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 from tests.faults.warm import Warm, warm_programs
 from tests.pipeline.tiny_inputs import write_inputs, write_small_params
 from tests.pipeline.workspace import REPOSITORY, Workspace
+from tools.mend_rwlock import mend
 
 Target = Literal["stage", "dvc", "group"]
 TARGETS: tuple[Target, ...] = ("stage", "dvc", "group")
@@ -43,6 +44,7 @@ class Kill:
         moment: when it was sent, as a share of the undisturbed run's time.
         came: False where the run ended as if there had been no signal.
         different: files of data/ and artifacts/ that differ from the undisturbed run's afterwards.
+        mended: whether DVC's file rwlock was cut off, and `tools.mend_rwlock` removed it.
     """
 
     stage: str
@@ -51,6 +53,7 @@ class Kill:
     moment: float
     came: bool
     different: list[str]
+    mended: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,12 @@ class Killer:
                     os.kill(victim, number)
             came = dvc.wait(PATIENCE_S) != 0 and running
             self._wait_for_end("dvc")  # of which a signal to the group ends the client first
-            self._repair()
+            mended = self._repair()
             self._wait_for_end(stage)
         found = different(self.workspace, self.undisturbed)
         if found:
             self.workspace = self._fresh()
-        return Kill(stage, number.name, target, round(moment, 3), came, found)
+        return Kill(stage, number.name, target, round(moment, 3), came, found, mended)
 
     def _time(self, stage: str, of_stage: bool) -> float:
         """Seconds that the stage, or DVC with the stage, takes undisturbed."""
@@ -176,12 +179,17 @@ class Killer:
             time.sleep(0.001)
         return found
 
-    def _repair(self) -> None:
-        """`dvc repro`, again while it is refused because the killed DVC's stage still runs."""
+    def _repair(self) -> bool:
+        """What `make repro` runs, again while it is refused because the killed DVC's stage still runs.
+
+        Returns whether DVC's file rwlock had to be removed.
+        """
+        mended = False
         for _ in range(200):
+            mended |= mend(self.workspace.root)
             done = self.workspace.dvc("repro", check=False)
             if done.returncode == 0:
-                return
+                return mended
             if "another process is already making this output" not in done.stderr:
                 break
             time.sleep(0.2)
@@ -256,8 +264,9 @@ def report(done: list[Kill], commit: str) -> str:
         own = [kill for kill in came if stage in (kill.stage, "all")]
         counts = [sum(kill.signal == one.name for kill in own) for one in SIGNALS]
         counts += [sum(kill.target == one for kill in own) for one in TARGETS]
-        rows.append([stage, *map(str, counts), str(len(own)), str(sum(bool(kill.different) for kill in own))])
-    columns = ["stage", *(one.name for one in SIGNALS), *TARGETS, "kills", "different"]
+        counts += [len(own), sum(kill.mended for kill in own), sum(bool(kill.different) for kill in own)]
+        rows.append([stage, *map(str, counts)])
+    columns = ["stage", *(one.name for one in SIGNALS), *TARGETS, "kills", "rwlock", "different"]
     lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]]
     return HEADING.format(commit=commit) + "\n".join(lines) + "\n"
 
@@ -267,9 +276,10 @@ HEADING = """# Faults
 Written by `python -m tests.faults.kills DIRECTORY --kills N --write`: the pipeline on a tiny model, with a signal at a
 random moment of each stage, sent to the stage, to DVC, or to their process group. After each, `dvc repro` runs until
 nothing is left to do. `different` counts the kills after which a file in data/ or artifacts/, or a hash in dvc.lock,
-was not that of the undisturbed run. Signals that came after the end of a run are not counted. Processes are forked from
-one that has imported the libraries (tests/faults/warm.py), except those of the undisturbed run. Made at
-commit {commit}.
+was not that of the undisturbed run. `rwlock` counts those that cut off DVC's own file `.dvc/tmp/rwlock`, which
+`make repro` then removes (tools/mend_rwlock.py). Signals that came after the end of a run are not counted. Processes
+are forked from one that has imported the libraries (tests/faults/warm.py), except those of the undisturbed run. Made
+at commit {commit}.
 
 """
 

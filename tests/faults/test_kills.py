@@ -21,6 +21,7 @@ from tests.faults.kills import (
     run,
 )
 from tests.faults.warm import warm_programs
+from tools.mend_rwlock import mend
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,23 @@ def test_two_hundred_kills_leave_no_difference(tmp_path: Path) -> None:
     assert {kill.stage for kill in done if kill.came} == set(STAGES)
 
 
+@pytest.mark.parametrize(("left", "removed"), [("", True), ('{"read": {', True), ('{"read": {}}', False)])
+def test_only_a_lock_file_that_dvc_cannot_read_is_removed(tmp_path: Path, left: str, removed: bool) -> None:
+    assert not mend(tmp_path)
+    path = tmp_path / ".dvc" / "tmp" / "rwlock"
+    path.parent.mkdir(parents=True)
+    path.write_text(left)
+    assert mend(tmp_path) is removed
+    assert path.exists() is not removed
+
+
 def test_the_report_counts_kills_that_came_in_time() -> None:
     done = [
         Kill("compact", "SIGKILL", "dvc", 0.5, True, []),
-        Kill("compact", "SIGTERM", "group", 0.5, True, ["artifacts/compact/config.json"]),
+        Kill("compact", "SIGTERM", "group", 0.5, True, ["artifacts/compact/config.json"], True),
         Kill("compact", "SIGINT", "stage", 0.9, False, []),
     ]
     written = report(done, "abc1234")
-    assert "| compact | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in written
-    assert "| all | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 |" in written
+    assert "| compact | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 | 1 |" in written
+    assert "| all | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 1 | 1 |" in written
     assert "commit abc1234" in written

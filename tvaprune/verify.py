@@ -1,4 +1,4 @@
-"""Repeat the checks of a model directory, without the dense model: `python -m tvaprune.verify DIRECTORY`."""
+"""Repeat the checks of a model directory, without the dense model: `python -m tvaprune verify DIRECTORY`."""
 
 import json
 import re
@@ -63,6 +63,6 @@ def report(
     return all(check.passed is not False for check in checks)
 
 
-if __name__ == "__main__":  # what the cards of pruned models name; `tvaprune verify` is the same
+if __name__ == "__main__":  # the same as `tvaprune verify`
     sys.argv.insert(1, "verify")
     runpy.run_module("tvaprune", run_name="__main__")

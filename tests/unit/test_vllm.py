@@ -29,7 +29,7 @@ from tvaprune.proof.certificate import (
 )
 from tvaprune.proof.checks import against_reference, generation, reload_fresh, run_fresh
 from tvaprune.proof.parity import compact_logits
-from tvaprune.proof.vllm_runtime import compare_top
+from tvaprune.proof.vllm_runtime import IN_A_WORKER, compare_top
 
 BOUND = 1e-4
 FAMILIES = ["llama", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen3"]
@@ -133,7 +133,13 @@ def test_the_cause_is_the_error_of_a_worker(tmp_path: Path) -> None:
 (EngineCore pid=5) ERROR 11-28 08:05:58 [core.py:1510] Exception: WorkerProc initialization failed
 RuntimeError: Engine core initialization failed. See root cause above."""
     with pytest.raises(DamagedDirectoryError, match=r"fresh process: ValueError: Unrecognized configuration class$"):
-        run_fresh(["sh", "-c", 'echo "$SAID" >&2; exit 1'], tmp_path, "vLLM", tmp_path, SAID=said)
+        run_fresh(["sh", "-c", "cat >&2; exit 1"], tmp_path, "vLLM", tmp_path, said, cause=IN_A_WORKER)
+
+
+def test_a_process_that_is_killed_is_not_blamed_on_its_last_message(tmp_path: Path) -> None:
+    killed = "echo 'Triton is installed, but has no CPU backend' >&2; kill -9 $$"
+    with pytest.raises(DamagedDirectoryError, match=r"process: it was ended by signal 9, as where memory runs out$"):
+        run_fresh(["sh", "-c", killed], tmp_path, "vLLM", tmp_path, cause=IN_A_WORKER)
 
 
 def test_a_row_of_speeds() -> None:

@@ -101,6 +101,21 @@ class Topology:
         return self.group_size * self.head_dim
 
 
+class LayerWidths(NamedTuple):
+    """Key-value heads and MLP units of each layer, 0 for an empty block."""
+
+    kv_heads: list[int]
+    intermediate: list[int]
+
+    @classmethod
+    def of(cls, config: Any) -> "LayerWidths":
+        """Read them from the config of a stock model or of one of the layout uneven."""
+        topology = Topology.of(config)
+        heads = getattr(config, "kv_head_counts", None) or [topology.kv_heads] * topology.layers
+        units = getattr(config, "intermediate_sizes", None) or [topology.intermediate] * topology.layers
+        return cls(list(heads), list(units))
+
+
 class LayerModules(NamedTuple):
     """The modules of one decoder layer that gates attach to."""
 

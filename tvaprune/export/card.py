@@ -96,7 +96,7 @@ def write_card(directory: Path, made: Provenance, checks: list[Check]) -> None:
         "## Use\n\n" + _usage(directory),
         "## Kept widths\n\n" + _widths(made.widths),
         "## Parity\n\nThese checks were made in float32. `parity.json` has their reference, prompts and bounds. To "
-        "repeat them: `python -m tvaprune.verify DIRECTORY`.\n\n" + "\n".join(f"- {check}" for check in checks),
+        "repeat them: `python -m tvaprune verify DIRECTORY`.\n\n" + "\n".join(f"- {check}" for check in checks),
         "## Made with\n\n```json\n" + json.dumps(made.made_with, indent=2) + "\n```",
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(directory / "README.md")

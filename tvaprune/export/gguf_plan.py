@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tvaprune.architecture.topology import HEAD, ROTARY_FREQUENCIES, Topology
+from tvaprune.architecture.topology import HEAD, ROTARY_FREQUENCIES, LayerWidths, Topology
 from tvaprune.checkpoint.layouts import dense_tensors
 from tvaprune.checkpoint.tensor_files import Checkpoint, TensorInfo
 
@@ -53,8 +53,7 @@ def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint)
     """
     topology = Topology.of(config)
     layers = topology.layers
-    kv_heads = list(getattr(config, "kv_head_counts", None) or [topology.kv_heads] * layers)
-    intermediate = list(getattr(config, "intermediate_sizes", None) or [topology.intermediate] * layers)
+    kv_heads, intermediate = LayerWidths.of(config)
     family = getattr(config, "base_model_type", config.model_type)
     arch = _ARCHITECTURES[family]
     if any(len(set(counts)) > 1 or not counts[0] for counts in (kv_heads, intermediate)):

@@ -6,7 +6,7 @@ from math import lcm
 
 from transformers import PreTrainedConfig
 
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.options.quantize import GROUPS, TORCHAO, FileType
 
 
@@ -38,12 +38,10 @@ def check_widths(name: str, config: PreTrainedConfig, types: Sequence[FileType])
     `name` is the model's in the metrics; no parameter changes the widths of "dense".
     """
     topology = Topology.of(config)
-    units = getattr(config, "intermediate_sizes", None) or [topology.intermediate] * topology.layers
-    heads = getattr(config, "kv_head_counts", None) or [topology.kv_heads] * topology.layers
     widths = [("hidden", "the hidden width", topology.hidden)]
-    for layer, (own_units, own_heads) in enumerate(zip(units, heads, strict=True)):
-        widths.append(("intermediate", f"layer {layer}: the MLP width", own_units))
-        widths.append(("", f"layer {layer}: the width of the heads", own_heads * topology.query_rows))
+    for layer, (heads, units) in enumerate(zip(*LayerWidths.of(config), strict=True)):
+        widths.append(("intermediate", f"layer {layer}: the MLP width", units))
+        widths.append(("", f"layer {layer}: the width of the heads", heads * topology.query_rows))
     for kind in types:
         for axis, where, width in widths:
             if width % GROUPS[kind]:

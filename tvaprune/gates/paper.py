@@ -2,10 +2,12 @@
 
 A gate multiplies by z = mean + sigma·eps with eps ~ N(0, 1), drawn for every token and unit (Eq. 1; VIBNet, Dai et al.,
 ICML 2018). The loss is cross-entropy + KL + the penalty of CoFi (Xia et al., ACL 2022) on the expected sparsity. A unit
-is kept where log_alpha = log(mean² / sigma²) > 0; higher = keep, where the published code stores the negative.
+is kept where log_alpha = log(mean² / sigma²) > 0; higher = keep, where the published code stores the negative. RMSNorm
+runs over all dimensions while training, as published.
 
 Departures: the learned log_alpha is projected onto the target exactly, where the published code saves nothing unless a
-checkpoint falls inside a window of sparsities; RMSNorm runs over all dimensions while training, as published.
+checkpoint falls inside a window of sparsities. Noise is read at random offsets from a fixed pool of normals
+(NoisePool), where the published code draws it anew: it saves time.
 """
 
 from collections.abc import Sequence

@@ -35,12 +35,24 @@ def check_family(config: PreTrainedConfig) -> None:
         raise InputError(f"model_type {family!r} is a mixture of experts ({experts[0]}); {_SUPPORTED}")
     if family not in FAMILIES:
         raise InputError(f"model_type {family!r} is not supported; {_SUPPORTED}")
-    refused = "Models with a sliding window shorter than the context are refused. This one"
-    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
-    if family == "mistral" and window is not None and window < context:
-        raise InputError(f"{refused} has sliding_window {window} and max_position_embeddings {context}.")
     if family.startswith("qwen") and getattr(config, "use_sliding_window", False):
-        raise InputError(f"{refused}, a {family}, has use_sliding_window true.")
+        raise InputError(
+            f"model_type {family!r} with use_sliding_window true is refused: some layers see a window only"
+        )
+
+
+def shorten_context(config: PreTrainedConfig) -> None:
+    """Make the sliding window of a Mistral the context, in place: up to there every token attends to all before it.
+
+    Mistral-7B-v0.1 has a window of 4,096 tokens in a context of 32,768. On longer text the pruned model would differ.
+    """
+    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if window is None:
+        return
+    config.sliding_window = None
+    if window < context:
+        config.max_position_embeddings = window
+        print(f"the sliding window of {window:,} tokens becomes the context, which was {context:,}", flush=True)
 
 
 def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[str, Any]:
@@ -55,6 +67,7 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
         folder = _download(source) if isinstance(source, ModelHub) else source.path
         model, tokenizer = _from_directory(folder, source.trust_remote_code)
     check_family(model.config)
+    shorten_context(model.config)
     _check_tokenizer(tokenizer, model.config.vocab_size)
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):

@@ -53,7 +53,9 @@ class TvaOptions:
     ] = 0.5
     clip_ratio: Annotated[
         float | None,
-        Field(gt=1, description="Largest gradient norm as a multiple of its running mean; null: not clipped."),
+        Field(
+            gt=1, description="Largest gradient norm as a multiple of its running root mean square; null: not clipped."
+        ),
     ] = 4.0
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 `parity.json` holds what was compared, the prompts, the versions, the differences, and the SHA-256 of every other file.
 `parity.tensors` holds the prompts and the reference's logits at their last positions, so that anyone can repeat
-the proof without the dense model: `python -m tvaprune.verify DIR`.
+the proof without the dense model: `python -m tvaprune verify DIR`.
 """
 
 import hashlib

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,8 +33,6 @@ ROUNDED_BOUND = 0.5
 FOLD_FACTOR, FOLD_FLOOR = 80, 1e-6
 # Names of environment variables that hold tokens, keys and passwords.
 _CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$|_KEY_ID$|^AWS_", re.IGNORECASE)
-# An error in a process that vLLM started, in vLLM's log; the last line of its messages only refers to it.
-_IN_A_WORKER = re.compile(r"^\(\w+ pid=\d+\) ERROR .*?\] (\w+(?:Error|Exception): .*)$", re.MULTILINE)
 LEAST_LOGPROB = -80  # llama.cpp reports probabilities in float32, which ends at exp(-87)
 
 # Reads [prompts, tokens] from its input. Prints the tokens with their log-probabilities, and those of all at the first.
@@ -157,9 +156,8 @@ def reload_fresh(
         # Empty caches: no code that an earlier run or a download left there is used.
         caches = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE"), temporary)
         command = [python, "-P", reload_script.__file__, str(directory.resolve()), str(prompts), str(results)]
-        run_fresh(
-            [*command, str(tokens), str(int(trust_remote_code))], directory, "transformers", cwd=temporary, **caches
-        )
+        command += [str(tokens), str(int(trust_remote_code))]
+        run_fresh(command, directory, "transformers", cwd=temporary, variables=caches)
         return load_file(results)
 
 
@@ -202,14 +200,30 @@ def _gguf_check(file: Path, beginnings: Tensor, found: dict[str, Tensor], bound:
 
 
 def run_fresh(
-    command: list[str], what: Path, runtime: str, cwd: Path | str, given: str = "", **environment: str
+    command: list[str],
+    what: Path,
+    runtime: str,
+    cwd: Path | str,
+    given: str = "",
+    variables: Mapping[str, str] | None = None,
+    cause: re.Pattern[str] | None = None,
 ) -> str:
+    """Run a program on a directory or file, and return what it printed.
+
+    It gets this process's variables but credentials, and `variables`; `cause` finds the error in its messages.
+
+    Raises:
+        DamagedDirectoryError: it ended by an error, which is quoted (the last line where `cause` finds none), or by a
+            signal.
+    """
     # What a directory runs, its own code among it, needs no credentials.
     kept = {name: value for name, value in os.environ.items() if not _CREDENTIAL.search(name)}
-    variables = kept | {"HF_HUB_OFFLINE": "1"} | environment
-    done = subprocess.run(command, input=given, env=variables, cwd=cwd, capture_output=True, text=True, check=False)
+    environment = kept | {"HF_HUB_OFFLINE": "1", **(variables or {})}
+    done = subprocess.run(command, input=given, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        cause = next(iter(_IN_A_WORKER.findall(done.stderr)), last)
-        raise DamagedDirectoryError(f"{what}: {runtime} does not run it in a fresh process: {cause}")
+        if done.returncode < 0:  # its last message is of before
+            last = f"it was ended by signal {-done.returncode}" + ", as where memory runs out" * (done.returncode == -9)
+        said = next(iter(cause.findall(done.stderr)), last) if cause else last
+        raise DamagedDirectoryError(f"{what}: {runtime} does not run it in a fresh process: {said}")
     return done.stdout

@@ -1,6 +1,7 @@
 """A model directory in vLLM, which another environment's interpreter runs, compared with transformers here."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,8 @@ ENVIRONMENT = {
 }
 # Even where the model runs eagerly, vLLM compiles its sampling in C++, which takes longer than all of this check.
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+# An error in a process that vLLM started, in its log; the last line of its messages only refers to it.
+IN_A_WORKER = re.compile(r"^\(\w+ pid=\d+\) ERROR .*?\] (\w+(?:Error|Exception): .*)$", re.MULTILINE)
 
 
 def vllm_check(directory: Path, stored: Certificate, python: Path) -> Check:
@@ -46,7 +49,7 @@ def vllm_check(directory: Path, stored: Certificate, python: Path) -> Check:
         command = [str(python), "-P", vllm_script.__file__, str(directory.resolve()), str(prompts), str(results)]
         command += [str(tokens), str(TOP), str(int(stored.trust_remote_code))]
         environment = {**ENVIRONMENT, **EAGER, "HF_HOME": temporary, "HF_MODULES_CACHE": temporary}
-        run_fresh(command, directory, "vLLM", cwd=temporary, **environment)
+        run_fresh(command, directory, "vLLM", cwd=temporary, variables=environment, cause=IN_A_WORKER)
         answered = json.loads(results.read_text())
     chosen = torch.tensor(answered["chosen"])
     logprobs = [[{int(key): value for key, value in step.items()} for step in row] for row in answered["logprobs"]]

@@ -12,9 +12,9 @@ from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kep
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.importance import STEEP, lost_by_width
-from tvaprune.masks.latency_table import PHASES, LatencyTable
+from tvaprune.masks.latency_table import AIM, PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.measured import AIM, widths_within_latency, widths_within_parameters
+from tvaprune.masks.measured import widths_within_latency, widths_within_parameters
 from tvaprune.masks.projection import keep_widths, project
 
 LAYOUTS: tuple[Layout, ...] = ("uneven", "uniform", "padded")

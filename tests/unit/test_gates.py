@@ -146,7 +146,7 @@ def test_the_papers_form_learns_and_is_projected_onto_the_target() -> None:
 def report(options: GateOptions) -> dict[str, Any]:
     request = MaskRequest("paper" if isinstance(options, PaperOptions) else "tva", options, 0.3)
     model = tiny_model("llama")
-    return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, 0.3)
+    return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, request)
 
 
 def test_the_learned_sparsity_is_told_from_the_projected_one() -> None:

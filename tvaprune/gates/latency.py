@@ -45,6 +45,10 @@ class LatencyGates(ClosedFormGates):
         self._widths = self._budget.choose(self._worth(), self._widths, 1 - scheduled)
         return {axis: rank < self._counts(axis) for axis, rank in self._ranks().items()}, math.nan
 
+    def predicted_share(self) -> float:
+        """The predicted latency of the last step's widths, as a share of the dense model's."""
+        return self._budget.share(self._widths)
+
     def _worth(self) -> dict[Axis, Float[Tensor, "..."]]:
         """What a unit's score says that it is worth in all, in place of by parameter: float64 on the CPU."""
         found = {}

@@ -6,6 +6,7 @@ the block is in the table too. Where a step is worth more than the one before it
 fixed cost of a block for its second unit only. So one threshold keeps the best units of every layer.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.latency_table import AIM, Latency, LatencyTable
+
+_ROUNDING = 1e-9  # of sums, relative
 
 
 class Widths(NamedTuple):
@@ -34,21 +37,19 @@ class Ladder(NamedTuple):
 def ladder(value: list[float], latency: list[float], first: int = 0) -> Ladder:
     """The upper hull of what is kept against latency, both by width and ascending, from the width of index `first`.
 
-    Widths between two rungs are never the best of any threshold. A wider vector that is no slower replaces a narrower.
+    Widths between two rungs are never the best of any threshold. A step that takes no time is worth infinity.
     """
-    rungs: list[int] = []
-    worth: list[float] = []
+    rungs, worth = [first], list[float]()
 
     def step(low: int, high: int) -> float:
-        return (value[high] - value[low]) / (latency[high] - latency[low])
+        time = latency[high] - latency[low]
+        return (value[high] - value[low]) / time if time > 0 else math.inf
 
-    for index in range(first, len(value)):
-        while rungs and (latency[index] <= latency[rungs[-1]] or (worth and step(rungs[-1], index) >= worth[-1])):
+    for index in range(first + 1, len(value)):
+        while worth and step(rungs[-1], index) >= worth[-1]:
             rungs.pop()
-            if worth:
-                worth.pop()
-        if rungs:
-            worth.append(step(rungs[-1], index))
+            worth.pop()
+        worth.append(step(rungs[-1], index))
         rungs.append(index)
     return Ladder(rungs, worth)
 
@@ -101,6 +102,7 @@ class LatencyBudget:
             value: what each unit is worth, >= 0; shapes of `Topology.gate_shape`, on the CPU.
             current: widths of the table, at which steps are priced.
         """
+        share *= 1 + _ROUNDING
         ladders = self._ladders(value, current)
         steps = np.unique([worth for each in ladders for worth in each.worth])
         thresholds = [-1.0, *steps.tolist()]

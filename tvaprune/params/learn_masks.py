@@ -27,7 +27,7 @@ class LearnMasksParams(StageParams):
         description="What masks are learned for: `sparsity`, or with tva `latency`; then `sparsity` has no effect."
     )
     latency: gates.LatencyGoal | None = Field(
-        description="The latency to stay below, such as {phase: decode, ratio: 0.7}; null unless budget is latency."
+        description="For budget latency, else null: phase (prefill, decode, request) and ratio to the dense latency."
     )
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
     means_steps: int = Field(

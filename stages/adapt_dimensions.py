@@ -11,9 +11,9 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.masks.adapt import adapt, adapt_metrics
-from tvaprune.masks.latency_table import PHASES, read_table
+from tvaprune.masks.latency_table import PHASES, latency_metrics, read_table
 from tvaprune.masks.masks import read_masks, write_masks
-from tvaprune.masks.measured import adapt_measured, latency_metrics
+from tvaprune.masks.measured import adapt_measured
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 
 # The scores order the units well near the sparsity that they were learned at. Beyond this difference the stage warns.
@@ -30,13 +30,16 @@ def main(
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Reads data/model/config.json, artifacts/masks, artifacts/profile and params.yaml (adapt_dimensions, sparsity,
-    compact.layout); writes artifacts/adapted, whose widths are multiples, and metrics/adapt.json.
+    compact.layout, learn_masks.latency); writes artifacts/adapted, whose widths are multiples, and metrics/adapt.json.
+    Masks learned for a latency have widths that were timed, which are multiples, and stay as they are.
     """
     params = AdaptDimensionsParams.load(params_file)
     topology = Topology.of(load_config(model))
     before = read_masks(masks, topology)
     table = None
-    if multiples := params.multiples():
+    if params.latency:
+        table, after = read_table(profile, topology).rising(), before
+    elif multiples := params.multiples():
         after = adapt(topology, before, params.sparsity, params.rounding, *multiples, layout=params.layout)
     else:
         table = read_table(profile, topology)
@@ -45,9 +48,9 @@ def main(
     _, meta = read_artifact(masks, "masks")
     made_with = meta["made_with"] | params.used()
     write_masks(adapted, after, made_with=made_with, validation_ppl=meta["validation_ppl"])
-    report = adapt_metrics(topology, before, after, params.sparsity)
+    report = adapt_metrics(topology, before, after, None if params.latency else params.sparsity)
     if table:
-        report |= latency_metrics(topology, table, after, params.layout)
+        report |= latency_metrics(topology, table, after, params.layout == "padded")
         shares = [f"{phase} {report[phase]['predicted_share']:.2f}" for phase in PHASES]
         echo(f"predicted of the dense latency on {table.made_on['processor']}: {', '.join(shares)}")
     write_json(metrics, report)

@@ -12,9 +12,18 @@ from tvaprune.artifacts import read_windows, write_json
 from tvaprune.checkpoint.loading import load, load_config
 from tvaprune.device import require_trainable
 from tvaprune.gates.memory import memory_table
+from tvaprune.masks.latency_table import read_table
 from tvaprune.masks.masks import write_masks
 from tvaprune.masks.update import write_update
-from tvaprune.methods import check_request, find_masks, masks_metrics, projection_warning, write_curve, write_widths
+from tvaprune.methods import (
+    check_request,
+    find_masks,
+    learned_message,
+    masks_metrics,
+    projection_warning,
+    write_curve,
+    write_widths,
+)
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
 
@@ -23,6 +32,7 @@ from tvaprune.params.sample_calibration import SampleCalibrationParams
 def main(
     model: Model = Path("data/model"),
     calibration: Windows = Path("artifacts/calibration"),
+    profile: Annotated[Path, Option(help="Latency table, for a latency budget.")] = Path("artifacts/learning_profile"),
     masks: Annotated[Path, Option(help="Masks artifact to write.")] = Path("artifacts/masks"),
     means: Annotated[Path, Option(help="Artifact of learned means and biases to write.")] = Path("artifacts/means"),
     metrics: Metrics = Path("metrics/masks.json"),
@@ -31,10 +41,11 @@ def main(
     params_file: ParamsFile = Path("params.yaml"),
     estimate: Annotated[bool, Option("--estimate", help="Only print the memory that the gates take.")] = False,
 ) -> None:
-    """Reads data/model, artifacts/calibration (input_ids, validation_ids) and params.yaml (learn_masks, sparsity,
-    seed); writes artifacts/masks, artifacts/means, metrics/masks.json, metrics/mask_training.csv and
-    metrics/widths.csv. Killed and run again, it goes on where it was. With --estimate it reads params.yaml and
-    data/model/config.json alone, prints how much memory the gates' training takes, and writes nothing.
+    """Reads data/model, artifacts/calibration (input_ids, validation_ids), artifacts/learning_profile if the budget is
+    latency, and params.yaml (learn_masks, sparsity, seed); writes artifacts/masks, artifacts/means, metrics/masks.json,
+    metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on where it was. With --estimate it
+    reads params.yaml and data/model/config.json alone, prints how much memory the gates' training takes, and writes
+    nothing.
     """
     params = LearnMasksParams.load(params_file)
     request = params.request()
@@ -45,19 +56,22 @@ def main(
         seq_len = SampleCalibrationParams.load(params_file).seq_len
         echo(memory_table(load_config(model), request.options, seq_len))
         return
-    check_request(request, Topology.of(load_config(model)))
+    topology = Topology.of(load_config(model))
+    check_request(request, topology)
+    table = read_table(profile, topology).rising() if request.latency else None
     with join_processes() as process:
         if not (request.trains_gates or process.world.is_main):
             return  # the baselines' work is not shared
         require_trainable(process.dtype)
         vocabulary = load_config(model).vocab_size
         ids = read_windows(calibration, vocabulary, "input_ids", "validation_ids")
-        with process.saved("learn_masks", settings, [model, calibration]) as saved:
+        with process.saved("learn_masks", settings, [model, calibration, profile]) as saved:
             dense = process.put(load(model, dtype=process.dtype))
-            found = find_masks(dense, ids["input_ids"], ids["validation_ids"], request, saved, world=process.world)
+            windows = ids["input_ids"], ids["validation_ids"]
+            found = find_masks(dense, *windows, request, saved, world=process.world, table=table)
         if not process.world.is_main:
             return
-    report = masks_metrics(found, dense.config, params.sparsity)
+    report = masks_metrics(found, dense.config, request, table)
     meta = {"made_with": params.used(), "validation_ppl": report["validation_ppl"]}
     write_masks(masks, found.masks, **meta)
     write_update(means, found.update, **meta)
@@ -66,4 +80,4 @@ def main(
     write_widths(widths, found.masks)
     if warning := projection_warning(report):
         secho(f"warning: {warning}", fg="yellow", err=True)
-    echo(f"sparsity {report['sparsity_decoder']:.4f} of the decoder, target {params.sparsity}")
+    echo(learned_message(report, request))

@@ -24,13 +24,17 @@ from tvaprune.runtime.packed import pick_runtime
 def main(
     model: Config = Path("data/model"),
     out: Annotated[Path, Option(help="Latency table to write.")] = Path("artifacts/profile"),
+    learning: Annotated[Path, Option(help="The same table to write, for learn_masks.")] = Path(
+        "artifacts/learning_profile"
+    ),
     metrics: Metrics = Path("metrics/profile.json"),
     staircase: Annotated[Path, Option(help="CSV of the MLP's latency to write.")] = Path("metrics/profile.csv"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Reads data/model/config.json and params.yaml (profile_hardware, adapt_dimensions.multiple); writes
-    artifacts/profile, metrics/profile.json and metrics/profile.csv, an MLP's latency by width. Unless the multiple is
-    measured, nothing is timed.
+    """Reads data/model/config.json and params.yaml (profile_hardware, adapt_dimensions.multiple, learn_masks.budget);
+    writes artifacts/profile, metrics/profile.json and metrics/profile.csv, an MLP's latency by width. Nothing is timed
+    unless the multiple is measured or the budget latency. It also writes artifacts/learning_profile, which holds the
+    table only if the budget is latency, so that another multiple does not rerun learn_masks without that budget.
     """
     params = ProfileHardwareParams.load(params_file)
     config, table = load_config(model), None
@@ -45,6 +49,7 @@ def main(
         conditions = made_on(device, dtype, runtime, topology, params.batch_size, benchmark)
         table = profile(models, widths, benchmark, conditions)
     write_table(out, table)
+    write_table(learning, table if params.learns else None)
     write_json(metrics, profile_metrics(table, topology))
     write_staircase(staircase, table)
-    echo(f"timed on {table.made_on['processor']}" if table else "multiple is not measured: nothing was timed")
+    echo(f"timed on {table.made_on['processor']}" if table else "no stage needs a table: nothing was timed")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tvaprune.architecture.topology import AXES, SITES, Topology
+from tvaprune.masks.latency_table import PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 
@@ -134,3 +135,21 @@ def write_published(file: Path, masks: Masks, update: WeightUpdate) -> Path:
             content[f"{name.format(layer)}_z_logD"] = torch.log(mean.square() + 1e-8) - log_alpha
     file.write_bytes(pickle.dumps(content, protocol=4))
     return file
+
+
+def stairs_table(topology: Topology, seed: int, step: int = 16) -> LatencyTable:
+    """A latency table of a model of these sizes: times that rise with the width, each step by another height."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def stairs(*shape: int) -> dict:
+        rise = {phase: torch.rand(shape, generator=generator, dtype=torch.float64) + 0.05 for phase in PHASES}
+        return {phase: steps.cumsum(0).cumsum(-1) for phase, steps in rise.items()}
+
+    hidden = list(range(16, topology.hidden + 1, 16))
+    intermediate, kv_heads = list(range(0, topology.intermediate + 1, step)), list(range(topology.kv_heads + 1))
+    ms = {
+        "rest": {phase: steps.flatten() for phase, steps in stairs(len(hidden), 1).items()},
+        "attention": stairs(len(hidden), len(kv_heads)),
+        "mlp": stairs(len(hidden), len(intermediate)),
+    }
+    return LatencyTable(hidden, intermediate, kv_heads, ms, {}, {"decode_tokens": 3, "threads": 1, "device": "cpu"})  # type: ignore[arg-type]

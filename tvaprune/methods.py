@@ -24,9 +24,11 @@ from tvaprune.device import require_trainable
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.fixed_masks import FixedMaskGates
 from tvaprune.gates.insertion import GatedModel, hard_gates
+from tvaprune.gates.latency import LatencyGates
 from tvaprune.gates.objective import ROW, Row
-from tvaprune.gates.training import Learned, learn_gates, new_gates
+from tvaprune.gates.training import Gates, Learned, learn_gates, new_gates
 from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.masks.latency_table import LatencyTable, latency_metrics
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
 from tvaprune.masks.update import WeightUpdate
@@ -58,6 +60,8 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
         raise ValueError(f"learn_masks.method = {request.method!r}: use one of {', '.join(METHOD_OPTIONS)}")
     if not 0 <= request.sparsity < 1:
         raise ValueError(f"sparsity = {request.sparsity}: must be at least 0 and below 1")
+    if request.latency is not None:
+        return  # the table says which latencies the axes reach
     if not request.trains_gates:
         check_baseline(request.method, request.axes, request.sparsity)
     alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in request.axes else torch.inf) for axis in AXES}
@@ -77,6 +81,7 @@ def find_masks(
     saver: Saver | None = None,
     progress: bool = True,
     world: World = ALONE,
+    table: LatencyTable | None = None,
 ) -> Found:
     """Find masks by the method that the request names.
 
@@ -85,6 +90,7 @@ def find_masks(
         input_ids: what masks are learned on.
         validation_ids: what they are measured on; decides nothing.
         world: processes that share the work of the gates' training; the baselines' is not shared.
+        table: times that rise with the width, where the request's budget is latency.
 
     Raises:
         ValueError, UnreachableSparsityError: as `check_request`; the model is in float16.
@@ -100,7 +106,7 @@ def find_masks(
         if request.gradient_checkpointing:
             model.activation_checkpointing_enable()
             model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
-        gates = new_gates(topology, request.options, request.sparsity, request.axes, device, request.seed)
+        gates = _gates(topology, request, table, device)
         learned = learn_gates(model, input_ids, gates, saver, progress and world.is_main, world)
         if isinstance(request.options, TvaOptions) and request.options.ablation == "vtrans":
             learned = Learned(learned.masks, WeightUpdate.none(topology), learned.curve)
@@ -119,6 +125,13 @@ def find_masks(
         peak_memory_bytes=peak_memory_bytes(device),
         validation_nll=validation_nll(model, topology, learned.masks, learned.update, validation_ids, world),
     )
+
+
+def _gates(topology: Topology, request: MaskRequest, table: LatencyTable | None, device: torch.device) -> Gates:
+    if request.latency is None:
+        return new_gates(topology, request.options, request.sparsity, request.axes, device, request.seed)
+    assert table is not None, "a latency budget needs a latency table"
+    return LatencyGates(topology, request.options, request.latency, table, request.axes, device, request.seed)
 
 
 @torch.no_grad()
@@ -152,10 +165,11 @@ def validation_nll(
     return {name: total / len(windows) for name, total in zip(totals, summed.tolist(), strict=True)}
 
 
-def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str, Any]:
+def masks_metrics(found: Found, config: Any, request: MaskRequest, table: LatencyTable | None = None) -> dict[str, Any]:
     """metrics/masks.json: sparsities as shares, parameters as counts, times in seconds, perplexities on validation.
 
-    sparsity_learned is that of the last step, before the projection.
+    sparsity_learned is that of the last step, before the projection. With a latency budget, the goal and what the
+    table predicts take the place of the target.
     """
     topology = Topology.of(config)
     decoder = dense_decoder_parameters(topology)
@@ -166,8 +180,11 @@ def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str
         for width in (topology.hidden, hidden)
     )
     reached = 1 - decoder_kept / decoder
+    target: dict[str, Any] = {"target_sparsity": request.sparsity}
+    if request.latency is not None and table is not None:
+        target = {"target_latency": request.latency.ratio, **latency_metrics(topology, table, found.masks)}
     return {
-        "target_sparsity": target_sparsity,
+        **target,
         "sparsity_learned": found.curve[-1]["sparsity"] if found.curve else reached,
         "sparsity_decoder": reached,
         "sparsity_model": 1 - (decoder_kept + kept) / (decoder + dense),
@@ -179,6 +196,17 @@ def masks_metrics(found: Found, config: Any, target_sparsity: float) -> dict[str
         "peak_memory_bytes": found.peak_memory_bytes,
         "validation_ppl": {name: math.exp(min(nll, 50.0)) for name, nll in found.validation_nll.items()},
     }
+
+
+def learned_message(report: dict[str, Any], request: MaskRequest) -> str:
+    """What to tell the user of the budget, from masks.json."""
+    reached = f"sparsity {report['sparsity_decoder']:.4f} of the decoder"
+    if request.latency is None:
+        return f"{reached}, target {request.sparsity}"
+    share = report[request.latency.phase]["predicted_share"]
+    return (
+        f"predicted {share:.3f} of the dense {request.latency.phase} latency, limit {request.latency.ratio}; {reached}"
+    )
 
 
 def projection_warning(report: dict[str, Any]) -> str | None:

@@ -70,6 +70,10 @@ def _parameters() -> list[Case]:
         _check("a latency target without a table", both(
             param("adapt_dimensions.budget", "latency"), param("adapt_dimensions.latency_target", 0.5)
         ), "adapt_dimensions"),
+        _check("masks of FLAP for a latency", both(
+            param("learn_masks.budget", "latency"), param("learn_masks.latency", {"phase": "decode", "ratio": 0.7}),
+            param("learn_masks.method", "flap"),
+        ), "learn_masks"),
         _check("two sources of one name", param("fetch_inputs.calibration.sources.1.label", "letters"), "label"),
         _check("a name that is a path", param(f"{LETTERS}.label", "../letters"), "label"),
         _check("a hash that is none", param("fetch_inputs.model", {

@@ -39,6 +39,31 @@ def test_a_changed_comment_in_params_reruns_nothing(workspace: Workspace) -> Non
     assert workspace.repro() == set()
 
 
+@pytest.mark.nightly
+def test_a_latency_budget_times_learns_and_cuts_to_widths_that_were_timed(workspace: Workspace) -> None:
+    """And measured widths alone, which also need a table, learn nothing anew."""
+    workspace.set_param("adapt_dimensions.multiple", "measured")
+    workspace.set_param("profile_hardware.intermediate_step", 16)
+    workspace.set_param("profile_hardware.hidden_step", 16)
+    assert workspace.repro() == {"check_params", "profile_hardware", *FROM_ADAPT}
+    workspace.set_param("adapt_dimensions.multiple", 16)
+    workspace.set_param("learn_masks.budget", "latency")
+    workspace.set_param("learn_masks.latency", {"phase": "decode", "ratio": 0.8})
+    learned = {"profile_hardware", "learn_masks", "update_weights", *FROM_ADAPT, "check_params"}
+    assert workspace.repro() == learned
+    assert workspace.repro() == set()
+    folder = workspace.root / "metrics"
+    masks, adapt = (json.loads((folder / f"{name}.json").read_text()) for name in ("masks", "adapt"))
+    assert masks["decode"]["predicted_share"] <= 0.8
+    assert adapt["decode"]["predicted_share"] == masks["decode"]["predicted_share"]
+    assert adapt["sparsity_decoder"] == masks["sparsity_decoder"] > 0
+    widths, _ = read_artifact(workspace.root / "artifacts/adapted", "masks")
+    assert all(int(units.sum()) % 16 == 0 for units in widths["intermediate.keep"])
+    # Another ratio is learned by the same table.
+    workspace.set_param("learn_masks.latency.ratio", 0.9)
+    assert "profile_hardware" not in workspace.repro()
+
+
 @pytest.mark.slow
 def test_without_finetuning_the_pipeline_ends_and_compares_two_models(workspace: Workspace) -> None:
     workspace.set_param("finetune_lora.enabled", False)

@@ -1,5 +1,6 @@
 """Widths by a measured table on random models, masks and tables."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -7,14 +8,15 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.tiny_models import random_masks
+from tests.tiny_models import random_masks, stairs_table
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.importance import STEEP, lost_by_width
-from tvaprune.masks.latency_table import PHASES, LatencyTable
+from tvaprune.masks.latency_budget import LatencyBudget, Widths, ladder
+from tvaprune.masks.latency_table import AIM, PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.measured import AIM, widths_within_latency, widths_within_parameters
+from tvaprune.masks.measured import widths_within_latency, widths_within_parameters
 from tvaprune.masks.projection import keep_widths, project
 
 LAYOUTS: tuple[Layout, ...] = ("uneven", "uniform", "padded")
@@ -33,24 +35,6 @@ topologies = st.builds(
 targets = st.floats(0.1, 0.6)
 seeds = st.integers(0, 2**16)
 close = 1 + 2e-4  # the solver's own gap
-
-
-def table(topology: Topology, seed: int, step: int = 16) -> LatencyTable:
-    """Latencies that rise with the width, each step by another height."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def stairs(*shape: int) -> dict:
-        rise = {phase: torch.rand(shape, generator=generator, dtype=torch.float64) + 0.05 for phase in PHASES}
-        return {phase: steps.cumsum(0).cumsum(-1) for phase, steps in rise.items()}
-
-    hidden = list(range(16, topology.hidden + 1, 16))
-    intermediate, kv_heads = list(range(0, 49, step)), list(range(topology.kv_heads + 1))
-    ms = {
-        "rest": {phase: steps.flatten() for phase, steps in stairs(len(hidden), 1).items()},
-        "attention": stairs(len(hidden), len(kv_heads)),
-        "mlp": stairs(len(hidden), len(intermediate)),
-    }
-    return LatencyTable(hidden, intermediate, kv_heads, ms, {}, {"decode_tokens": 3})  # type: ignore[arg-type]
 
 
 def lost(topology: Topology, masks: Masks) -> float:
@@ -72,7 +56,7 @@ def test_the_parameters_are_met_and_the_widths_are_the_tables(
     topology: Topology, target: float, seed: int, layout: Layout, slack: float
 ) -> None:
     masks = project(topology, random_masks(topology, seed), target)
-    measured = table(topology, seed)
+    measured = stairs_table(topology, seed)
     try:
         chosen = widths_within_parameters(topology, masks, measured, "request", layout, target, slack)
     except ValueError:
@@ -103,7 +87,7 @@ def test_never_worse_than_rounding_to_multiples(
 ) -> None:
     """Rounding that meets the budget loses more than the slack allows, or is no faster at the same size."""
     masks = project(topology, random_masks(topology, seed), target)
-    measured = table(topology, seed)
+    measured = stairs_table(topology, seed)
     try:
         rounded = adapt(topology, masks, target, "budget", 16, multiple, layout=layout)
     except ValueError:
@@ -126,7 +110,7 @@ def test_never_worse_than_rounding_to_multiples(
 @given(topology=topologies, target=st.floats(0.3, 0.9), seed=seeds, layout=st.sampled_from(LAYOUTS))
 def test_a_latency_asked_for_is_kept_or_refused(topology: Topology, target: float, seed: int, layout: Layout) -> None:
     masks = project(topology, random_masks(topology, seed), 0.3)
-    measured = table(topology, seed)
+    measured = stairs_table(topology, seed)
     ceiling = AIM * target * measured.dense("decode", topology)
     try:
         chosen = widths_within_latency(topology, masks, measured, "decode", layout, target)
@@ -145,7 +129,7 @@ def test_a_latency_asked_for_is_kept_or_refused(topology: Topology, target: floa
 @given(seed=seeds, target=targets, latency_target=st.floats(0.3, 0.9))
 def test_as_good_as_trying_everything(seed: int, target: float, latency_target: float) -> None:
     topology = Topology(layers=2, hidden=32, intermediate=48, kv_heads=2, group_size=1, head_dim=8)
-    masks, measured = random_masks(topology, seed), table(topology, seed)
+    masks, measured = random_masks(topology, seed), stairs_table(topology, seed)
     for keep in masks.keep.values():
         keep[..., 0], keep[..., 1] = True, False  # nothing whole and nothing empty, so that every width above 0 counts
     per_layer = list(product(measured.intermediate[1:], measured.kv_heads[1:]))
@@ -172,3 +156,119 @@ def test_as_good_as_trying_everything(seed: int, target: float, latency_target: 
         found = widths_within_latency(topology, masks, measured, "decode", "uneven", latency_target)
         assert found.lost <= min(with_the_heads or of_latency) * close
         assert not with_the_heads or found.kv_heads == [1, 1]
+
+
+rises = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=rises, price=st.floats(0.01, 25))
+def test_a_threshold_keeps_the_width_that_is_worth_most_after_its_price(
+    steps: list[tuple[int, int]], price: float
+) -> None:
+    value, latency = [0.0], [0.0]
+    for worth, time in steps:
+        value.append(value[-1] + worth)
+        latency.append(latency[-1] + time)
+    found = ladder(value, latency)
+    assert found.worth == sorted(found.worth, reverse=True)
+    chosen = found.rungs[sum(worth > price for worth in found.worth)]
+    gains = [worth - price * time for worth, time in zip(value, latency, strict=True)]
+    assert gains[chosen] == pytest.approx(max(gains), abs=1e-6)
+
+
+def test_the_last_step_of_a_block_carries_its_fixed_cost() -> None:
+    """A step of 16 units takes 1 ms, and the block takes 4 ms more at any width but 0."""
+    latency = [0.0, 5.0, 6.0, 7.0]
+    assert ladder([0.0, 30.0, 34.0, 36.0], latency) == ([0, 1, 2, 3], [6.0, 4.0, 2.0])
+    # Where the first units alone are not worth the fixed cost, they go together with those that share it.
+    assert ladder([0.0, 10.0, 20.0, 21.0], latency) == ([0, 2, 3], [20 / 6, 1.0])
+    assert ladder([0.0, 10.0, 20.0, 30.0], latency) == ([0, 3], [30 / 7])
+
+
+def worths(topology: Topology, seed: int) -> dict[Axis, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {axis: torch.randn(topology.gate_shape(axis), generator=generator).exp().double() for axis in AXES}
+
+
+def rising_table(topology: Topology, seed: int) -> LatencyTable:
+    """Noise up and down, on times that rise."""
+    rising, noise = stairs_table(topology, seed), torch.Generator().manual_seed(seed)
+
+    def shaken(times: torch.Tensor) -> torch.Tensor:
+        return times * (0.7 + 0.6 * torch.rand(times.shape, generator=noise, dtype=torch.float64))
+
+    ms = {block: {of: shaken(times) for of, times in by.items()} for block, by in rising.ms.items()}
+    return replace(rising, ms=ms).rising()
+
+
+@settings(max_examples=40, deadline=None)
+@given(topology=topologies, seed=seeds, share=st.floats(0.2, 1.0))
+def test_widths_for_a_latency_keep_to_it_and_its_prediction_is_the_tables(
+    topology: Topology, seed: int, share: float
+) -> None:
+    measured = rising_table(topology, seed)
+    for by in measured.ms.values():
+        for times in by.values():
+            for axis in range(times.dim()):
+                assert bool((times.diff(dim=axis) >= 0).all())
+    budget = LatencyBudget(topology, measured, "request")
+    try:
+        budget.check(share)
+    except ValueError:
+        least = measured.predict("request", measured.hidden[0], [0] * topology.layers, [0] * topology.layers)
+        assert least / measured.dense("request", topology) > share
+        return
+    current = budget.dense()
+    for _ in range(3):  # priced at the widths before
+        chosen = budget.choose(worths(topology, seed), current, share)
+        predicted = measured.predict("request", *chosen) / measured.dense("request", topology)
+        assert budget.share(chosen) == pytest.approx(predicted)
+        assert predicted <= share * (1 + 1e-9)
+        current = chosen
+    assert budget.choose(worths(topology, seed), budget.dense(), 1.0) == budget.dense()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, share=st.floats(0.3, 0.99))
+def test_widths_for_a_latency_are_within_a_step_of_trying_everything(seed: int, share: float) -> None:
+    """One threshold takes the steps in the order of their worth, so at most the step that does not fit is missed."""
+    topology = Topology(layers=2, hidden=32, intermediate=48, kv_heads=2, group_size=1, head_dim=8)
+    measured, worth = rising_table(topology, seed), worths(topology, seed)
+    axes: tuple[Axis, ...] = ("intermediate", "kv_heads")
+    budget = LatencyBudget(topology, measured, "decode", axes)
+
+    def kept(widths: Widths) -> float:
+        layers = [(worth[axis][layer], n) for axis in axes for layer, n in enumerate(getattr(widths, axis))]
+        return sum(float(units.sort(descending=True).values[:n].sum()) for units, n in layers)
+
+    per_layer = list(product(measured.intermediate, measured.kv_heads))
+    every = [Widths(32, [one[0], two[0]], [one[1], two[1]]) for one, two in product(per_layer, per_layer)]
+    fast = [widths for widths in every if budget.share(widths) <= share]
+    if not fast:
+        with pytest.raises(ValueError, match="learn_masks\\.latency\\.ratio"):
+            budget.check(share)
+        return
+    best = max(kept(widths) for widths in fast)
+    steps = [(units.sort(descending=True).values.sum()) for axis in axes for units in worth[axis]]
+    assert kept(budget.choose(worth, budget.dense(), share)) >= best - float(max(steps))
+
+
+def test_axes_out_of_play_stay_whole_and_a_latency_out_of_reach_is_refused() -> None:
+    topology = Topology(layers=2, hidden=64, intermediate=48, kv_heads=2, group_size=1, head_dim=8)
+    budget = LatencyBudget(topology, rising_table(topology, 1), "decode", ("intermediate",))
+    chosen = budget.choose(worths(topology, 1), budget.dense(), 0.9)
+    assert (chosen.hidden, chosen.kv_heads) == (64, [2, 2])
+    assert min(chosen.intermediate) < 48
+    with pytest.raises(ValueError, match=r"learn_masks\.latency\.ratio = 0\.01: the narrowest .*add axes"):
+        budget.check(AIM * 0.01)
+
+
+def test_heavier_prices_of_hidden_drop_hidden_first() -> None:
+    """All times are in the vocabulary product: nothing but the hidden width makes a token faster."""
+    topology = Topology(layers=2, hidden=64, intermediate=48, kv_heads=2, group_size=1, head_dim=8)
+    measured = stairs_table(topology, 0)
+    ms = {block: {of: torch.zeros_like(times) for of, times in by.items()} for block, by in measured.ms.items()}
+    ms["rest"] = {of: torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64) for of in PHASES}
+    budget = LatencyBudget(topology, replace(measured, ms=ms), "decode")
+    assert budget.choose(worths(topology, 0), budget.dense(), 0.75) == Widths(48, [48, 48], [2, 2])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny_models import FAMILIES, random_masks, random_update, tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_update, stairs_table, tiny_model
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import (
     dense_decoder_parameters,
@@ -22,14 +22,16 @@ from tvaprune.gates.budget import RunningNorm, cubic_ramp
 from tvaprune.gates.closed_form import importance
 from tvaprune.gates.curvature import RunningCurvature, gate_curvature
 from tvaprune.gates.insertion import GatedModel, SquaredGradients, hard_gates
+from tvaprune.gates.latency import LatencyGates
 from tvaprune.gates.paper import NoisePool, kl, pool_size
 from tvaprune.gates.straight_through import tangent_to_budget
 from tvaprune.gates.training import Learned, learn_gates, new_gates
 from tvaprune.losses import DivergedError
+from tvaprune.masks.latency_table import AIM
 from tvaprune.masks.masks import log_alpha
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, solve_threshold
-from tvaprune.methods import check_request, find_masks, masks_metrics, projection_warning
-from tvaprune.options.gates import GateOptions, PaperOptions, PerAxis, TvaOptions
+from tvaprune.methods import check_request, find_masks, learned_message, masks_metrics, projection_warning
+from tvaprune.options.gates import GateOptions, LatencyGoal, PaperOptions, PerAxis, TvaOptions
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 
 WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -62,6 +64,14 @@ def open_options(method: str) -> Any:
     kind = METHOD_OPTIONS[method]
     protecting = {field.name for field in fields(kind)} & {"protect_first", "protect_last"}
     return kind(**dict.fromkeys(protecting, 0))
+
+
+def latency_gates(family: str = "llama", ratio: float = 0.7, seed: int = 0) -> tuple[Any, LatencyGates]:
+    """A tiny model, and gates for a share of what a made-up table says of its decode."""
+    model = tiny_model(family)
+    topology = Topology.of(model.config)
+    measured, goal = stairs_table(topology, seed), LatencyGoal("decode", ratio)
+    return model, LatencyGates(topology, TVA, goal, measured, AXES, torch.device("cpu"), seed=0)
 
 
 class Memory:
@@ -99,6 +109,68 @@ def test_the_budget_is_met_at_every_step_and_at_the_end(family: str, options: Tv
         assert row["target"] - 1e-9 <= row["sparsity"] <= row["target"] + dearest
     assert sparsity(topology, learned.masks.widths()) == pytest.approx(0.4, abs=0.002)
     assert sparsity(topology, learned.masks.widths()) >= 0.4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_latency_is_met_at_every_step_and_at_the_end(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gates = latency_gates(family)
+    asked, kept, select = [], [], gates.select
+
+    def watched(scheduled: float) -> Any:
+        found = select(scheduled)
+        asked.append(1 - scheduled)
+        kept.append(gates.predicted_share())
+        return found
+
+    monkeypatch.setattr(gates, "select", watched)
+    learned = learn_gates(model, WINDOWS, gates, progress=False)
+    assert [1 - row["target"] for row in learned.curve] == asked[:-1]
+    assert asked[-1] == pytest.approx(AIM * 0.7)
+    for most, predicted in zip(asked, kept, strict=True):
+        assert most - 0.1 < predicted <= most + 1e-9  # the dearest step that may not fit is of hidden
+    table = stairs_table(gates.topology, 0)
+    widths = learned.masks.widths()
+    counts = widths["intermediate"].tolist(), widths["kv_heads"].tolist()
+    share = table.predict("decode", int(widths["hidden"]), *counts) / table.dense("decode", gates.topology)
+    assert share == pytest.approx(kept[-1])
+    for axis, score in learned.masks.score.items():
+        assert torch.equal(learned.masks.keep[axis], score > 0)
+        order = torch.sort(gates.score[axis], descending=True, stable=True).indices
+        assert bool((score.gather(-1, order).diff(dim=-1) <= 0).all()), "a vector's order is that of its scores"
+
+
+def test_a_killed_run_for_a_latency_ends_bitwise_as_an_undisturbed_one() -> None:
+    def learn_for_latency(saver: Any = None) -> Learned:
+        model, gates = latency_gates()
+        return learn_gates(model, WINDOWS, gates, saver, progress=False)
+
+    undisturbed, killed = learn_for_latency(), Memory(stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        learn_for_latency(killed)
+    resumed = learn_for_latency(killed)
+    for axis in AXES:
+        assert torch.equal(undisturbed.update.scale[axis], resumed.update.scale[axis])
+        assert torch.equal(undisturbed.masks.score[axis], resumed.masks.score[axis])
+        assert torch.equal(undisturbed.masks.keep[axis], resumed.masks.keep[axis])
+    assert undisturbed.curve == resumed.curve
+
+
+def test_a_latency_goal_reaches_the_report_and_one_out_of_reach_is_refused_at_once() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    measured = stairs_table(topology, 0)
+    request = MaskRequest("tva", TVA, 0.3, latency=LatencyGoal("decode", 0.7))
+    found = find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False, table=measured)
+    report = masks_metrics(found, model.config, request, measured)
+    assert "target_sparsity" not in report
+    assert report["target_latency"] == 0.7
+    assert report["decode"]["predicted_share"] <= AIM * 0.7 + 1e-9
+    assert 0 < report["sparsity_decoder"] < 1
+    assert learned_message(report, request).startswith(
+        f"predicted {report['decode']['predicted_share']:.3f} of the dense"
+    )
+    with pytest.raises(ValueError, match=r"learn_masks\.latency\.ratio = 0\.01"):
+        latency_gates(ratio=0.01)
 
 
 @pytest.mark.parametrize("options", [TVA, DETERMINISTIC, PAPER], ids=["tva", "deterministic", "paper"])
@@ -146,7 +218,7 @@ def test_the_papers_form_learns_and_is_projected_onto_the_target() -> None:
 def report(options: GateOptions) -> dict[str, Any]:
     request = MaskRequest("paper" if isinstance(options, PaperOptions) else "tva", options, 0.3)
     model = tiny_model("llama")
-    return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, 0.3)
+    return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, request)
 
 
 def test_the_learned_sparsity_is_told_from_the_projected_one() -> None:

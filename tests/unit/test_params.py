@@ -16,6 +16,7 @@ from tvaprune.params.everything import SECTIONS, check_everything
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.loading import ParameterError, read_yaml
+from tvaprune.params.profile_hardware import ProfileHardwareParams
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARAMS = REPOSITORY / "params.yaml"
@@ -88,6 +89,9 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("adapt_dimensions/budget", "latency", r"latency_target = None with budget = latency: .*needs a target"),
     ("adapt_dimensions/latency_target", 0.6, r"latency_target = 0\.6 with budget = params"),
     ("adapt_dimensions/latency_target", 1.5, r"adapt_dimensions\.latency_target = 1\.5"),
+    ("learn_masks/budget", "latency", r"latency = None with budget = latency: .*\{phase: decode, ratio: 0\.7\}"),
+    ("learn_masks/latency", {"phase": "decode", "ratio": 0.7}, r"latency = .* with budget = params: .*null"),
+    ("learn_masks/latency", {"phase": "decode", "ratio": 1.2}, r"learn_masks\.latency\.ratio = 1\.2"),
     ("profile_hardware/narrowest_hidden", 0, r"profile_hardware\.narrowest_hidden = 0"),
     ("adapt_dimensions/rounding", "up", r"adapt_dimensions\.rounding = 'up'"),
     ("update_weights/method", "median", r"update_weights\.method = 'median': .*'mean' or 'none'"),
@@ -153,6 +157,65 @@ def test_sections_that_do_not_fit_together_are_refused_before_any_download(
 ) -> None:
     with pytest.raises(ParameterError, match=named):
         check_everything(changed(key, value))
+
+
+LEARN = CONTENT["learn_masks"]
+FOR_LATENCY = {**LEARN, "budget": "latency", "latency": {"phase": "decode", "ratio": 0.7}}
+
+
+def written(tmp_path: Path, **sections: Any) -> Path:
+    (tmp_path / "params.yaml").write_text(json.dumps(CONTENT | sections))
+    return tmp_path / "params.yaml"
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"learn_masks": {**FOR_LATENCY, "method": "flap"}}, r"budget = latency with method = flap: only tva"),
+        ({"learn_masks": {**FOR_LATENCY, "method": "paper"}}, r"budget = latency with method = paper: only tva"),
+        (
+            {"learn_masks": {**FOR_LATENCY, "tva": {**LEARN["tva"], "uniform_layers": True}}},
+            r"budget = latency with tva\.uniform_layers = true: .* set it to false",
+        ),
+        (
+            {"learn_masks": {**FOR_LATENCY, "tva": {**LEARN["tva"], "ablation": "deterministic"}}},
+            r"budget = latency with tva\.ablation = deterministic",
+        ),
+        (
+            {"learn_masks": FOR_LATENCY, "adapt_dimensions": {**CONTENT["adapt_dimensions"], "multiple": "measured"}},
+            r"multiple = measured .*learn_masks\.budget = latency.*; set multiple to a number",
+        ),
+        (
+            {"learn_masks": FOR_LATENCY, "compact": {**CONTENT["compact"], "layout": "padded"}},
+            r"compact\.layout = padded with learn_masks\.budget = latency.*; set it to uneven",
+        ),
+        (
+            {"learn_masks": FOR_LATENCY, "adapt_dimensions": {**CONTENT["adapt_dimensions"], "multiple": 64}},
+            r"profile_hardware\.intermediate_step = 32: learn_masks\.budget = latency .*set it to a multiple of 64",
+        ),
+    ],
+)
+def test_a_latency_budget_refuses_what_it_cannot_be_combined_with(
+    tmp_path: Path, sections: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ParameterError, match=named):
+        check_everything(written(tmp_path, **sections))
+
+
+def test_a_latency_budget_is_in_what_an_artifact_was_made_with_and_the_default_is_as_it_was(tmp_path: Path) -> None:
+    path = written(tmp_path, learn_masks=FOR_LATENCY)
+    check_everything(path)
+    used = LearnMasksParams.load(path).used()["learn_masks"]
+    assert (used["budget"], used["latency"]) == ("latency", {"phase": "decode", "ratio": 0.7})
+    assert "sparsity" not in used
+    assert "sparsity" not in AdaptDimensionsParams.load(path).used()["adapt_dimensions"]
+    assert ProfileHardwareParams.load(path).enabled
+    path = written(tmp_path)
+    assert set(LearnMasksParams.load(path).used()["learn_masks"]) == {"sparsity", "seed", "method", "axes", "tva"}
+    assert set(AdaptDimensionsParams.load(path).used()["adapt_dimensions"]) == {
+        "sparsity", "multiple", "rounding", "budget", "latency_target", "latency_phase", "slack", "layout",
+    }  # fmt: skip
+    assert not ProfileHardwareParams.load(path).enabled
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)

@@ -154,7 +154,8 @@ def run(stage: object, *arguments: str) -> str:
 
 def profiled(root: Path) -> None:
     run(
-        profile_hardware, "--model", f"{root}/model", "--out", f"{root}/profile", "--metrics", f"{root}/profile.json",
+        profile_hardware, "--model", f"{root}/model", "--out", f"{root}/profile",
+        "--learning", f"{root}/learning_profile", "--metrics", f"{root}/profile.json",
         "--staircase", f"{root}/profile.csv", "--params", f"{root}/params.yaml",
     )  # fmt: skip
 
@@ -164,6 +165,36 @@ def adapted(root: Path) -> str:
         adapt_dimensions, "--model", f"{root}/model", "--masks", f"{root}/masks", "--profile", f"{root}/profile",
         "--adapted", f"{root}/adapted", "--metrics", f"{root}/adapt.json", "--params", f"{root}/params.yaml",
     )  # fmt: skip
+
+
+def test_times_that_fall_with_the_width_are_noise() -> None:
+    times = torch.tensor([[1.0, 3.0, 2.0], [0.5, 4.0, 5.0]], dtype=torch.float64)
+    same = {name: {phase: value.clone() for phase in PHASES} for name, value in {"mlp": times}.items()}
+    found = LatencyTable([48, 64], [0, 32, 96], [0, 2], same, {}, MADE_ON).rising()  # type: ignore[arg-type]
+    expected = torch.tensor([[0.75, 2.5, 2.5], [0.75, 4.0, 5.0]], dtype=torch.float64)
+    torch.testing.assert_close(found.ms["mlp"]["decode"], expected)
+
+
+def test_masks_learned_for_a_latency_stay_and_the_table_that_learning_takes_is_written_for_it_alone(
+    pipeline: Path,
+) -> None:
+    profiled(pipeline)
+    assert json.loads((pipeline / "learning_profile" / "meta.json").read_text())["enabled"] is False
+    params, yaml = pipeline / "params.yaml", YAML()
+    content = yaml.load(params)
+    content["adapt_dimensions"]["multiple"] = 8
+    content["learn_masks"] |= {"budget": "latency", "latency": {"phase": "decode", "ratio": 0.8}}
+    yaml.dump(content, params)
+    profiled(pipeline)
+    learning, own = (read_table(pipeline / name, TOPOLOGY) for name in ("learning_profile", "profile"))
+    assert torch.equal(learning.ms["mlp"]["decode"], own.ms["mlp"]["decode"])
+    output = adapted(pipeline)
+    assert "predicted of the dense latency on" in output
+    before, after = (read_masks(pipeline / name, TOPOLOGY) for name in ("masks", "adapted"))
+    assert all(torch.equal(before.keep[axis], after.keep[axis]) for axis in before.keep)
+    report = json.loads((pipeline / "adapt.json").read_text())
+    assert "target_sparsity" not in report
+    assert report["decode"]["predicted_ms"] > 0
 
 
 def test_the_stages_profile_and_adapt_to_what_was_measured(pipeline: Path) -> None:

@@ -98,7 +98,8 @@ def take_step(optimizer: torch.optim.Optimizer, gradients: list[Tensor], lr: flo
 class BudgetGates:
     """Means of the gates and their training; subclasses give the scores.
 
-    Axes outside of `axes` stay whole. `target_sparsity` is the final share of the decoder layers' parameters to remove.
+    Axes outside of `axes` stay whole. `target` is the final share of the budget to remove: here of the decoder layers'
+    parameters.
 
     Attributes:
         mean: per axis, shapes of `Topology.gate_shape`; starts at 1 (VIBNet: N(1, 0.01)), so that the model starts as
@@ -113,12 +114,12 @@ class BudgetGates:
         self,
         topology: Topology,
         options: TvaOptions,
-        target_sparsity: float,
+        target: float,
         axes: tuple[Axis, ...],
         device: torch.device,
         seed: int,
     ) -> None:
-        self.topology, self.options, self.target_sparsity, self.axes = topology, options, target_sparsity, axes
+        self.topology, self.options, self.target, self.axes = topology, options, target, axes
         self.device, self.seed = device, seed
         self.mean = {axis: torch.ones(topology.gate_shape(axis), device=device) for axis in AXES}
         sites = SITES if options.channel_means else ()
@@ -138,15 +139,15 @@ class BudgetGates:
         """Move the scores, after the means."""
         raise NotImplementedError
 
-    def scheduled_sparsity(self, progress: float) -> float:
-        """The sparsity at a share of the run, 0 to 1."""
-        return cubic_ramp(progress, self.target_sparsity, self.options.ramp)
+    def scheduled(self, progress: float) -> float:
+        """The share of the budget to remove, at a share of the run, 0 to 1."""
+        return cubic_ramp(progress, self.target, self.options.ramp)
 
-    def select(self, scheduled_sparsity: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
+    def select(self, scheduled: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
         """The units that a step keeps, and the threshold that their scores are above."""
         scores = self._comparable_scores()
         scores = {axis: score if axis in self.axes else score + torch.inf for axis, score in scores.items()}
-        threshold = solve_threshold(self.topology, scores, scheduled_sparsity)
+        threshold = solve_threshold(self.topology, scores, scheduled)
         return keep_above(scores, threshold), threshold
 
     def _comparable_scores(self) -> dict[Axis, Tensor]:
@@ -159,7 +160,7 @@ class BudgetGates:
         """One optimiser step under the budget, `index` from 0; gradients are averaged over the world's processes."""
         options, topology = self.options, self.topology
         progress = (index + 1) / options.steps
-        scheduled = self.scheduled_sparsity(progress)
+        scheduled = self.scheduled(progress)
         keep, threshold = self.select(scheduled)
         gates = {axis: (keep[axis] * self.mean[axis]).requires_grad_() for axis in AXES}
         channel_mean = {site: mean.detach().clone().requires_grad_() for site, mean in self.channel_mean.items()}
@@ -184,7 +185,7 @@ class BudgetGates:
         """Masks, projected onto the target, and means; on the CPU."""
         scores = {axis: score.cpu() for axis, score in self._comparable_scores().items()}
         masks = Masks({axis: score > 0 for axis, score in scores.items()}, scores)
-        return project(self.topology, masks, self.target_sparsity, self.axes), self.learned_means()
+        return project(self.topology, masks, self.target, self.axes), self.learned_means()
 
     def learned_means(self) -> WeightUpdate:
         """The means per unit and per channel, on the CPU."""

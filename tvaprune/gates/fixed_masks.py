@@ -32,11 +32,11 @@ class FixedMaskGates(BudgetGates):
     def start(self, gated: GatedModel, input_ids: Tensor, world: World, progress: bool) -> None:
         """Nothing is measured before the first step."""
 
-    def scheduled_sparsity(self, progress: float) -> float:
+    def scheduled(self, progress: float) -> float:
         """That of the masks, at every step."""
-        return self.target_sparsity
+        return self.target
 
-    def select(self, scheduled_sparsity: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
+    def select(self, scheduled: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
         """The given masks, whatever the schedule says."""
         return self._keep, 0.0
 

@@ -119,10 +119,13 @@ def _share_budget(topology: Topology, masks: Masks, hidden: int, multiple: int, 
     return counts
 
 
-def adapt_metrics(topology: Topology, before: Masks, after: Masks, target_sparsity: float) -> dict[str, Any]:
-    """metrics/adapt.json: sparsities as shares of the decoder layers' parameters, widths in units."""
+def adapt_metrics(topology: Topology, before: Masks, after: Masks, target_sparsity: float | None) -> dict[str, Any]:
+    """metrics/adapt.json: sparsities as shares of the decoder layers' parameters, widths in units.
+
+    target_sparsity: None where the masks were not learned for one.
+    """
     return {
-        "target_sparsity": target_sparsity,
+        **({} if target_sparsity is None else {"target_sparsity": target_sparsity}),
         "sparsity_before": sparsity(topology, before.widths()),
         "sparsity_decoder": sparsity(topology, after.widths()),
         "hidden_before": float(before.keep["hidden"].sum()),

@@ -1,7 +1,7 @@
 """The latency table of one machine: the time of each block of a decoder layer at each width."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
+from tvaprune.masks.masks import Masks
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -20,6 +21,8 @@ LATENCIES: tuple[Latency, ...] = ("prefill", "decode", "request")
 Block = Literal["rest", "attention", "mlp"]
 BLOCKS: tuple[Block, ...] = ("rest", "attention", "mlp")
 Times = dict[Block, dict[Phase, Tensor]]
+# Predictions are right to a few percent, and a latency target is a ceiling: aim at this share of it.
+AIM = 0.95
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,40 @@ class LatencyTable:
         layers = topology.layers
         return self.predict(of, topology.hidden, [topology.intermediate] * layers, [topology.kv_heads] * layers)
 
+    def rising(self) -> "LatencyTable":
+        """The table with times that rise, or stay, with every width: a narrower block that took longer is noise.
+
+        Each time becomes the mean of the highest at a narrower or equal and the lowest at a wider or equal width.
+        """
+        return replace(self, ms={block: {of: _rising(ms) for of, ms in by.items()} for block, by in self.ms.items()})
+
+
+def _rising(times: Tensor) -> Tensor:
+    for axis in range(times.dim()):
+        below, above = times.cummax(axis).values, times.flip(axis).cummin(axis).values.flip(axis)
+        times = (below + above) / 2
+    return times
+
+
+def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, padded: bool = False) -> dict[str, Any]:
+    """Predicted latency of the masks' widths in ms and as a share of the dense model's, by phase.
+
+    padded: every layer computes as the widest one does.
+    """
+    widths = masks.widths()
+    intermediate, kv_heads = widths["intermediate"].tolist(), widths["kv_heads"].tolist()
+    if padded:
+        intermediate, kv_heads = ([max(counts)] * topology.layers for counts in (intermediate, kv_heads))
+    metrics: dict[str, Any] = {
+        "profile_threads": table.made_on["threads"],
+        "profile_is_cuda": int(table.made_on["device"] != "cpu"),
+    }
+    for of in LATENCIES:
+        dense = table.dense(of, topology)
+        latency = table.predict(of, int(widths["hidden"]), intermediate, kv_heads)
+        metrics[of] = {"predicted_ms": latency, "predicted_dense_ms": dense, "predicted_share": latency / dense}
+    return metrics
+
 
 def profile_metrics(table: LatencyTable | None, topology: Topology) -> dict[str, Any]:
     """metrics/profile.json: the dense model's latencies, in ms."""
@@ -105,8 +142,8 @@ def read_table(directory: Path, topology: Topology) -> LatencyTable:
     tensors, meta = read_artifact(directory, "profile")
     if not meta["enabled"]:
         raise ArtifactError(
-            f"{directory}: profile_hardware has timed nothing, but adapt_dimensions.multiple is measured; "
-            "run dvc repro profile_hardware"
+            f"{directory}: profile_hardware has timed nothing, but learn_masks.budget or adapt_dimensions.multiple "
+            "needs a table; run dvc repro profile_hardware"
         )
     made_on, widths = meta["made_on"], {axis: tensors[f"widths.{axis}"].tolist() for axis in AXES}
     names = ("layers", *AXES)

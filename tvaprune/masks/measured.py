@@ -5,7 +5,7 @@ All layers share the hidden width, so one knapsack is solved for each of its val
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,10 @@ from tvaprune.architecture.topology import Axis, Topology
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.knapsack import Knapsack, Limits
-from tvaprune.masks.latency_table import LATENCIES, Latency, LatencyTable
+from tvaprune.masks.latency_table import AIM, Latency, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_widths
 
-# Predictions are right to a few percent, and a latency target is a ceiling: aim at this share of it.
-AIM = 0.95
 # Faster widths keep at least this share of the parameters, so that the result is comparable with other roundings.
 SAME_PARAMETERS = 0.995
 # Relative gaps of the solver: importance is learned and latency is measured to fewer digits.
@@ -44,23 +42,6 @@ def adapt_measured(
     else:
         chosen = widths_within_latency(topology, masks, table, of, layout, latency_target)
     return keep_widths(masks, chosen.hidden, chosen.intermediate, chosen.kv_heads)
-
-
-def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, layout: Layout) -> dict[str, Any]:
-    """Predicted latency of the masks' widths in ms and as a share of the dense model's, by phase."""
-    widths = masks.widths()
-    intermediate, kv_heads = widths["intermediate"].tolist(), widths["kv_heads"].tolist()
-    if layout == "padded":
-        intermediate, kv_heads = ([max(counts)] * topology.layers for counts in (intermediate, kv_heads))
-    metrics: dict[str, Any] = {
-        "profile_threads": table.made_on["threads"],
-        "profile_is_cuda": int(table.made_on["device"] != "cpu"),
-    }
-    for of in LATENCIES:
-        dense = table.dense(of, topology)
-        latency = table.predict(of, int(widths["hidden"]), intermediate, kv_heads)
-        metrics[of] = {"predicted_ms": latency, "predicted_dense_ms": dense, "predicted_share": latency / dense}
-    return metrics
 
 
 class Chosen(NamedTuple):

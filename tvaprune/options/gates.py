@@ -19,6 +19,18 @@ class PerAxis:
 
 
 @dataclass(frozen=True)
+class LatencyGoal:
+    """What gates are learned for where the budget is latency."""
+
+    __pydantic_config__ = FORBID_EXTRA
+    phase: Annotated[
+        Literal["prefill", "decode", "request"],
+        Field(description="Whose latency; request: a prefill and profile_hardware.decode_tokens steps."),
+    ]
+    ratio: Annotated[float, Field(gt=0, lt=1, description="Share of the dense model's latency to stay below.")]
+
+
+@dataclass(frozen=True)
 class TvaOptions:
     """Gates under an exact budget: means by gradient, scores in closed form (`tvaprune.gates.closed_form`)."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tvaprune.options.baselines import BASELINE_OPTIONS
-from tvaprune.options.gates import PaperOptions, TvaOptions
+from tvaprune.options.gates import LatencyGoal, PaperOptions, TvaOptions
 
 METHOD_OPTIONS: dict[str, type] = {"tva": TvaOptions, "paper": PaperOptions, **BASELINE_OPTIONS}
 
@@ -20,6 +20,7 @@ class MaskRequest:
     seed: int = 0  # of initialisation, noise and random scores
     gradient_checkpointing: bool = False  # recompute activations in the gates' backward
     means_steps: int = 0  # steps that train means on a baseline's masks, by the defaults of TvaOptions; 0: none
+    latency: LatencyGoal | None = None  # the budget in place of sparsity; for tva
 
     @property
     def trains_gates(self) -> bool:

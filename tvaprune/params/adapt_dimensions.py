@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from tvaprune.options.gates import LatencyGoal
 from tvaprune.params.loading import StageParams
 
 
@@ -30,7 +31,7 @@ def _kind(value: Any) -> str:
 
 class AdaptDimensionsParams(StageParams):
     section = "adapt_dimensions"
-    shared: ClassVar[tuple[str, ...]] = ("sparsity", "compact.layout")
+    shared: ClassVar[tuple[str, ...]] = ("sparsity", "compact.layout", "learn_masks.latency")
 
     sparsity: float = Field(description="Share of the decoder layers' parameters to remove.", gt=0, lt=1)
     multiple: Annotated[
@@ -59,6 +60,23 @@ class AdaptDimensionsParams(StageParams):
         description="compact.layout: a config for all layers alike takes some widths only."
     )
 
+    latency: LatencyGoal | None = Field(description="learn_masks.latency: learned widths, which are multiples, stay.")
+
+    @model_validator(mode="after")
+    def _learned_for_latency(self) -> Self:
+        if self.latency is not None:
+            if self.budget == "latency" or self.multiple == "measured":
+                raise ValueError(
+                    f"multiple = {self.multiple} and budget = {self.budget} with learn_masks.budget = latency, which "
+                    "chooses measured widths itself; set multiple to a number and budget to params"
+                )
+            if self.layout != "uneven":
+                raise ValueError(
+                    f"compact.layout = {self.layout} with learn_masks.budget = latency, which learns for layers of "
+                    "different widths; set it to uneven"
+                )
+        return self
+
     @model_validator(mode="after")
     def _latency_needs_measured(self) -> Self:
         if (self.budget == "latency") != (self.latency_target is not None):
@@ -69,6 +87,11 @@ class AdaptDimensionsParams(StageParams):
         if self.budget == "latency" and self.multiple != "measured":
             raise ValueError("budget = latency needs multiple = measured, as only measured widths have a latency")
         return self
+
+    def used(self) -> dict[str, Any]:
+        """Without the goal of the learning, which says itself what it was; it replaces the sparsity."""
+        without = {"latency"} if self.latency is None else {"latency", "sparsity", "latency_phase", "slack", "rounding"}
+        return {self.section: self.model_dump(mode="json", exclude=without)}
 
     def multiples(self) -> tuple[int, int] | None:
         """T of hidden and of intermediate; None: measured."""

@@ -62,6 +62,8 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     problems += _unknown_sources(texts, sampling) if texts and sampling else []
     problems += [problem for each in measured for problem in _unknown_texts(texts, each)] if texts else []
     problems += _broken_blocks(masks, sampling) if masks and sampling else []
+    profile, adapt = loaded.get("profile_hardware"), loaded.get("adapt_dimensions")
+    problems += _steps_between_multiples(profile, adapt) if masks and profile and adapt and masks.latency else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
@@ -96,3 +98,15 @@ def _broken_blocks(masks: LearnMasksParams, sampling: SampleCalibrationParams) -
         return []
     length = f"{sampling.section}.seq_len = {sampling.seq_len}; use a divisor, or null for whole windows"
     return [f"{masks.section}.tva.curvature_tokens = {block}: does not divide {length}"]
+
+
+def _steps_between_multiples(profile: ProfileHardwareParams, adapt: AdaptDimensionsParams) -> list[str]:
+    """Masks learned for a latency have widths that were timed, so those have to be multiples already."""
+    steps = (profile.hidden_step, profile.intermediate_step)
+    named = zip(("hidden", "intermediate"), steps, adapt.multiples() or (1, 1), strict=True)
+    return [
+        f"{profile.section}.{axis}_step = {step}: learn_masks.budget = latency keeps widths that were timed; set it to "
+        f"a multiple of {multiple}, adapt_dimensions.multiple, such as {multiple}"
+        for axis, step, multiple in named
+        if step % multiple
+    ]

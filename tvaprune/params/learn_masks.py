@@ -1,9 +1,9 @@
 """Parameters of the learn_masks stage."""
 
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tvaprune.options import baselines, gates
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
@@ -23,6 +23,12 @@ class LearnMasksParams(StageParams):
         "depth",
     ] = Field(description="What finds the masks; its options are in the section of its name.")  # fmt: skip
     axes: tuple[AxisName, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
+    budget: Literal["params", "latency"] = Field(
+        description="What masks are learned for: `sparsity`, or with tva `latency`; then `sparsity` has no effect."
+    )
+    latency: gates.LatencyGoal | None = Field(
+        description="For budget latency, else null: phase (prefill, decode, request) and ratio to the dense latency."
+    )
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
     means_steps: int = Field(
         description="Baselines: steps that train means on their masks as tva does, in place of their biases; 0: none.",
@@ -43,18 +49,22 @@ class LearnMasksParams(StageParams):
     @classmethod
     def declared(cls) -> list[str]:
         """A change of one method's options does not rerun another method."""
-        own = [f"{cls.section}.{name}" for name in ("method", "axes", "gradient_checkpointing", "means_steps")]
+        own = [
+            f"{cls.section}.{name}"
+            for name in ("method", "axes", "budget", "latency", "gradient_checkpointing", "means_steps")
+        ]
         return [*own, f"{cls.section}.${{{cls.section}.method}}", *cls.shared]
 
     def request(self) -> MaskRequest:
         return MaskRequest(
             self.method, getattr(self, self.method), self.sparsity, self.axes, self.seed, self.gradient_checkpointing,
-            self.means_steps,
+            self.means_steps, self.latency,
         )  # fmt: skip
 
     def used(self) -> dict[str, Any]:
-        """Without the options of other methods than the one in use."""
-        values = self.model_dump(mode="json", include={"sparsity", "seed", "method", "axes", self.method})
+        """Without the options of other methods than the one in use, and with one budget."""
+        budget = {"sparsity"} if self.latency is None else {"budget", "latency"}
+        values = self.model_dump(mode="json", include={*budget, "seed", "method", "axes", self.method})
         if not self.request().trains_gates and self.means_steps:
             values["means_steps"] = self.means_steps
         if self.method == "tva" and self.tva.ablation == "deterministic":
@@ -70,6 +80,24 @@ class LearnMasksParams(StageParams):
         if missing:
             raise ValueError(f"missing: {', '.join(missing)}")
         return value
+
+    @model_validator(mode="after")
+    def _latency_for_tva(self) -> Self:
+        if (self.budget == "latency") != (self.latency is not None):
+            raise ValueError(
+                f"latency = {self.latency} with budget = {self.budget}: budget latency needs a goal such as "
+                "{phase: decode, ratio: 0.7}, budget params null"
+            )
+        if self.budget == "latency":
+            if self.method != "tva":
+                raise ValueError(f"budget = latency with method = {self.method}: only tva learns for a latency")
+            if self.tva.ablation == "deterministic":
+                raise ValueError("budget = latency with tva.ablation = deterministic: needs scores in closed form")
+            if self.tva.uniform_layers:
+                raise ValueError(
+                    "budget = latency with tva.uniform_layers = true: prices are by layer; set it to false"
+                )
+        return self
 
     @field_validator("axes", mode="before")
     @classmethod

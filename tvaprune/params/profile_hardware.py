@@ -9,7 +9,7 @@ from tvaprune.params.loading import StageParams
 
 class ProfileHardwareParams(StageParams):
     section = "profile_hardware"
-    shared: ClassVar[tuple[str, ...]] = ("adapt_dimensions.multiple",)
+    shared: ClassVar[tuple[str, ...]] = ("adapt_dimensions.multiple", "learn_masks.budget")
 
     hidden_step: int = Field(ge=1, description="hidden widths are multiples of it, and the dense one")
     intermediate_step: int = Field(ge=1, description="intermediate widths are multiples of it, and the dense one")
@@ -23,8 +23,14 @@ class ProfileHardwareParams(StageParams):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(description="auto: what the device multiplies fastest")
     threads: int | None = Field(ge=1, description="CPU threads of torch; null: torch's default, every physical core")
     runtime: Literal["auto", "eager", "packed", "graphs"] = Field(description="as in benchmark_speed, without compile")
-    multiple: Any = Field(description="adapt_dimensions.multiple; nothing is timed unless it is `measured`")
+    multiple: Any = Field(description="adapt_dimensions.multiple; `measured` needs the table")
+    budget: Any = Field(description="learn_masks.budget; `latency` needs the table; nothing is timed where none does")
+
+    @property
+    def learns(self) -> bool:
+        """Whether learn_masks needs the table."""
+        return bool(self.budget == "latency")
 
     @property
     def enabled(self) -> bool:
-        return self.multiple == "measured"
+        return self.learns or self.multiple == "measured"

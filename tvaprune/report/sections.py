@@ -301,7 +301,8 @@ def _training(run: RunFiles) -> Iterator[Block]:
     masks = _column(run, "mask_training", "sparsity"), _column(run, "mask_training", "target")
     losses = _column(run, "mask_training", "loss")
     if len(masks[0]) > 1:
-        series = [svg.Line("target", masks[1], 0)] if masks[1] else []
+        for_latency = "target_latency" in run.metrics.get("masks", {})
+        series = [svg.Line("latency to remove" if for_latency else "target", masks[1], 0)] if masks[1] else []
         series.append(svg.Line("sparsity", masks[0], 2))
         drawn = svg.lines("Sparsity by step", "Removed share of the decoder.", series, ("step", ""), zero=True)
         table = _curve_table("Sparsity by step", series)

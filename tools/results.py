@@ -25,10 +25,10 @@ from tvaprune.measures.columns import ROW_TYPE, SavedRun, cell, column, value_at
 from tvaprune.params.loading import read_yaml
 from tvaprune.results import WORKSPACE, own_table, sentences, workspace_run
 
-# Tables of one file each, which a command other than the pipeline's wrote.
+# Tables of files that a command other than the pipeline's wrote.
 MEASUREMENTS = {
-    "vllm_speed": (vllm_speed.MEASURED, vllm_speed.table),
-    "serving": (vllm_speed.SERVING, lambda found: vllm_speed.agreement(found["vllm"])),
+    "vllm_speed": ([vllm_speed.MEASURED], vllm_speed.table),
+    "serving": (list(vllm_speed.SERVING), lambda *found: vllm_speed.agreement([each["vllm"] for each in found])),
 }
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 
@@ -115,8 +115,8 @@ class Results:
         if name == WORKSPACE:
             return own_table(self.runs[WORKSPACE])
         if name in MEASUREMENTS:
-            file, rendered = MEASUREMENTS[name]
-            return rendered(json.loads(file.read_text()))
+            files, rendered = MEASUREMENTS[name]
+            return rendered(*(json.loads(file.read_text()) for file in files))
         if name not in self.tables:
             raise ValueError(f"{DEFINITIONS} has no table {name}")
         return self.render(self.tables[name])

@@ -27,7 +27,8 @@ from tvaprune.measures import markdown
 from tvaprune.proof.vllm_runtime import ENVIRONMENT
 
 Times = dict[str, float]  # as the script prints them
-MEASURED, SERVING = Path("docs/vllm_speed.json"), Path("metrics/serving.json")
+MEASURED = Path("docs/vllm_speed.json")
+SERVING = {Path("metrics/serving.json"): "0.2", Path("docs/serving_0.5.json"): "0.5"}  # file -> sparsity
 
 
 class Server:
@@ -95,17 +96,20 @@ def table(measured: dict[str, Any]) -> str:
     return "\n\n".join([markdown.table(["requests", *next(iter(times.values()))], rows), " ".join(sentences)])
 
 
-def agreement(figures: dict[str, float]) -> str:
-    """What `tvaprune verify --vllm` wrote, in Markdown."""
+def agreement(found: list[dict[str, float]]) -> str:
+    """What `tvaprune verify --vllm` wrote for the models of SERVING, in Markdown."""
     head = [
+        "sparsity",
         "new tokens",
         "largest difference of a log-probability",
         "prompts with the same tokens",
         "prompts that pass",
     ]
-    shares = [f"{figures[name]:.0%}" for name in ("token_agreement", "top5_agreement")]
-    cells = [f"{figures['tokens']:.0f}", f"{figures['max_abs_logprob_diff']:.0e} nats", *shares]
-    return markdown.table(head, [cells])
+    rows = []
+    for sparsity, figures in zip(SERVING.values(), found, strict=True):
+        shares = [f"{figures[name]:.0%}" for name in ("token_agreement", "top5_agreement")]
+        rows.append([sparsity, f"{figures['tokens']:.0f}", f"{figures['max_abs_logprob_diff']:.0e} nats", *shares])
+    return markdown.table(head, rows)
 
 
 @command

@@ -4,11 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
 
 from tests.pipeline.workspace import REPOSITORY, Workspace, environment
 from tests.tiny_models import random_masks, random_update, write_published
@@ -82,7 +79,7 @@ def run_commands(page: str, workspace: Workspace, changes: dict[str, str]) -> di
         if PUBLISHED in arguments:
             _write_published(workspace)
         if changed == "dvc queue start":
-            _run_the_queue(workspace)
+            workspace.run_queue()
             printed[line] = ""
         elif program == "dvc":
             printed[line] = workspace.dvc(*arguments).stdout
@@ -108,18 +105,3 @@ def _write_published(workspace: Workspace) -> None:
     topology = Topology.of(load_config(workspace.root / "data/model"))
     masks, update = random_masks(topology, seed=0), random_update(topology, seed=0)
     write_published(workspace.root / PUBLISHED, masks, update)
-
-
-def _run_the_queue(workspace: Workspace) -> None:
-    """Start the queue and wait for its end. The worker keeps the output open, so a pipe would wait for it as well."""
-    variables = environment() | workspace.variables
-    subprocess.run(["dvc", "queue", "start"], cwd=workspace.root, env=variables, stdout=subprocess.DEVNULL, check=True)
-    deadline = time.monotonic() + 900
-    while time.monotonic() < deadline:
-        status = workspace.dvc("queue", "status").stdout
-        assert "Failed" not in status, status
-        if "Running" not in status and "Queued" not in status:
-            assert "Success" in status, status
-            return
-        time.sleep(2)
-    pytest.fail("the queue did not end")

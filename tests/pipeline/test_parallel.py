@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,7 @@ def values(params: str) -> tuple[Any, ...]:
 def test_eight_experiments_over_two_workers(workspace: Workspace, finished: Workspace, tmp_path: Path) -> None:
     settings = [f"-S{key}={','.join(map(str, each))}" for key, each in SWEEP.items()]
     workspace.dvc("exp", "run", "--queue", *settings, "compact")
-    workspace.dvc("queue", "start", "--jobs", "2")
-    while {"Queued", "Running"} & set((shown := workspace.dvc("queue", "status").stdout).split()):
-        time.sleep(2)
-    assert "Failed" not in shown, shown
+    workspace.run_queue("--jobs", "2", timeout_s=3 * 3600)
     listed = git(workspace.root, "for-each-ref", "refs/exps", "--format=%(refname)")
     refs = re.findall(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/\S+", listed)  # of experiments, not of DVC's own work
     found = {}

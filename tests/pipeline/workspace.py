@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,6 +57,24 @@ class Workspace:
 
     def dvc(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return _run(["dvc", *arguments], self.root, check, self.variables, self.timeout_s)
+
+    def run_queue(self, *options: str, timeout_s: float = 900) -> None:
+        """Start the queue, and wait until each of its experiments has succeeded.
+
+        The worker keeps the output open, so a pipe would wait for it as well.
+        """
+        variables = environment() | self.variables
+        command = ["dvc", "queue", "start", *options]
+        subprocess.run(command, cwd=self.root, env=variables, stdout=subprocess.DEVNULL, check=True)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            status = self.dvc("queue", "status").stdout
+            assert "Failed" not in status, status
+            if "Running" not in status and "Queued" not in status:
+                assert "Success" in status, status
+                return
+            time.sleep(2)
+        pytest.fail("the queue did not end")
 
     def repro(self, *arguments: str) -> set[str]:
         """Run `dvc repro`; the names of the stages that it ran."""

@@ -157,7 +157,7 @@ def test_a_row_of_speeds() -> None:
 
 def test_a_row_of_agreement() -> None:
     found = {"tokens": 32.0, "max_abs_logprob_diff": 5.8e-05, "token_agreement": 2 / 3, "top5_agreement": 1.0}
-    assert agreement(found).splitlines()[-1] == "| 32 | 6e-05 nats | 67% | 100% |"
+    assert agreement([found, found]).splitlines()[-1] == "| 0.5 | 32 | 6e-05 nats | 67% | 100% |"
 
 
 # One is in CI: a layer without a block, with which all that vLLM asks of a modeling file is used.

@@ -65,8 +65,9 @@ PARTS = {part.name: part for part in _PARTS}
 _ROOMS = {
     **dict.fromkeys(("tests", "bandwidth"), "limits"),
     **dict.fromkeys(("decode", "multiples", "axes"), "speed"),
-    **dict.fromkeys(("steps", "vllm"), "training"),
+    "steps": "training",
     "whole": "whole",
+    "vllm": "serving",
 }
 
 

@@ -146,23 +146,18 @@ def run_part(directory: Path, part: Part, settings: Any, work: Work, limit_s: fl
             over = process.is_alive()
             _kill_group(process)
         before, results = results, Results(directory, part, settings.recorded())
-        step = results.content["running"]
         tried = [each for each in steps if results.steps.get(each) != before.steps.get(each)]
-        if over and step:
-            note = f"stopped at the limit of {limit_s:.0f} s for the part in one call"
-            results.end(step, _entry(OVER, note, begun))
-        elif not over and (step or not tried):  # it ended by itself, in a step or before the first
-            step = step or steps[0]
-            results.end(step, _entry(FAILED, f"its process ended with status {process.exitcode}", begun))
-        failed = any(results.state_of(each) == FAILED for each in steps if each in tried or each == step)
-        if over or (failed and part.in_order):
+        steps = [each for each in steps if each not in tried]
+        running = [each for each in steps if each == results.content["running"]]
+        broken = next(iter(running or (steps if over or not tried else ())), None)
+        if broken:
+            note = f"the part's limit of {limit_s:.0f} s" if over else f"its process ended, status {process.exitcode}"
+            entry = {"state": OVER if over else FAILED, "error": note}
+            results.end(broken, {**entry, "seconds": time.monotonic() - begun, "made_on": None})
+            steps.remove(broken)
+        if over or (part.in_order and any(results.state_of(each) == FAILED for each in (*tried, broken) if each)):
             break
-        steps = [each for each in steps if each not in tried and each != step]
     return results
-
-
-def _entry(state: str, error: str, begun: float) -> dict[str, Any]:
-    return {"state": state, "error": error, "seconds": time.monotonic() - begun, "made_on": None}
 
 
 def _kill_group(process: BaseProcess) -> None:

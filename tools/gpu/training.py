@@ -1,4 +1,4 @@
-"""Steps of mask learning and of fine-tuning at 8B shapes, and the models of a whole run in vLLM."""
+"""Steps of mask learning and of fine-tuning at 8B shapes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,6 @@ import torch
 
 from tools import try_steps
 from tools.gpu.parts import PRESETS, Settings
-from tools.gpu.resumable import NotPossibleError
-from tools.gpu.whole import COMPACT, DENSE, workspace
-from tools.vllm_speed import compare_served
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.estimate import published_config, sizes
 
@@ -39,14 +36,3 @@ def card_of(device: torch.device, gigabytes: float) -> Iterator[None]:
     finally:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def vllm(step: str, settings: Settings) -> dict[str, Any]:
-    """The dense and the pruned model of `whole`, at 1, 16 and 64 requests at once."""
-    if settings.vllm is None:
-        raise NotPossibleError("no interpreter of an environment that has vLLM was given")
-    dense, compact = (workspace(settings) / name for name in (DENSE, COMPACT))
-    if not (compact / "config.json").is_file():
-        raise NotPossibleError("needs the models of part whole, on this machine")
-    requests, tokens, repeats = ([1, 2], (8, 4), 1) if settings.tiny else ([1, 16, 64], (128, 64), 3)
-    return compare_served(settings.vllm, dense, compact, requests, tokens, repeats, "bfloat16")

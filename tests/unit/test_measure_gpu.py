@@ -80,7 +80,7 @@ def test_a_part_of_speeds_has_a_row_for_each_model_and_phase(
 
 
 def test_steps_of_training_are_compared_with_steps_without(tmp_path: Path, tiny: parts.Settings) -> None:
-    steps = ("24 GB, learn_masks", "80 GB, finetune_lora")
+    steps = ("80 GB, learn_masks", "24 GB, finetune_lora")
     gates, lora = rows(tables([measured(tmp_path, "steps", tiny, steps)]))[1:]
     assert (gates[0], lora[0]) == steps
     for row, reason in ((gates, "gates"), (lora, "a teacher")):

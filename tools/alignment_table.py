@@ -19,11 +19,12 @@ from typer import Option
 
 from stages._command import command
 from stages._options import Heldout, Model, ParamsFile
+from tools.mask_speed import time_widths
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load, load_config
-from tvaprune.checkpoint.random_model import LayerWidths, random_models
+from tvaprune.checkpoint.random_model import LayerWidths
 from tvaprune.device import DTYPES
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
@@ -31,7 +32,7 @@ from tvaprune.masks.masks import Masks, read_masks
 from tvaprune.masks.measured import adapt_measured
 from tvaprune.masks.update import WeightUpdate, read_update
 from tvaprune.measures import markdown
-from tvaprune.measures.latency import Benchmark, compare
+from tvaprune.measures.latency import Benchmark
 from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
@@ -39,16 +40,22 @@ from tvaprune.params.eval_perplexity import EvalPerplexityParams
 MULTIPLES = (1, 8, 16, 32, 64, 128)
 
 
+def by_multiple(topology: Topology, masks: Masks, target_sparsity: float) -> dict[str, Masks]:
+    """Masks adapted to each multiple within the same parameters; axes that it does not divide stay unaligned."""
+    found = {}
+    for multiple in MULTIPLES:
+        hidden, units = (multiple if width % multiple == 0 else 1 for width in (topology.hidden, topology.intermediate))
+        found[str(multiple)] = adapt(topology, masks, target_sparsity, "budget", hidden, units)
+    return found
+
+
 def alternatives(
     topology: Topology, masks: Masks, table: LatencyTable, params: AdaptDimensionsParams
 ) -> dict[str, Masks]:
-    """Masks by name: dense, each multiple (axes that it does not divide stay unaligned), measured."""
-    found = {"dense": Masks.dense(topology)}
-    for multiple in MULTIPLES:
-        hidden, units = (multiple if width % multiple == 0 else 1 for width in (topology.hidden, topology.intermediate))
-        found[str(multiple)] = adapt(topology, masks, params.sparsity, "budget", hidden, units)
+    """Masks by name: dense, each multiple, measured."""
     goal = (params.sparsity, params.latency_target, params.slack)
-    return found | {"measured": adapt_measured(topology, masks, table, params.latency_phase, "uneven", *goal)}
+    measured = adapt_measured(topology, masks, table, params.latency_phase, "uneven", *goal)
+    return {"dense": Masks.dense(topology), **by_multiple(topology, masks, params.sparsity), "measured": measured}
 
 
 def perplexities(
@@ -74,11 +81,10 @@ def measured_ms(
     """By phase and name, median milliseconds at the table's lengths, dtype and threads."""
     made_on = table.made_on
     torch.set_num_threads(made_on["threads"])
-    widths = [LayerWidths.of(each.widths()) for each in masks.values()]
-    built = random_models(load_config(model), widths, DTYPES[made_on["dtype"]], torch.device(made_on["device"]))
+    widths = {name: LayerWidths.of(each.widths()) for name, each in masks.items()}
     benchmark = Benchmark.of(SimpleNamespace(**made_on, repeats=repeats, max_warmup=max_warmup))
-    batch = made_on["batch"]
-    timed = compare(dict(zip(masks, built, strict=True)), [batch], benchmark, made_on["runtime"])[batch]
+    batch, dtype, device = made_on["batch"], DTYPES[made_on["dtype"]], torch.device(made_on["device"])
+    timed = time_widths(load_config(model), widths, [batch], benchmark, made_on["runtime"], dtype, device)[batch]
     return {
         phase: {name: statistics.median(values) for name, values in each.latency_ms.items()}
         for phase, each in zip(PHASES, timed, strict=True)

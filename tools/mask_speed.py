@@ -6,10 +6,12 @@ times the dense model and the pruned one in turn, both with random weights. It n
 artifact, and an otherwise idle machine.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from transformers import PreTrainedConfig
 from typer import Option
 
 from stages._command import command
@@ -23,11 +25,38 @@ from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES
 from tvaprune.masks.masks import Masks, read_masks
 from tvaprune.measures import markdown
-from tvaprune.measures.latency import Benchmark, compare
+from tvaprune.measures.latency import Benchmark, Phase, compare
 from tvaprune.measures.machine import machine_name
 from tvaprune.measures.markdown import SPEEDUP, speedup_cells
-from tvaprune.measures.speed_report import speed_metrics
-from tvaprune.runtime.packed import pick_runtime
+from tvaprune.measures.speed_report import summarise
+from tvaprune.runtime.packed import Runtime, pick_runtime
+
+
+def time_widths(
+    config: PreTrainedConfig,
+    widths: dict[str, LayerWidths],
+    batch_sizes: list[int],
+    benchmark: Benchmark,
+    runtime: Runtime,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[int, tuple[Phase, Phase]]:
+    """Prefill and decode by batch size, of models with random weights at these widths; one is named "dense"."""
+    models = dict(zip(widths, random_models(config, list(widths.values()), dtype, device), strict=True))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the models took before they shared their weights; graphs cannot use it
+    return compare(models, batch_sizes, benchmark, runtime)
+
+
+def against_dense(phase: Phase, work_name: str) -> dict[str, dict[str, Any]]:
+    """Each model's medians, with its speedup over the dense model, the limit and the efficiency; see `summarise`."""
+    found = {}
+    for name in phase.latency_ms:
+        pair = {"dense": phase.latency_ms["dense"], "compact": phase.latency_ms[name]}
+        work = {"dense": phase.work["dense"], "compact": phase.work[name]}
+        summary = summarise(replace(phase, latency_ms=pair, work=work), work_name)
+        found[name] = summary.pop("compact") | {key: value for key, value in summary.items() if key != "dense"}
+    return found
 
 
 @command
@@ -51,10 +80,12 @@ def main(
     if multiple > 1:
         kept = adapt(topology, kept, target or sparsity(topology, kept.widths()), "budget", multiple, multiple)
     chosen, how = pick_dtype(device, dtype), pick_runtime(runtime, device)  # type: ignore[arg-type]
-    widths = [LayerWidths.of(each.widths()) for each in (Masks.dense(topology), kept)]
-    models = dict(zip(("dense", "compact"), random_models(config, widths, chosen, device), strict=True))
+    widths = {
+        name: LayerWidths.of(each.widths()) for name, each in {"dense": Masks.dense(topology), "pruned": kept}.items()
+    }
     benchmark = Benchmark(prefill_tokens, decode_prompt_tokens, decode_tokens, repeats, max_warmup=3)
-    timed = compare(models, [int(size) for size in batch_sizes.split(",")], benchmark, how)
+    sizes = [int(size) for size in batch_sizes.split(",")]
+    timed = time_widths(config, widths, sizes, benchmark, how, chosen, device)
     print(
         f"{machine_name(device)}, {str(chosen).removeprefix('torch.')}, runtime {how}, torch {torch.__version__}; "
         f"{sparsity(topology, kept.widths()):.4f} of the decoder removed; prefill of {prefill_tokens} tokens, "
@@ -62,8 +93,8 @@ def main(
     )
     rows = []
     for batch, phases in timed.items():
-        metrics = speed_metrics({batch: phases})
-        for phase in PHASES:
-            latencies = [f"{metrics[phase][name]['latency_ms']:.2f}" for name in models]
-            rows.append([str(batch), phase, *latencies, *speedup_cells(metrics[phase])])
+        for name, phase in zip(PHASES, phases, strict=True):
+            found = against_dense(phase, "work")
+            latencies = [f"{each['latency_ms']:.2f}" for each in found.values()]
+            rows.append([str(batch), name, *latencies, *speedup_cells(found["pruned"])])
     print(markdown.table(["batch", "", "dense ms", "pruned ms", *SPEEDUP], rows))

@@ -7,6 +7,7 @@ device that the stages would use. It prints seconds a step, the ratio to a step 
 estimates of `tvaprune estimate`.
 """
 
+import gc
 import statistics
 import tempfile
 import time
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -40,8 +41,17 @@ from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
 
 
-def try_learning(found: Sizes, dense: PreTrainedModel, steps: int, estimate: int) -> None:
-    """Steps of learn_masks, each beside the same forward, objective and backward without gates."""
+def random_dense(found: Sizes, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The dense model with random weights."""
+    with device:
+        return AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
+
+
+def try_learning(found: Sizes, dense: PreTrainedModel, steps: int) -> dict[str, Any]:
+    """Steps of learn_masks, each beside the same forward, objective and backward without gates.
+
+    Returns median seconds of the teacher's pass, of the bare step and of the gates' step.
+    """
     request, size = found.request, found.request.options.batch_size
     ids = random_prompt(dense, size * steps, found.windows.seq_len)
     topology, options = Topology.of(dense.config), replace(request.options, steps=steps)
@@ -67,11 +77,9 @@ def try_learning(found: Sizes, dense: PreTrainedModel, steps: int, estimate: int
             dense.disable_input_require_grads()
             with timed(dense.device, seconds["gates"]):
                 gates.step(gated, batch, step, ALONE)
-    median = {name: statistics.median(values) if values else 0.0 for name, values in seconds.items()}
-    total, peak = median["gates"] + median["teacher"], peak_memory_bytes(dense.device)
-    _say("learn_masks", total, request.options.steps, peak, estimate)
-    ratio = median["gates"] / median["bare"]
-    echo(f"learn_masks: without the teacher, a step takes {ratio:.2f} times one without gates")
+    median = {f"{name}_s": statistics.median(values) if values else 0.0 for name, values in seconds.items()}
+    asked = {"steps": request.options.steps, "batch_size": size, "checkpointing": request.gradient_checkpointing}
+    return _figures("learn_masks", found, dense, median | asked)
 
 
 @contextmanager
@@ -84,22 +92,44 @@ def timed(device: torch.device, seconds: list[float]) -> Iterator[None]:
     seconds.append(time.perf_counter() - started)
 
 
-def try_finetuning(found: Sizes, dense: PreTrainedModel, steps: int, device: torch.device, estimate: int) -> None:
-    """Steps of finetune_lora, on the widths that the parameters come to."""
-    (student,) = random_models(found.config, [LayerWidths.of(found.masks.widths())], dense.dtype, torch.device("cpu"))
-    options = replace(found.recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
-    ids = random_prompt(dense, options.windows_per_step * steps, found.windows.finetune_seq_len)
-    with tempfile.TemporaryDirectory() as work:
-        done = finetune(student, dense, ids, ids[:2], options, Process(device), NoState(Path(work)))
+def try_finetuning(found: Sizes, dense: PreTrainedModel, steps: int, device: torch.device) -> dict[str, Any]:
+    """Steps of finetune_lora, on the widths that the parameters come to: without a teacher, and as they say.
+
+    Returns mean seconds of both. Moves the dense model to host memory, where the stage loads it.
+    """
+    asked = replace(found.recover.options, steps=steps, epochs=None, validate_every=steps, seed=0)
+    alone = replace(asked, teacher="none", ce_weight=1.0)
+    ids = random_prompt(dense, asked.windows_per_step * steps, found.windows.finetune_seq_len)
+    seconds = {}
+    for name, options in {"alone_s": alone, "step_s": asked}.items():
+        dense.eval().to("cpu")
+        (student,) = random_models(found.config, [LayerWidths.of(found.masks.widths())], dense.dtype, dense.device)
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        with tempfile.TemporaryDirectory() as work:
+            done = finetune(student, dense, ids, ids[:2], options, Process(device), NoState(Path(work)))
+        seconds[name] = done.metrics["step_seconds"]
+        del student, done  # on the device
     total = total_steps(found.recover.options, found.windows.finetune_samples)
-    _say("finetune_lora", done.metrics["step_seconds"], total, peak_memory_bytes(device), estimate)
+    return _figures("finetune_lora", found, dense, {**seconds, "teacher": asked.teacher, "steps": total})
 
 
-def _say(stage: str, seconds: float, steps: int, peak: int, estimate: int) -> None:
+def _figures(stage: str, found: Sizes, dense: PreTrainedModel, measured: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, and the peak of memory so far beside its estimate."""
+    device = pick_device()
+    estimate = memory(found, dense.dtype, device.type)[stage]["total"]
+    return measured | {"peak_memory_bytes": peak_memory_bytes(device), "estimated_memory_bytes": estimate}
+
+
+def _say(stage: str, figures: dict[str, Any], seconds: float, ratio: str) -> None:
+    peak, estimate, steps = (figures[name] for name in ("peak_memory_bytes", "estimated_memory_bytes", "steps"))
     echo(
         f"{stage}: {seconds:.3f} s a step, {seconds * steps / 60:.1f} minutes for {steps}; "
         f"{peak / 1e9:.2f} GB (on a CPU of the whole process), estimated {estimate / 1e9:.2f}"
     )
+    echo(f"{stage}: {ratio}")
 
 
 @command
@@ -114,15 +144,12 @@ def main(
     dtype = pick_dtype(device)
     if not found.request.trains_gates:
         raise ValueError(f"{params_file}: learn_masks.method = {found.request.method} takes no steps")
-    estimates = memory(found, dtype, device.type)
     echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
-    with device:
-        dense = AutoModelForCausalLM.from_config(found.config, dtype=dtype).eval()
-    try_learning(found, dense, steps, estimates["learn_masks"]["total"])
-    if "finetune_lora" in estimates:
-        # As the stage loads it: in host memory, and on the device only while it is used there.
-        dense.eval().to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        try_finetuning(found, dense, steps, device, estimates["finetune_lora"]["total"])
+    dense = random_dense(found, dtype, device)
+    learned = try_learning(found, dense, steps)
+    ratio = f"without the teacher, a step takes {learned['gates_s'] / learned['bare_s']:.2f} times one without gates"
+    _say("learn_masks", learned, learned["gates_s"] + learned["teacher_s"], ratio)
+    if found.recover.enabled:
+        tuned = try_finetuning(found, dense, steps, device)
+        ratio = f"a step takes {tuned['step_s'] / tuned['alone_s']:.2f} times one without a teacher"
+        _say("finetune_lora", tuned, tuned["step_s"], ratio)

@@ -112,6 +112,39 @@ def agreement(found: list[dict[str, float]]) -> str:
     return markdown.table(head, rows)
 
 
+def compare_served(
+    python: Path,
+    dense: Path,
+    compact: Path,
+    requests: list[int],
+    tokens: tuple[int, int],
+    repeats: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """Time the dense and the pruned model; returns the times and what they are of, as `table` takes them."""
+    pruned = "transformers" if load_config(compact).model_type == "tvaprune" else "auto"
+    models = {"dense": (dense, "auto"), "dense, transformers backend": (dense, "transformers")}
+    models["pruned" + (", transformers backend" if pruned == "transformers" else "")] = (compact, pruned)
+    busy = os.getloadavg()[0]
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(served(python, directory, backend, dtype, tokens))
+            for name, (directory, backend) in models.items()
+        }
+        times = {str(each): measure(servers, each, repeats) for each in requests}
+    read = [sum(info.nbytes for info in Checkpoint.of(each).info.values()) for each in (dense, compact)]
+    return {
+        "vllm": next(iter(servers.values())).version,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "busy_with_others": busy,
+        "dtype": dtype,
+        "prompt_tokens": tokens[0],
+        "new_tokens": tokens[1],
+        "weights_ratio": read[1] / read[0],
+        "times": times,
+    }
+
+
 @command
 def main(
     python: Annotated[Path, Argument(help="Interpreter of an environment that has vLLM.")],
@@ -124,26 +157,7 @@ def main(
     out: Annotated[Path, Option(help="JSON file for the times.")] = MEASURED,
 ) -> None:
     """Writes the times and prints the table, in Markdown."""
-    pruned = "transformers" if load_config(compact).model_type == "tvaprune" else "auto"
-    models = {"dense": (dense, "auto"), "dense, transformers backend": (dense, "transformers")}
-    models["pruned" + (", transformers backend" if pruned == "transformers" else "")] = (compact, pruned)
-    busy = os.getloadavg()[0]
-    with ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(served(python, directory, backend, dtype, tokens))
-            for name, (directory, backend) in models.items()
-        }
-        times = {each: measure(servers, int(each), repeats) for each in requests.split(",")}
-    read = [sum(info.nbytes for info in Checkpoint.of(each).info.values()) for each in (dense, compact)]
-    measured = {
-        "vllm": next(iter(servers.values())).version,
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "busy_with_others": busy,
-        "dtype": dtype,
-        "prompt_tokens": tokens[0],
-        "new_tokens": tokens[1],
-        "weights_ratio": read[1] / read[0],
-        "times": times,
-    }
+    sizes = [int(each) for each in requests.split(",")]
+    measured = compare_served(python, dense, compact, sizes, tokens, repeats, dtype)
     write_json(out, measured)
     echo(table(measured))

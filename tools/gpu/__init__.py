@@ -1,0 +1,1 @@
+"""What `tools.measure_gpu` measures on a GPU, in parts that go on after a kill."""

@@ -100,6 +100,7 @@ def in_process(stage: str, root: Path) -> dict[str, Any]:
     return {"seconds": 1.0, "host_memory_bytes": 10**9}
 
 
+@pytest.mark.nightly
 def test_the_whole_run_goes_through_the_stages(
     tmp_path: Path, tiny: parts.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 repro: $(VENV)/.installed ## run the whole pipeline: fetch, prune, fine-tune, measure
-	@$(BIN)/python -m tools.mend_rwlock
+	@$(BIN)/python -m tools.mend_dvc
 	$(BIN)/dvc repro
 	@$(BIN)/python -m tvaprune results
 

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from tests.faults.warm import Warm, warm_programs
 from tests.pipeline.tiny_inputs import write_inputs, write_small_params
 from tests.pipeline.workspace import REPOSITORY, Workspace
-from tools.mend_rwlock import mend
+from tools.mend_dvc import mend
 
 Target = Literal["stage", "dvc", "group"]
 TARGETS: tuple[Target, ...] = ("stage", "dvc", "group")
@@ -44,7 +44,7 @@ class Kill:
         moment: when it was sent, as a share of the undisturbed run's time.
         came: False where the run ended as if there had been no signal.
         different: files of data/ and artifacts/ that differ from the undisturbed run's afterwards.
-        mended: whether DVC's file rwlock was cut off, and `tools.mend_rwlock` removed it.
+        mended: whether DVC's own dvc.lock or rwlock was cut off, and `tools.mend_dvc` mended it.
     """
 
     stage: str
@@ -182,11 +182,11 @@ class Killer:
     def _repair(self) -> bool:
         """What `make repro` runs, again while it is refused because the killed DVC's stage still runs.
 
-        Returns whether DVC's file rwlock had to be removed.
+        Returns whether a file of DVC's own had to be mended.
         """
         mended = False
         for _ in range(200):
-            mended |= mend(self.workspace.root)
+            mended |= bool(mend(self.workspace.root))
             done = self.workspace.dvc("repro", check=False)
             if done.returncode == 0:
                 return mended
@@ -266,7 +266,7 @@ def report(done: list[Kill], commit: str) -> str:
         counts += [sum(kill.target == one for kill in own) for one in TARGETS]
         counts += [len(own), sum(kill.mended for kill in own), sum(bool(kill.different) for kill in own)]
         rows.append([stage, *map(str, counts)])
-    columns = ["stage", *(one.name for one in SIGNALS), *TARGETS, "kills", "rwlock", "different"]
+    columns = ["stage", *(one.name for one in SIGNALS), *TARGETS, "kills", "mended", "different"]
     lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]]
     return HEADING.format(commit=commit) + "\n".join(lines) + "\n"
 
@@ -276,10 +276,10 @@ HEADING = """# Faults
 Written by `python -m tests.faults.kills DIRECTORY --kills N --write`: the pipeline on a tiny model, with a signal at a
 random moment of each stage, sent to the stage, to DVC, or to their process group. After each, `dvc repro` runs until
 nothing is left to do. `different` counts the kills after which a file in data/ or artifacts/, or a hash in dvc.lock,
-was not that of the undisturbed run. `rwlock` counts those that cut off DVC's own file `.dvc/tmp/rwlock`, which
-`make repro` then removes (tools/mend_rwlock.py). Signals that came after the end of a run are not counted. Processes
-are forked from one that has imported the libraries (tests/faults/warm.py), except those of the undisturbed run. Made
-at commit {commit}.
+was not that of the undisturbed run. `mended` counts those that cut off DVC's own dvc.lock or
+.dvc/tmp/rwlock, which `make repro` then mends (tools/mend_dvc.py). Signals that came after the end of a run are not
+counted. Processes are forked from one that has imported the libraries (tests/faults/warm.py), except those of the
+undisturbed run. Made at commit {commit}.
 
 """
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.faults.kills import (
     SIGNALS,
@@ -21,7 +22,8 @@ from tests.faults.kills import (
     run,
 )
 from tests.faults.warm import warm_programs
-from tools.mend_rwlock import mend
+from tests.pipeline.workspace import REPOSITORY
+from tools.mend_dvc import mend
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +60,33 @@ def test_two_hundred_kills_leave_no_difference(tmp_path: Path) -> None:
     assert {kill.stage for kill in done if kill.came} == set(STAGES)
 
 
-@pytest.mark.parametrize(("left", "removed"), [("", True), ('{"read": {', True), ('{"read": {}}', False)])
-def test_only_a_lock_file_that_dvc_cannot_read_is_removed(tmp_path: Path, left: str, removed: bool) -> None:
-    assert not mend(tmp_path)
+@pytest.mark.parametrize(("left", "kept"), [("", False), ('{"read": {', False), ('{"read": {}}', True)])
+def test_only_a_list_that_dvc_cannot_read_is_removed(tmp_path: Path, left: str, kept: bool) -> None:
+    assert mend(tmp_path) == []
     path = tmp_path / ".dvc" / "tmp" / "rwlock"
     path.parent.mkdir(parents=True)
     path.write_text(left)
-    assert mend(tmp_path) is removed
-    assert path.exists() is not removed
+    assert mend(tmp_path) == ([] if kept else ["rwlock was cut off: removed"])
+    assert path.exists() is kept
+
+
+def test_of_a_lock_file_that_was_cut_off_the_whole_stages_stay(tmp_path: Path) -> None:
+    """Wherever it was cut, DVC can read what is left, and each stage in it is as it was."""
+    (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
+    path, whole = tmp_path / "dvc.lock", (REPOSITORY / "dvc.lock").read_text()
+    stages = YAML(typ="safe").load(whole)["stages"]
+    path.write_text(whole)
+    assert mend(tmp_path) == []
+    assert path.read_text() == whole
+    chance = random.Random(0)
+    for cut in [0, 5, 25, *(chance.randrange(len(whole)) for _ in range(12))]:
+        path.write_text(whole[:cut])
+        said = mend(tmp_path)
+        left = YAML(typ="safe").load(path)["stages"] if path.exists() else {}
+        complete = sum(whole[:cut].count(f"\n  {name}:\n") for name in stages)
+        assert complete - 1 <= len(left) <= complete
+        assert bool(said) is (not path.exists() or path.read_text() != whole[:cut])
+        assert all(stages[name] == entry or entry == list(left.values())[-1] for name, entry in left.items())
 
 
 def test_the_report_counts_kills_that_came_in_time() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.faults.kills import Undisturbed, contents, different, forget
 from tests.pipeline.workspace import TIMEOUT_S, Workspace, environment
-from tools.mend_rwlock import mend
+from tools.mend_dvc import mend
 
 YEAR_S = 365 * 24 * 3600
 nightly = pytest.mark.nightly

@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,7 +44,7 @@ class Kill:
         moment: when it was sent, as a share of the undisturbed run's time.
         came: False where the run ended as if there had been no signal.
         different: files of data/ and artifacts/ that differ from the undisturbed run's afterwards.
-        mended: whether DVC's own dvc.lock or rwlock was cut off, and `tools.mend_dvc` mended it.
+        mended: what `tools.mend_dvc` did to a dvc.lock or rwlock of DVC's own that was cut off.
     """
 
     stage: str
@@ -53,7 +53,7 @@ class Kill:
     moment: float
     came: bool
     different: list[str]
-    mended: bool = False
+    mended: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,14 @@ class Killer:
             time.sleep(0.001)
         return found
 
-    def _repair(self) -> bool:
+    def _repair(self) -> list[str]:
         """What `make repro` runs, again while it is refused because the killed DVC's stage still runs.
 
-        Returns whether a file of DVC's own had to be mended.
+        Returns what had to be mended of DVC's own files.
         """
-        mended = False
+        mended: list[str] = []
         for _ in range(200):
-            mended |= bool(mend(self.workspace.root))
+            mended += mend(self.workspace.root)
             done = self.workspace.dvc("repro", check=False)
             if done.returncode == 0:
                 return mended
@@ -264,7 +264,7 @@ def report(done: list[Kill], commit: str) -> str:
         own = [kill for kill in came if stage in (kill.stage, "all")]
         counts = [sum(kill.signal == one.name for kill in own) for one in SIGNALS]
         counts += [sum(kill.target == one for kill in own) for one in TARGETS]
-        counts += [len(own), sum(kill.mended for kill in own), sum(bool(kill.different) for kill in own)]
+        counts += [len(own), sum(bool(kill.mended) for kill in own), sum(bool(kill.different) for kill in own)]
         rows.append([stage, *map(str, counts)])
     columns = ["stage", *(one.name for one in SIGNALS), *TARGETS, "kills", "mended", "different"]
     lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]]

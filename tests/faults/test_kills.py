@@ -92,7 +92,9 @@ def test_of_a_lock_file_that_was_cut_off_the_whole_stages_stay(tmp_path: Path) -
 def test_the_report_counts_kills_that_came_in_time() -> None:
     done = [
         Kill("compact", "SIGKILL", "dvc", 0.5, True, []),
-        Kill("compact", "SIGTERM", "group", 0.5, True, ["artifacts/compact/config.json"], True),
+        Kill(
+            "compact", "SIGTERM", "group", 0.5, True, ["artifacts/compact/config.json"], ["rwlock was cut off: removed"]
+        ),
         Kill("compact", "SIGINT", "stage", 0.9, False, []),
     ]
     written = report(done, "abc1234")

@@ -23,7 +23,7 @@ def rows(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tools.run_rows", *arguments]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rows_are_saved_from_their_own_stages_and_a_failure_stops_no_other(workspace: Workspace) -> None:
     root, params = workspace.root, (workspace.root / "params.yaml").read_bytes()
     (root / "docs/results.yaml").write_text(DEFINITIONS)

@@ -565,9 +565,17 @@ def test_training_attention_is_the_stock_one(family: str) -> None:
 UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
 
 
+# Bonsai measures hundreds of sub-models; its scores have faster tests.
+SLOWEST = {"bonsai": pytest.mark.nightly}
+
+
 @pytest.mark.parametrize(
     ("method", "ablation"),
-    [*((method, None) for method in METHOD_OPTIONS), ("tva", "deterministic"), ("tva", "vtrans")],
+    [
+        *(pytest.param(method, None, marks=SLOWEST.get(method, ())) for method in METHOD_OPTIONS),
+        ("tva", "deterministic"),
+        ("tva", "vtrans"),
+    ],
 )
 def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
     options = {"tva": replace(TVA, steps=8, ablation=ablation), "paper": replace(PAPER, steps=8)}.get(

@@ -225,6 +225,7 @@ def command(directory: Path) -> list[str]:
     return [sys.executable, "-m", "tools.measure_gpu", str(directory), "bandwidth", "multiples", "--tiny"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_repeating_what_is_done(tmp_path: Path) -> None:
     environment = os.environ | {"TVAPRUNE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command(tmp_path), cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)

@@ -71,7 +71,7 @@ def _readable_list(text: str) -> str | None:
 
 def _whole_stages(text: str) -> str | None:
     """dvc.lock up to the last stage that DVC can read; a text that it cannot read loses one stage at a time."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml = YAML(typ="safe")
     for end in (len(text), *(match.start() for match in reversed(list(STAGE.finditer(text))))):
         try:
             COMPILED_LOCKFILE_SCHEMA(yaml.load(text[:end]))

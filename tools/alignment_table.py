@@ -21,10 +21,9 @@ from stages._command import command
 from stages._options import Heldout, Model, ParamsFile
 from tools.mask_speed import time_widths
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load, load_config
-from tvaprune.checkpoint.random_model import LayerWidths
 from tvaprune.device import DTYPES
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
@@ -81,7 +80,7 @@ def measured_ms(
     """By phase and name, median milliseconds at the table's lengths, dtype and threads."""
     made_on = table.made_on
     torch.set_num_threads(made_on["threads"])
-    widths = {name: LayerWidths.of(each.widths()) for name, each in masks.items()}
+    widths = {name: LayerWidths.of_counts(each.widths()) for name, each in masks.items()}
     benchmark = Benchmark.of(SimpleNamespace(**made_on, repeats=repeats, max_warmup=max_warmup))
     batch, dtype, device = made_on["batch"], DTYPES[made_on["dtype"]], torch.device(made_on["device"])
     timed = time_widths(load_config(model), widths, [batch], benchmark, made_on["runtime"], dtype, device)[batch]
@@ -116,7 +115,7 @@ def main(
     columns = [f"{phase} ms, {how}" for phase in PHASES for how in ("predicted", "measured", "of dense")]
     rows = []
     for name, each in found.items():
-        widths = LayerWidths.of(each.widths())
+        widths = LayerWidths.of_counts(each.widths())
         cells = [name, f"{sparsity(topology, each.widths()):.4f}", str(widths.hidden)]
         cells += [f"{sum(counts) / topology.layers:.1f}" for counts in (widths.intermediate, widths.kv_heads)]
         for phase in PHASES:

@@ -17,9 +17,9 @@ from typer import Option
 from stages._command import command
 from stages._options import Config
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.random_model import LayerWidths, random_models
+from tvaprune.checkpoint.random_model import random_models
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES
@@ -81,7 +81,8 @@ def main(
         kept = adapt(topology, kept, target or sparsity(topology, kept.widths()), "budget", multiple, multiple)
     chosen, how = pick_dtype(device, dtype), pick_runtime(runtime, device)  # type: ignore[arg-type]
     widths = {
-        name: LayerWidths.of(each.widths()) for name, each in {"dense": Masks.dense(topology), "pruned": kept}.items()
+        name: LayerWidths.of_counts(each.widths())
+        for name, each in {"dense": Masks.dense(topology), "pruned": kept}.items()
     }
     benchmark = Benchmark(prefill_tokens, decode_prompt_tokens, decode_tokens, repeats, max_warmup=3)
     sizes = [int(size) for size in batch_sizes.split(",")]

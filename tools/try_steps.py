@@ -23,8 +23,8 @@ from typer import Argument, Option, echo
 
 from stages._command import command
 from tvaprune.architecture.attention import use_training_attention
-from tvaprune.architecture.topology import Topology, hidden_states
-from tvaprune.checkpoint.random_model import LayerWidths, random_models
+from tvaprune.architecture.topology import LayerWidths, Topology, hidden_states
+from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype, synchronise
 from tvaprune.distributed import ALONE, Process
@@ -103,7 +103,9 @@ def try_finetuning(found: Sizes, dense: PreTrainedModel, steps: int, device: tor
     seconds = {}
     for name, options in {"alone_s": alone, "step_s": asked}.items():
         dense.eval().to("cpu")
-        (student,) = random_models(found.config, [LayerWidths.of(found.masks.widths())], dense.dtype, dense.device)
+        (student,) = random_models(
+            found.config, [LayerWidths.of_counts(found.masks.widths())], dense.dtype, dense.device
+        )
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()

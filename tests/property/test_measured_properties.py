@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import random_masks, stairs_table
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import AXES, Axis, LayerWidths, Topology
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.importance import STEEP, lost_by_width
-from tvaprune.masks.latency_budget import LatencyBudget, Widths, ladder
+from tvaprune.masks.latency_budget import LatencyBudget, upper_hull
 from tvaprune.masks.latency_table import AIM, PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.measured import widths_within_latency, widths_within_parameters
@@ -170,9 +170,9 @@ def test_a_threshold_keeps_the_width_that_is_worth_most_after_its_price(
     for worth, time in steps:
         value.append(value[-1] + worth)
         latency.append(latency[-1] + time)
-    found = ladder(value, latency)
+    found = upper_hull(value, latency)
     assert found.worth == sorted(found.worth, reverse=True)
-    chosen = found.rungs[sum(worth > price for worth in found.worth)]
+    chosen = found.vertices[sum(worth > price for worth in found.worth)]
     gains = [worth - price * time for worth, time in zip(value, latency, strict=True)]
     assert gains[chosen] == pytest.approx(max(gains), abs=1e-6)
 
@@ -180,10 +180,10 @@ def test_a_threshold_keeps_the_width_that_is_worth_most_after_its_price(
 def test_the_last_step_of_a_block_carries_its_fixed_cost() -> None:
     """A step of 16 units takes 1 ms, and the block takes 4 ms more at any width but 0."""
     latency = [0.0, 5.0, 6.0, 7.0]
-    assert ladder([0.0, 30.0, 34.0, 36.0], latency) == ([0, 1, 2, 3], [6.0, 4.0, 2.0])
+    assert upper_hull([0.0, 30.0, 34.0, 36.0], latency) == ([0, 1, 2, 3], [6.0, 4.0, 2.0])
     # Where the first units alone are not worth the fixed cost, they go together with those that share it.
-    assert ladder([0.0, 10.0, 20.0, 21.0], latency) == ([0, 2, 3], [20 / 6, 1.0])
-    assert ladder([0.0, 10.0, 20.0, 30.0], latency) == ([0, 3], [30 / 7])
+    assert upper_hull([0.0, 10.0, 20.0, 21.0], latency) == ([0, 2, 3], [20 / 6, 1.0])
+    assert upper_hull([0.0, 10.0, 20.0, 30.0], latency) == ([0, 3], [30 / 7])
 
 
 def worths(topology: Topology, seed: int) -> dict[Axis, torch.Tensor]:
@@ -238,12 +238,12 @@ def test_widths_for_a_latency_are_within_a_step_of_trying_everything(seed: int, 
     axes: tuple[Axis, ...] = ("intermediate", "kv_heads")
     budget = LatencyBudget(topology, measured, "decode", axes)
 
-    def kept(widths: Widths) -> float:
+    def kept(widths: LayerWidths) -> float:
         layers = [(worth[axis][layer], n) for axis in axes for layer, n in enumerate(getattr(widths, axis))]
         return sum(float(units.sort(descending=True).values[:n].sum()) for units, n in layers)
 
     per_layer = list(product(measured.intermediate, measured.kv_heads))
-    every = [Widths(32, [one[0], two[0]], [one[1], two[1]]) for one, two in product(per_layer, per_layer)]
+    every = [LayerWidths(32, [one[0], two[0]], [one[1], two[1]]) for one, two in product(per_layer, per_layer)]
     fast = [widths for widths in every if budget.share(widths) <= share]
     if not fast:
         with pytest.raises(ValueError, match="learn_masks\\.latency\\.ratio"):
@@ -271,4 +271,4 @@ def test_heavier_prices_of_hidden_drop_hidden_first() -> None:
     ms = {block: {of: torch.zeros_like(times) for of, times in by.items()} for block, by in measured.ms.items()}
     ms["rest"] = {of: torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64) for of in PHASES}
     budget = LatencyBudget(topology, replace(measured, ms=ms), "decode")
-    assert budget.choose(worths(topology, 0), budget.dense(), 0.75) == Widths(48, [48, 48], [2, 2])
+    assert budget.choose(worths(topology, 0), budget.dense(), 0.75) == LayerWidths(48, [48, 48], [2, 2])

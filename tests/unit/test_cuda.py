@@ -14,9 +14,9 @@ from tests.unit.test_gates import DETERMINISTIC, PAPER, TVA, WINDOWS, Memory
 from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, build_uneven
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.sharding import shard_layers
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import AXES, LayerWidths, Topology
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.random_model import LayerWidths, random_models
+from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.distributed import Process, World
 from tvaprune.gates.memory import training_memory

@@ -13,9 +13,9 @@ from stages import adapt_dimensions, profile_hardware
 from tests.tiny_models import random_masks, save_tiny_model, tiny_model
 from tools import alignment_table, mask_speed
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.artifacts import ArtifactError
-from tvaprune.checkpoint.random_model import LayerWidths, random_models
+from tvaprune.checkpoint.random_model import random_models
 from tvaprune.masks.latency_table import BLOCKS, PHASES, LatencyTable, read_table, write_table
 from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.projection import project

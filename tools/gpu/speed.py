@@ -10,9 +10,8 @@ from tools.alignment_table import by_multiple
 from tools.gpu.parts import BATCHES, MODELS, Settings
 from tools.mask_speed import against_dense, time_widths
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import AXES, LayerWidths, Topology
 from tvaprune.checkpoint.loading import load_config
-from tvaprune.checkpoint.random_model import LayerWidths
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.estimate import random_masks
 from tvaprune.masks.adapt import adapt, nearest_multiple
@@ -42,7 +41,9 @@ def decode(step: str, settings: Settings) -> dict[str, Any]:
         str(share): adapt(topology, random_masks(topology, share), share, "budget", multiple, multiple)
         for share in SHARES
     }
-    return speed(config, {name: LayerWidths.of(each.widths()) for name, each in masks.items()}, int(batch), settings)
+    return speed(
+        config, {name: LayerWidths.of_counts(each.widths()) for name, each in masks.items()}, int(batch), settings
+    )
 
 
 def multiples(step: str, settings: Settings) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def multiples(step: str, settings: Settings) -> dict[str, Any]:
     config = shapes("Mistral-7B", settings)
     topology = Topology.of(config)
     masks = by_multiple(topology, random_masks(topology, 0.5), 0.5)
-    widths = {name: LayerWidths.of(each.widths()) for name, each in masks.items()}
+    widths = {name: LayerWidths.of_counts(each.widths()) for name, each in masks.items()}
     return speed(config, widths, int(step.removeprefix("batch ")), settings)
 
 
@@ -100,7 +101,7 @@ def speed(config: PreTrainedConfig, pruned: dict[str, LayerWidths], batch: int, 
     if settings.tiny:
         batch, benchmark = min(batch, 2), Benchmark(8, decode_prompt_tokens=4, decode_tokens=2, repeats=3, max_warmup=2)
     topology = Topology.of(config)
-    models = {"dense": LayerWidths.of(Masks.dense(topology).widths()), **pruned}
+    models = {"dense": LayerWidths.of_counts(Masks.dense(topology).widths()), **pruned}
     prefilled, decoded = time_widths(config, models, [batch], benchmark, runtime, dtype, device)[batch]
     widths = {
         name: {

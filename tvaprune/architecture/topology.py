@@ -5,7 +5,7 @@ share one layout in transformers; what differs (biases, query and key norms) is 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -102,18 +102,24 @@ class Topology:
 
 
 class LayerWidths(NamedTuple):
-    """Key-value heads and MLP units of each layer, 0 for an empty block."""
+    """The hidden width, and MLP units and key-value heads of each layer; 0 for an empty block."""
 
-    kv_heads: list[int]
+    hidden: int
     intermediate: list[int]
+    kv_heads: list[int]
 
     @classmethod
-    def of(cls, config: Any) -> "LayerWidths":
-        """Read them from the config of a stock model or of one of the layout uneven."""
+    def of_config(cls, config: Any) -> "LayerWidths":
+        """Those of a stock model or of one of the layout uneven."""
         topology = Topology.of(config)
-        heads = getattr(config, "kv_head_counts", None) or [topology.kv_heads] * topology.layers
         units = getattr(config, "intermediate_sizes", None) or [topology.intermediate] * topology.layers
-        return cls(list(heads), list(units))
+        heads = getattr(config, "kv_head_counts", None) or [topology.kv_heads] * topology.layers
+        return cls(topology.hidden, list(units), list(heads))
+
+    @classmethod
+    def of_counts(cls, kept: Mapping[Axis, Tensor]) -> "LayerWidths":
+        """From `Masks.widths()`."""
+        return cls(int(kept["hidden"]), kept["intermediate"].tolist(), kept["kv_heads"].tolist())
 
 
 class LayerModules(NamedTuple):

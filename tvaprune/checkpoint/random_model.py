@@ -1,32 +1,15 @@
 """Models of given widths with random weights: their speed is that of trained ones."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from tvaprune.architecture.topology import Axis
+from tvaprune.architecture.topology import LayerWidths
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
 
 _PATTERN = 1 << 20  # a pattern of this length, repeated, is as good as noise to a processor, and faster to make
 _STANDARD_DEVIATION = 0.02
 _ALIGNMENT = 64  # numbers; weights start at multiples of it, as in torch's own allocator
-
-
-class LayerWidths(NamedTuple):
-    """The hidden width, and units and key-value heads per layer; 0 = without that block."""
-
-    hidden: int
-    intermediate: list[int]
-    kv_heads: list[int]
-
-    @classmethod
-    def of(cls, widths: Mapping[Axis, Tensor]) -> "LayerWidths":
-        """From `Masks.widths()`."""
-        return cls(int(widths["hidden"]), widths["intermediate"].tolist(), widths["kv_heads"].tolist())
 
 
 def random_models(

@@ -53,7 +53,7 @@ def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint)
     """
     topology = Topology.of(config)
     layers = topology.layers
-    kv_heads, intermediate = LayerWidths.of(config)
+    _, intermediate, kv_heads = LayerWidths.of_config(config)
     family = getattr(config, "base_model_type", config.model_type)
     arch = _ARCHITECTURES[family]
     if any(len(set(counts)) > 1 or not counts[0] for counts in (kv_heads, intermediate)):

@@ -38,8 +38,9 @@ def check_widths(name: str, config: PreTrainedConfig, types: Sequence[FileType])
     `name` is the model's in the metrics; no parameter changes the widths of "dense".
     """
     topology = Topology.of(config)
-    widths = [("hidden", "the hidden width", topology.hidden)]
-    for layer, (heads, units) in enumerate(zip(*LayerWidths.of(config), strict=True)):
+    hidden, intermediate, kv_heads = LayerWidths.of_config(config)
+    widths = [("hidden", "the hidden width", hidden)]
+    for layer, (units, heads) in enumerate(zip(intermediate, kv_heads, strict=True)):
         widths.append(("intermediate", f"layer {layer}: the MLP width", units))
         widths.append(("", f"layer {layer}: the width of the heads", heads * topology.query_rows))
     for kind in types:

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import dense_unit_costs
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import AXES, Axis, LayerWidths, Topology
 from tvaprune.gates.closed_form import ClosedFormGates
-from tvaprune.masks.latency_budget import LatencyBudget, Widths
+from tvaprune.masks.latency_budget import LatencyBudget
 from tvaprune.masks.latency_table import AIM, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
@@ -78,7 +78,7 @@ class LatencyGates(ClosedFormGates):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._widths = Widths(*state["widths"])
+        self._widths = LayerWidths(*state["widths"])
 
 
 def _around_zero(score: Float[Tensor, "..."], keep: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters, sparsity
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_widths
-from tvaprune.masks.uniform import Widths, uniform_widths
+from tvaprune.masks.uniform import UniformWidths, uniform_widths
 
 Rounding = Literal["nearest", "budget"]
 Layout = Literal["uneven", "uniform", "padded"]
@@ -62,8 +62,7 @@ def adapt(
         ValueError: a multiple that does not divide its width; a budget that one multiple a layer exceeds.
     """
     check_multiples(topology, hidden_multiple, intermediate_multiple)
-    widths = masks.widths()
-    hidden, intermediate, kv_heads = int(widths["hidden"]), widths["intermediate"].tolist(), widths["kv_heads"].tolist()
+    hidden, intermediate, kv_heads = LayerWidths.of_counts(masks.widths())
     if layout == "uniform":
         if rounding == "budget":
             same = uniform_widths(topology, masks, target_sparsity, hidden_multiple, intermediate_multiple)
@@ -71,7 +70,7 @@ def adapt(
             heads = max(1, round(sum(kv_heads) / topology.layers))
             mean = round(sum(intermediate) / topology.layers)
             units = nearest_multiple(mean, intermediate_multiple, topology.intermediate)
-            same = Widths(_nearest_hidden(topology, hidden, hidden_multiple, heads), units, heads)
+            same = UniformWidths(_nearest_hidden(topology, hidden, hidden_multiple, heads), units, heads)
         return keep_widths(masks, same.hidden, [same.intermediate] * topology.layers, [same.kv_heads] * topology.layers)
     hidden = _nearest_hidden(topology, hidden, hidden_multiple, 0 if layout == "uneven" else max(1, *kv_heads))
     if rounding == "nearest":

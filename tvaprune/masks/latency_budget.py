@@ -13,45 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import AXES, Axis, LayerWidths, Topology
 from tvaprune.masks.latency_table import AIM, Latency, LatencyTable
 
 _ROUNDING = 1e-9  # of sums, relative
 
 
-class Widths(NamedTuple):
-    """Kept units, the latter two by layer."""
-
-    hidden: int
-    intermediate: list[int]
-    kv_heads: list[int]
-
-
-class Ladder(NamedTuple):
+class Hull(NamedTuple):
     """The widths of one vector of units that some threshold chooses, ascending."""
 
-    rungs: list[int]  # indices into the table's widths
-    worth: list[float]  # of each step from one rung to the next, a unit of latency; descending
+    vertices: list[int]  # indices into the table's widths
+    worth: list[float]  # of each step from one vertex to the next, a unit of latency; descending
 
 
-def ladder(value: list[float], latency: list[float], first: int = 0) -> Ladder:
-    """The upper hull of what is kept against latency, both by width and ascending, from the width of index `first`.
+def upper_hull(value: list[float], latency: list[float], first: int = 0) -> Hull:
+    """The upper convex hull of what is kept against latency, both ascending by width, from the width of index `first`.
 
-    Widths between two rungs are never the best of any threshold. A step that takes no time is worth infinity.
+    Widths between two vertices are never the best of any threshold. A step that takes no time is worth infinity.
     """
-    rungs, worth = [first], list[float]()
+    vertices, worth = [first], list[float]()
 
     def step(low: int, high: int) -> float:
         time = latency[high] - latency[low]
         return (value[high] - value[low]) / time if time > 0 else math.inf
 
     for index in range(first + 1, len(value)):
-        while worth and step(rungs[-1], index) >= worth[-1]:
-            rungs.pop()
+        while worth and step(vertices[-1], index) >= worth[-1]:
+            vertices.pop()
             worth.pop()
-        worth.append(step(rungs[-1], index))
-        rungs.append(index)
-    return Ladder(rungs, worth)
+        worth.append(step(vertices[-1], index))
+        vertices.append(index)
+    return Hull(vertices, worth)
 
 
 class LatencyBudget:
@@ -68,13 +60,13 @@ class LatencyBudget:
         self._rest: np.ndarray = rest
         self._blocks: dict[Axis, np.ndarray] = {"kv_heads": attention, "intermediate": mlp}
 
-    def dense(self) -> Widths:
+    def dense(self) -> LayerWidths:
         """Nothing removed."""
         topology = self._topology
         every = topology.layers * [topology.intermediate], topology.layers * [topology.kv_heads]
-        return Widths(topology.hidden, *every)
+        return LayerWidths(topology.hidden, *every)
 
-    def share(self, widths: Widths) -> float:
+    def share(self, widths: LayerWidths) -> float:
         """The predicted latency of widths of the table."""
         return float(self._by_hidden(widths)[self._widths["hidden"].index(widths.hidden)])
 
@@ -88,12 +80,12 @@ class LatencyBudget:
                 "profile_hardware.narrowest_hidden"
             )
 
-    def _narrowest(self) -> Widths:
+    def _narrowest(self) -> LayerWidths:
         layers, axes = self._topology.layers, self._axes
         hidden, intermediate, kv_heads = (self._widths[axis][0 if axis in axes else -1] for axis in AXES)
-        return Widths(hidden, layers * [intermediate], layers * [kv_heads])
+        return LayerWidths(hidden, layers * [intermediate], layers * [kv_heads])
 
-    def choose(self, value: dict[Axis, Tensor], current: Widths, share: float) -> Widths:
+    def choose(self, value: dict[Axis, Tensor], current: LayerWidths, share: float) -> LayerWidths:
         """The widths that the lowest threshold within a share of the dense latency keeps, then what still fits.
 
         Steps below the threshold that still fit are taken, most worth first, except of hidden: its steps are large.
@@ -103,27 +95,27 @@ class LatencyBudget:
             current: widths of the table, at which steps are priced.
         """
         share *= 1 + _ROUNDING
-        ladders = self._ladders(value, current)
-        steps = np.unique([worth for each in ladders for worth in each.worth])
+        hulls = self._hulls(value, current)
+        steps = np.unique([worth for each in hulls for worth in each.worth])
         thresholds = [-1.0, *steps.tolist()]
         low, high = -1, len(thresholds) - 1  # the highest keeps the narrowest widths, which fit
         while high - low > 1:
             middle = (low + high) // 2
-            if self.share(self._kept(ladders, thresholds[middle])[0]) <= share:
+            if self.share(self._kept(hulls, thresholds[middle])[0]) <= share:
                 high = middle
             else:
                 low = middle
-        widths, taken = self._kept(ladders, thresholds[high])
-        return self._fill(ladders, widths, taken, share)
+        widths, taken = self._kept(hulls, thresholds[high])
+        return self._fill(hulls, widths, taken, share)
 
-    def _by_hidden(self, widths: Widths) -> np.ndarray:
+    def _by_hidden(self, widths: LayerWidths) -> np.ndarray:
         """The predicted latency at every hidden width of the table."""
         total = self._rest.copy()
         for axis, table in self._blocks.items():
             total += table[:, np.searchsorted(self._widths[axis], getattr(widths, axis))].sum(1)
         return total
 
-    def _ladders(self, value: dict[Axis, Tensor], current: Widths) -> list[Ladder]:
+    def _hulls(self, value: dict[Axis, Tensor], current: LayerWidths) -> list[Hull]:
         """Of hidden, of each layer's intermediate units, and of each layer's heads."""
         row = self._widths["hidden"].index(current.hidden)
         found = []
@@ -133,37 +125,37 @@ class LatencyBudget:
             ranked = torch.sort(value[axis].double(), dim=-1, descending=True).values.cumsum(-1)
             kept = torch.nn.functional.pad(ranked, (1, 0)).view(-1, self._topology.width(axis) + 1)[:, widths]
             first = 0 if axis in self._axes else len(widths) - 1
-            found += [ladder(each, latency, first) for each in kept.tolist()]
+            found += [upper_hull(each, latency, first) for each in kept.tolist()]
         return found
 
-    def _kept(self, ladders: list[Ladder], threshold: float) -> tuple[Widths, list[int]]:
-        """The widths whose steps are all worth more than a threshold, and the steps taken of each ladder."""
-        taken = [sum(worth > threshold for worth in each.worth) for each in ladders]
-        return self._at(ladders, taken), taken
+    def _kept(self, hulls: list[Hull], threshold: float) -> tuple[LayerWidths, list[int]]:
+        """The widths whose steps are all worth more than a threshold, and the steps taken along each hull."""
+        taken = [sum(worth > threshold for worth in each.worth) for each in hulls]
+        return self._at(hulls, taken), taken
 
-    def _at(self, ladders: list[Ladder], taken: list[int]) -> Widths:
-        rungs = [each.rungs[count] for each, count in zip(ladders, taken, strict=True)]
+    def _at(self, hulls: list[Hull], taken: list[int]) -> LayerWidths:
+        vertices = [each.vertices[count] for each, count in zip(hulls, taken, strict=True)]
         layers = self._topology.layers
-        intermediate = [self._widths["intermediate"][index] for index in rungs[1 : 1 + layers]]
-        return Widths(
-            self._widths["hidden"][rungs[0]],
+        intermediate = [self._widths["intermediate"][index] for index in vertices[1 : 1 + layers]]
+        return LayerWidths(
+            self._widths["hidden"][vertices[0]],
             intermediate,
-            [self._widths["kv_heads"][index] for index in rungs[1 + layers :]],
+            [self._widths["kv_heads"][index] for index in vertices[1 + layers :]],
         )
 
-    def _fill(self, ladders: list[Ladder], widths: Widths, taken: list[int], share: float) -> Widths:
+    def _fill(self, hulls: list[Hull], widths: LayerWidths, taken: list[int], share: float) -> LayerWidths:
         row, layers = self._widths["hidden"].index(widths.hidden), self._topology.layers
         room, taken = share - self.share(widths), list(taken)
         left = [
             (-worth, vector, step)
-            for vector, each in enumerate(ladders[1:], 1)
+            for vector, each in enumerate(hulls[1:], 1)
             for step, worth in enumerate(each.worth)
             if step >= taken[vector]
         ]
         for _, vector, step in sorted(left):
             latency = self._blocks["intermediate" if vector <= layers else "kv_heads"][row]
-            rungs = ladders[vector].rungs
-            cost = float(latency[rungs[step + 1]] - latency[rungs[step]])
+            vertices = hulls[vector].vertices
+            cost = float(latency[vertices[step + 1]] - latency[vertices[step]])
             if taken[vector] == step and cost <= room:
                 taken[vector], room = step + 1, room - cost
-        return self._at(ladders, taken)
+        return self._at(hulls, taken)

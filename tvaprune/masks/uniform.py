@@ -10,7 +10,7 @@ from tvaprune.masks.importance import lost_by_width
 from tvaprune.masks.masks import Masks
 
 
-class Widths(NamedTuple):
+class UniformWidths(NamedTuple):
     """Kept units, the same in every layer."""
 
     hidden: int
@@ -20,7 +20,7 @@ class Widths(NamedTuple):
 
 def uniform_widths(
     topology: Topology, masks: Masks, target_sparsity: float, hidden_multiple: int, intermediate_multiple: int
-) -> Widths:
+) -> UniformWidths:
     """The widths within the budget whose dropped units matter least, of those that the family's config takes.
 
     For every number of heads and every hidden width, the intermediate width is the largest that the budget leaves;
@@ -42,7 +42,7 @@ def uniform_widths(
     )
 
 
-def _fitting(topology: Topology, budget: float, candidates: dict[Axis, range]) -> list[Widths]:
+def _fitting(topology: Topology, budget: float, candidates: dict[Axis, range]) -> list[UniformWidths]:
     """For every hidden width and number of heads that the config takes, the widest MLP within the budget."""
     found = []
     for kv_heads in candidates["kv_heads"]:
@@ -51,7 +51,7 @@ def _fitting(topology: Topology, budget: float, candidates: dict[Axis, range]) -
                 continue
             for intermediate in reversed(candidates["intermediate"]):
                 if _parameters(topology, hidden, intermediate, kv_heads) <= budget:
-                    found.append(Widths(hidden, intermediate, kv_heads))
+                    found.append(UniformWidths(hidden, intermediate, kv_heads))
                     break
     return found
 

@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tvaprune.architecture.topology import Topology, block_norms, final_norm
-from tvaprune.checkpoint.random_model import LayerWidths
+from tvaprune.architecture.topology import LayerWidths, Topology, block_norms, final_norm
 from tvaprune.device import synchronise
 from tvaprune.masks.latency_table import BLOCKS, PHASES, Block, LatencyTable, Phase, Times
 from tvaprune.measures.latency import Benchmark, interleave, random_prompt, without_garbage_collection

@@ -31,10 +31,10 @@ from typer import Argument, Option, echo
 
 from stages._command import command
 
-LOCKS = [Path(f"requirements{suffix}.lock") for suffix in ("-build", "", "-cuda", "-dev")]
+LOCKS = [Path(f"requirements{suffix}.lock") for suffix in ("-build", "", "-cuda", "-dev", "-vllm")]
 PIN = re.compile(r"([a-z0-9-]+)==([0-9][0-9a-z.]*)(?: ; .+)?")
 MACHINES = re.compile(r"(manylinux|linux).*_(x86_64|aarch64)|macosx_.*_(x86_64|arm64|universal2)|any")
-PYTHON = re.compile(r"py(?:2|3|31[1-9])|cp31[1-9]")
+PYTHON = re.compile(r"py(?:2|3[0-9]*)|cp31[1-9]")
 STABLE_ABI = re.compile(r"cp3[0-9]*")
 JSON = "application/vnd.pypi.simple.v1+json"
 

@@ -84,6 +84,7 @@ def test_a_build_with_a_local_version_is_a_file_of_the_pinned_one(tmp_path: Path
         ("cp312-cp312-macosx_14_0_arm64", True),
         ("cp39-abi3-manylinux_2_34_x86_64", True),
         ("py2.py3-none-any", True),
+        ("py37-none-any", True),
         ("cp310-cp310-manylinux_2_28_x86_64", False),
         ("cp313-cp313t-manylinux_2_28_x86_64", False),
         ("cp311-cp311-win_amd64", False),

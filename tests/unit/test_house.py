@@ -378,8 +378,9 @@ def test_the_lock_pins_every_direct_dependency_to_what_is_installed() -> None:
     for path in LOCKS:
         text = (REPOSITORY / path).read_text()
         for package, pinned in pins(text.splitlines()):
-            assert package not in locked, package
-            locked[package] = pinned
+            if path.name != "requirements-vllm.lock":  # an environment of its own
+                assert package not in locked, package
+                locked[package] = pinned
         packages = re.findall(
             r"^\S+==\S+(?: ; .+?)?(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", text, flags=re.MULTILINE
         )

@@ -56,7 +56,7 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(
 @pytest.mark.parametrize(
     ("stage", "reached"),
     [
-        pytest.param("learn_masks", LEARN, id="learn_masks"),
+        pytest.param("learn_masks", LEARN, id="learn_masks", marks=pytest.mark.nightly),
         pytest.param("compact", exists("artifacts/compact"), id="compact"),  # which saves no state
     ],
 )

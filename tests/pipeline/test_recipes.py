@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from tests.pipeline.workspace import REPOSITORY, Workspace, environment, git
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_slurm_job_pushes_an_experiment_that_another_clone_pulls(workspace: Workspace, tmp_path: Path) -> None:
     workspace.dvc("remote", "add", "--default", "team", str(tmp_path / "remote"))
     workspace.commit()

@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 from filelock import FileLock, Timeout
 
+from tvaprune import states_directory
 from tvaprune.errors import clear_errors
 
 QUESTIONS = frozenset({"--help", "--estimate"})  # options with which a stage only prints
@@ -45,7 +46,7 @@ def only_writer() -> Iterator[None]:
     if package != "stages" or QUESTIONS & set(sys.argv) or os.environ.get("RANK", "0") != "0":
         yield
         return
-    root = Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".resume"
+    root = states_directory()
     workspace = hashlib.sha256(str(Path.cwd().resolve()).encode()).hexdigest()[:12]
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / f"{stage}-{workspace}.lock", timeout=0)

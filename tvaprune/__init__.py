@@ -44,6 +44,11 @@ def _refuse_other_code() -> None:
         )
 
 
+def states_directory() -> Path:
+    """Where stages keep their states and locks: .resume/ of the repository, also for a queued run's copy of it."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".resume"
+
+
 def quiet_libraries() -> None:
     """Silence what libraries say at every start and what no user can act on. To be called before they are imported."""
     logging.getLogger("torchao").addFilter(lambda record: "Failed to load" not in record.getMessage())

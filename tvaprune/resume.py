@@ -18,6 +18,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from filelock import FileLock, Timeout
 
+from tvaprune import states_directory
+
 
 class StateInUseError(BlockingIOError):
     """Another process computes the same result and saves its state."""
@@ -94,7 +96,7 @@ class ResumableRun:
         writer: bool = True,
         waits: bool = True,
     ) -> None:
-        root = Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".resume"
+        root = states_directory()
         environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         identity = json.dumps([stage, settings, environment, hash_files(inputs)], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]

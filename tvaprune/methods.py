@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, shared_parameters
-from tvaprune.architecture.topology import AXES, Topology, hidden_states, lm_head
+from tvaprune.architecture.topology import AXES, UNIT_AXES, Topology, hidden_states, lm_head
 from tvaprune.baselines.allocation import protected_layers
 from tvaprune.baselines.problem import Problem
-from tvaprune.baselines.registry import check_baseline, score_baseline
+from tvaprune.baselines.registry import check_axes, check_baseline, score_baseline
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import require_trainable
 from tvaprune.distributed import ALONE, World
@@ -32,7 +32,7 @@ from tvaprune.masks.latency_table import LatencyTable, latency_metrics
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
 from tvaprune.masks.update import WeightUpdate
-from tvaprune.options.gates import TvaOptions
+from tvaprune.options.gates import GraspruneOptions, TvaOptions
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 from tvaprune.resume import Saver
 
@@ -64,12 +64,16 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
         return  # the table says which latencies the axes reach
     if not request.trains_gates:
         check_baseline(request.method, request.axes, request.sparsity)
+    if isinstance(request.options, GraspruneOptions):
+        check_axes(request.method, request.axes, UNIT_AXES)
     alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in request.axes else torch.inf) for axis in AXES}
     first, last = (getattr(request.options, f"protect_{end}", 0) for end in ("first", "last"))
     whole = protected_layers(topology, first, last)
     for axis, score in alike.items():
         if axis != "hidden":
             score[whole] = torch.inf
+            if isinstance(request.options, GraspruneOptions):
+                score[:, 0] = torch.inf  # each layer keeps one unit
     solve_threshold(topology, alike, request.sparsity)
 
 

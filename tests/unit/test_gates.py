@@ -31,7 +31,15 @@ from tvaprune.masks.latency_table import AIM
 from tvaprune.masks.masks import log_alpha
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, solve_threshold
 from tvaprune.methods import check_request, find_masks, learned_message, masks_metrics, projection_warning
-from tvaprune.options.gates import GateOptions, GraspruneOptions, LatencyGoal, PaperOptions, PerAxis, TvaOptions
+from tvaprune.options.gates import (
+    GateOptions,
+    GraspruneOptions,
+    LatencyGoal,
+    PaperOptions,
+    PerAxis,
+    TvaOptions,
+    with_steps,
+)
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 
 WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -48,12 +56,6 @@ PAPER = PaperOptions(
 
 GRASPRUNE = GraspruneOptions(mask_steps=15, scale_steps=15, batch_size=2, lr=0.1)
 UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
-
-
-def shortened(options: GateOptions, steps: int) -> GateOptions:
-    if isinstance(options, GraspruneOptions):
-        return replace(options, mask_steps=steps - steps // 2, scale_steps=steps // 2)
-    return replace(options, steps=steps)
 
 
 def learn(
@@ -308,7 +310,7 @@ def test_the_model_is_left_as_it_was(options: GateOptions) -> None:
     model = tiny_model("qwen2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(WINDOWS.long()).logits
-    gates = new_gates(Topology.of(model.config), shortened(options, 3), 0.3, AXES, torch.device("cpu"), 0)
+    gates = new_gates(Topology.of(model.config), with_steps(options, 3), 0.3, AXES, torch.device("cpu"), 0)
     learn_gates(model, WINDOWS, gates, progress=False)
     assert torch.equal(model(WINDOWS.long()).logits, logits)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -620,7 +622,7 @@ SLOWEST = {"bonsai": pytest.mark.nightly}
 )
 def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
     trained = {"tva": replace(TVA, ablation=ablation), "paper": PAPER, "grasprune": GRASPRUNE}
-    options = shortened(trained[method], 8) if method in trained else open_options(method)
+    options = with_steps(trained[method], 8) if method in trained else open_options(method)
     model = tiny_model("llama")
     found = find_masks(model, WINDOWS, WINDOWS[:2], MaskRequest(method, options, 0.3, UNITS), progress=False)
     assert sparsity(Topology.of(model.config), found.masks.widths()) == pytest.approx(0.3, abs=0.005)
@@ -636,7 +638,7 @@ def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
 def test_gradient_checkpointing_learns_the_same_masks(options: GateOptions) -> None:
     def run(checkpointing: bool) -> torch.Tensor:
         axes = UNITS if options == GRASPRUNE else AXES
-        request = MaskRequest(options.section, shortened(options, 8), 0.3, axes, gradient_checkpointing=checkpointing)
+        request = MaskRequest(options.section, with_steps(options, 8), 0.3, axes, gradient_checkpointing=checkpointing)
         return find_masks(tiny_model("llama"), WINDOWS, WINDOWS[:2], request, progress=False).masks.score[
             "intermediate"
         ]

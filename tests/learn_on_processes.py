@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from tests.tiny_models import tiny_model
-from tests.unit.test_gates import DETERMINISTIC, PAPER, TVA, WINDOWS
+from tests.unit.test_gates import DETERMINISTIC, GRASPRUNE, PAPER, TVA, WINDOWS
 from tvaprune.architecture.sharding import shard_layers
 from tvaprune.architecture.topology import AXES, Topology
 from tvaprune.distributed import World, join
@@ -20,7 +20,12 @@ from tvaprune.gates.training import Gates, learn_gates, new_gates
 from tvaprune.resume import ResumableRun
 
 # At a high rate the paper's noisy steps amplify the rounding of sums over processes.
-CASES = {"tva": TVA, "deterministic": DETERMINISTIC, "paper": replace(PAPER, lr=0.002)}
+CASES = {
+    "tva": TVA,
+    "deterministic": DETERMINISTIC,
+    "paper": replace(PAPER, lr=0.002),
+    "grasprune": GRASPRUNE,
+}
 
 
 def main(case: str, family: str, sharded: str, out: str, killed_at: str = "") -> None:

@@ -16,6 +16,7 @@ from typer import Option
 from stages._command import command
 from tools.official.bonsai import BONSAI
 from tools.official.flap import FLAP, WANDA_SP
+from tools.official.grasprune import GRASPRUNE
 from tools.official.llm_pruner import LLM_PRUNER, MAGNITUDE
 from tools.official.loraprune import LORAPRUNE
 from tools.official.nirvana import NIRVANA
@@ -28,6 +29,7 @@ PUBLISHED = {
     "bonsai": BONSAI,
     "nirvana": NIRVANA,
     "loraprune": LORAPRUNE,
+    "grasprune": GRASPRUNE,
 }
 
 

@@ -35,6 +35,7 @@ from tvaprune.gates.training import new_gates
 from tvaprune.losses import next_token_labels
 from tvaprune.measures.latency import random_prompt
 from tvaprune.measures.machine import machine_name
+from tvaprune.options.gates import with_steps
 from tvaprune.progress import Progress
 from tvaprune.recovery.schedule import total_steps
 from tvaprune.recovery.training import finetune
@@ -54,7 +55,7 @@ def try_learning(found: Sizes, dense: PreTrainedModel, steps: int) -> dict[str, 
     """
     request, size = found.request, found.request.options.batch_size
     ids = random_prompt(dense, size * steps, found.windows.seq_len)
-    topology, options = Topology.of(dense.config), replace(request.options, steps=steps)
+    topology, options = Topology.of(dense.config), with_steps(request.options, steps)
     gates = new_gates(topology, options, request.sparsity, request.axes, dense.device, seed=0)
     dense.requires_grad_(False)
     use_training_attention(dense, dense.device)

@@ -8,14 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tvaprune.architecture.topology import AXES, Topology
-from tvaprune.baselines.registry import SUPPORTED_AXES
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
 from tvaprune.inputs.calibration import WindowSet, sample_windows, tokenise
 from tvaprune.inputs.documents import Document
 from tvaprune.masks.adapt import adapt
-from tvaprune.methods import find_masks
+from tvaprune.methods import find_masks, supported_axes
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 
 SEQ_LEN, VALIDATION_WINDOWS, MULTIPLE = 512, 4, 32
@@ -50,8 +49,7 @@ def prune(
         UnreachableSparsityError: the axes in play cannot remove so much.
     """
     topology = Topology.of(model.config)
-    axes = SUPPORTED_AXES.get(method, AXES)  # type: ignore[call-overload]
-    request = MaskRequest(method, options or METHOD_OPTIONS.get(method, dict)(), sparsity, axes)
+    request = MaskRequest(method, options or METHOD_OPTIONS.get(method, dict)(), sparsity, supported_axes(method))
     seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
     documents = tokenise([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, "texts")
     sets = [WindowSet("texts", windows, seq_len), WindowSet("validation", VALIDATION_WINDOWS, seq_len)]

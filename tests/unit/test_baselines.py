@@ -21,7 +21,6 @@ from tvaprune.baselines.allocation import (
     allocate_balanced,
     allocate_global,
     allocate_uniform,
-    make_scores_match_mask,
     percentiles,
 )
 from tvaprune.baselines.bonsai import candidate_modules, draw_mask, perplexity, prior_scores, submodel
@@ -37,7 +36,7 @@ from tvaprune.baselines.registry import BASELINES, SUPPORTED_AXES, score_baselin
 from tvaprune.baselines.wanda_sp import wanda_scores
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import UnreachableSparsityError, keep_best
+from tvaprune.masks.projection import UnreachableSparsityError, keep_best, make_scores_match_mask
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request
 from tvaprune.options.baselines import (

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import tiny_model
@@ -134,3 +135,13 @@ def test_some_steps_of_a_file_are_tried(capsys: pytest.CaptureFixture[str]) -> N
     for stage in ("learn_masks", "finetune_lora"):
         assert re.search(rf"{stage}: \d+\.\d+ s a step, \d+\.\d minutes for 200; .* estimated 0\.\d+", said)
     assert 0 < float(re.search(r"a step takes (\d+\.\d\d) times one without gates", said)[1]) < 100  # type: ignore[index]
+
+
+def test_some_steps_of_both_phases_of_grasprune_are_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml = YAML()
+    content = yaml.load(REPOSITORY / "configs/glassllm.yaml")
+    content["learn_masks"].update(method="grasprune", axes=["intermediate", "kv_heads"])
+    content["finetune_lora"]["enabled"] = False
+    yaml.dump(content, tmp_path / "params.yaml")
+    try_steps.main(tmp_path / "params.yaml", REPOSITORY / "configs/models/glassllm", steps=3)
+    assert re.search(r"learn_masks: .* minutes for 2560; .* estimated 0\.\d+", capsys.readouterr().out)

@@ -16,7 +16,7 @@ from tvaprune.architecture.parameter_counts import (
     kept_decoder_parameters,
     sparsity,
 )
-from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology
+from tvaprune.architecture.topology import AXES, GATED_SITES, Axis, Site, Topology
 from tvaprune.gates import budget, insertion
 from tvaprune.gates.budget import RunningNorm, cubic_ramp
 from tvaprune.gates.closed_form import importance
@@ -31,7 +31,15 @@ from tvaprune.masks.latency_table import AIM
 from tvaprune.masks.masks import log_alpha
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, solve_threshold
 from tvaprune.methods import check_request, find_masks, learned_message, masks_metrics, projection_warning
-from tvaprune.options.gates import GateOptions, LatencyGoal, PaperOptions, PerAxis, TvaOptions
+from tvaprune.options.gates import (
+    GateOptions,
+    GraspruneOptions,
+    LatencyGoal,
+    PaperOptions,
+    PerAxis,
+    TvaOptions,
+    with_steps,
+)
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 
 WINDOWS = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -45,6 +53,9 @@ PAPER = PaperOptions(
     steps=30, batch_size=2, ramp=0.6, init_log_var=-3.0, lr=0.2, lambda_lr=20.0, kl_weight=PerAxis(1e-6, 1e-6, 1e-6),
     slope=1.0,
 )  # fmt: skip
+
+GRASPRUNE = GraspruneOptions(mask_steps=15, scale_steps=15, batch_size=2, lr=0.1)
+UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
 
 
 def learn(
@@ -173,7 +184,9 @@ def test_a_latency_goal_reaches_the_report_and_one_out_of_reach_is_refused_at_on
         latency_gates(ratio=0.01)
 
 
-@pytest.mark.parametrize("options", [TVA, DETERMINISTIC, PAPER], ids=["tva", "deterministic", "paper"])
+@pytest.mark.parametrize(
+    "options", [TVA, DETERMINISTIC, PAPER, GRASPRUNE], ids=["tva", "deterministic", "paper", "grasprune"]
+)
 def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(options: GateOptions) -> None:
     undisturbed = learn(options)
     killed = Memory(stop_after=2)
@@ -216,9 +229,38 @@ def test_the_papers_form_learns_and_is_projected_onto_the_target() -> None:
 
 
 def report(options: GateOptions) -> dict[str, Any]:
-    request = MaskRequest("paper" if isinstance(options, PaperOptions) else "tva", options, 0.3)
+    request = MaskRequest(options.section, options, 0.3)
     model = tiny_model("llama")
     return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, request)
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3"])
+@pytest.mark.parametrize("target", [0.4, 0.65])
+def test_grasprune_pays_in_the_end_for_the_units_that_every_layer_keeps(family: str, target: float) -> None:
+    topology = Topology.of(tiny_model(family).config)
+    learned = learn(GRASPRUNE, target, family, UNITS)
+    cost = dense_unit_costs(topology)
+    forced = topology.layers * float(cost.intermediate.max() + cost.kv_heads.max()) / dense_decoder_parameters(topology)
+    dearest = float(cost.kv_heads.max()) / dense_decoder_parameters(topology)
+    for row in learned.curve[: GRASPRUNE.mask_steps]:
+        assert target - forced <= row["sparsity"] <= target + dearest
+    reached = sparsity(topology, learned.masks.widths())
+    assert target <= reached < target + 0.002
+    assert {row["sparsity"] for row in learned.curve[GRASPRUNE.mask_steps :]} == {reached}
+    for axis in UNITS:
+        assert bool(learned.masks.keep[axis].any(-1).all())
+        assert torch.equal(learned.masks.keep[axis], learned.masks.score[axis] > 0)
+        kept = learned.update.scale[axis][learned.masks.keep[axis]]
+        assert bool(((kept - 1).abs() <= GRASPRUNE.scale_range).all())
+        assert torch.equal(learned.update.scale[axis] != 1, learned.masks.keep[axis]), "what is dropped learns no scale"
+    keys = learned.update.scale["kv_heads"].repeat_interleave(topology.head_dim, -1)
+    assert torch.equal(learned.update.channel_scale["keys"], keys)
+
+
+def test_the_scales_of_grasprune_lower_the_loss_of_its_masks() -> None:
+    request = MaskRequest("grasprune", replace(GRASPRUNE, lr=0.02, scale_steps=30), 0.3, UNITS)
+    nll = find_masks(tiny_model("llama"), WINDOWS, WINDOWS, request, progress=False).validation_nll
+    assert nll["mean"] < nll["binary"] - 0.01
 
 
 def test_the_learned_sparsity_is_told_from_the_projected_one() -> None:
@@ -251,7 +293,9 @@ def test_a_step_that_is_not_finite_stops_and_leaves_the_last_good_state(
     assert all(score.isfinite().all() for score in state["gates"]["score"].values())
 
 
-@pytest.mark.parametrize("options", [TVA, DETERMINISTIC, PAPER], ids=["tva", "deterministic", "paper"])
+@pytest.mark.parametrize(
+    "options", [TVA, DETERMINISTIC, PAPER, GRASPRUNE], ids=["tva", "deterministic", "paper", "grasprune"]
+)
 def test_axes_out_of_play_stay_whole(options: GateOptions) -> None:
     masks = learn(options, axes=("intermediate",)).masks
     assert masks.keep["hidden"].all()
@@ -259,12 +303,14 @@ def test_axes_out_of_play_stay_whole(options: GateOptions) -> None:
     assert sparsity(Topology.of(tiny_model("llama").config), masks.widths()) == pytest.approx(0.3, abs=0.002)
 
 
-@pytest.mark.parametrize("options", [TVA, DETERMINISTIC, PAPER], ids=["tva", "deterministic", "paper"])
+@pytest.mark.parametrize(
+    "options", [TVA, DETERMINISTIC, PAPER, GRASPRUNE], ids=["tva", "deterministic", "paper", "grasprune"]
+)
 def test_the_model_is_left_as_it_was(options: GateOptions) -> None:
     model = tiny_model("qwen2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(WINDOWS.long()).logits
-    gates = new_gates(Topology.of(model.config), replace(options, steps=3), 0.3, AXES, torch.device("cpu"), 0)
+    gates = new_gates(Topology.of(model.config), with_steps(options, 3), 0.3, AXES, torch.device("cpu"), 0)
     learn_gates(model, WINDOWS, gates, progress=False)
     assert torch.equal(model(WINDOWS.long()).logits, logits)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -562,9 +608,6 @@ def test_training_attention_is_the_stock_one(family: str) -> None:
     torch.testing.assert_close(ours(WINDOWS.long()).logits, stock(WINDOWS.long()).logits, rtol=1e-4, atol=1e-4)
 
 
-UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
-
-
 # Bonsai measures hundreds of sub-models; its scores have faster tests.
 SLOWEST = {"bonsai": pytest.mark.nightly}
 
@@ -578,24 +621,24 @@ SLOWEST = {"bonsai": pytest.mark.nightly}
     ],
 )
 def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
-    options = {"tva": replace(TVA, steps=8, ablation=ablation), "paper": replace(PAPER, steps=8)}.get(
-        method, open_options(method)
-    )
+    trained = {"tva": replace(TVA, ablation=ablation), "paper": PAPER, "grasprune": GRASPRUNE}
+    options = with_steps(trained[method], 8) if method in trained else open_options(method)
     model = tiny_model("llama")
     found = find_masks(model, WINDOWS, WINDOWS[:2], MaskRequest(method, options, 0.3, UNITS), progress=False)
     assert sparsity(Topology.of(model.config), found.masks.widths()) == pytest.approx(0.3, abs=0.005)
     assert found.validation_nll["binary"] != found.validation_nll["dense"]
     learned_means = not all(torch.equal(mean, torch.ones_like(mean)) for mean in found.update.scale.values())
-    assert learned_means == (method in {"tva", "paper"} and ablation != "vtrans")
-    assert set(found.update.channel_scale) == (set(SITES) if method == "tva" and ablation != "vtrans" else set())
-    assert len(found.curve) == (8 if method in {"tva", "paper"} else 0)
+    assert learned_means == (method in trained and ablation != "vtrans")
+    sites = {("tva", None): set(GATED_SITES), ("tva", "deterministic"): set(GATED_SITES), ("grasprune", None): {"keys"}}
+    assert set(found.update.channel_scale) == sites.get((method, ablation), set())
+    assert len(found.curve) == (8 if method in trained else 0)
 
 
-@pytest.mark.parametrize("options", [TVA, PAPER], ids=["tva", "paper"])
+@pytest.mark.parametrize("options", [TVA, PAPER, GRASPRUNE], ids=["tva", "paper", "grasprune"])
 def test_gradient_checkpointing_learns_the_same_masks(options: GateOptions) -> None:
     def run(checkpointing: bool) -> torch.Tensor:
-        method = "paper" if isinstance(options, PaperOptions) else "tva"
-        request = MaskRequest(method, replace(options, steps=8), 0.3, gradient_checkpointing=checkpointing)
+        axes = UNITS if options == GRASPRUNE else AXES
+        request = MaskRequest(options.section, with_steps(options, 8), 0.3, axes, gradient_checkpointing=checkpointing)
         return find_masks(tiny_model("llama"), WINDOWS, WINDOWS[:2], request, progress=False).masks.score[
             "intermediate"
         ]
@@ -603,9 +646,11 @@ def test_gradient_checkpointing_learns_the_same_masks(options: GateOptions) -> N
     torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "axes"), [("flap", AXES), ("nothing", AXES), ("depth", ("intermediate",))])
+@pytest.mark.parametrize(
+    ("method", "axes"), [("flap", AXES), ("nothing", AXES), ("depth", ("intermediate",)), ("grasprune", AXES)]
+)
 def test_a_method_is_refused_axes_it_cannot_prune(method: str, axes: tuple) -> None:
-    request = MaskRequest(method, None, 0.2, axes)
+    request = MaskRequest(method, GRASPRUNE if method == "grasprune" else None, 0.2, axes)
     with pytest.raises(ValueError, match=r"learn_masks\.(axes|method)"):
         check_request(request, Topology.of(tiny_model("llama").config))
 
@@ -613,3 +658,7 @@ def test_a_method_is_refused_axes_it_cannot_prune(method: str, axes: tuple) -> N
 def test_an_unreachable_sparsity_is_refused_before_any_work() -> None:
     with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9"):
         check_request(MaskRequest("tva", TVA, 0.9, ("kv_heads",)), Topology.of(tiny_model("llama").config))
+    with pytest.raises(UnreachableSparsityError, match=r"reach 0\.000 at most"):  # it keeps a head in every layer
+        check_request(
+            MaskRequest("grasprune", GRASPRUNE, 0.1, ("kv_heads",)), Topology.of(tiny_model("llama_mqa").config)
+        )

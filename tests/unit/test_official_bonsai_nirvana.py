@@ -1,15 +1,21 @@
-"""Bonsai, NIRVANA and LoRAPrune against their own code, as tools/record_official_scores.py recorded it."""
+"""Bonsai, NIRVANA, LoRAPrune and GRASPrune against their own code, as tools/record_official_scores.py recorded it."""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tests.unit.test_official_scores import UNITS, record
 from tools.official.loraprune import factors
 from tools.official.record import MANY_HEADS
-from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.parameter_counts import (
+    dense_decoder_parameters,
+    dense_unit_costs,
+    kept_decoder_parameters,
+    sparsity,
+)
 from tvaprune.architecture.topology import Axis, Topology
 from tvaprune.baselines.allocation import Stages, allocate_balanced
 from tvaprune.baselines.bonsai import (
@@ -24,9 +30,12 @@ from tvaprune.baselines.bonsai_fit import fit_coefficients
 from tvaprune.baselines.loraprune import Adapter, ramp_share, step_scores
 from tvaprune.baselines.nirvana import nirvana_scores
 from tvaprune.baselines.problem import Problem, drop_units
+from tvaprune.gates.grasprune import GraspruneGates
 from tvaprune.gates.insertion import GatedModel
+from tvaprune.gates.training import learn_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.options.baselines import NirvanaOptions
+from tvaprune.options.gates import GraspruneOptions
 
 BLOCKS: dict[Axis, str] = {"kv_heads": "self_attn", "intermediate": "mlp"}
 
@@ -181,3 +190,54 @@ def test_the_importance_and_the_schedule_of_loraprune() -> None:
         torch.testing.assert_close(found, official, rtol=1e-5, atol=1e-7)
     for step, ratio in zip(run["schedule"]["steps"], run["schedule"]["ratios"], strict=True):
         assert run["settings"]["ratio"] * ramp_share(step, 100) == pytest.approx(ratio, abs=1e-9)
+
+
+# ---- GRASPrune: its two phases of training
+
+
+def grasprune_gates(run: dict[str, Any]) -> tuple[PreTrainedModel, GraspruneGates]:
+    """A model of the record, and gates with the published settings that start at the record's scores."""
+    settings, windows = run["settings"], len(MANY_HEADS.token_windows())
+    assert settings["lr"] == settings["rescale_lr"]
+    model = MANY_HEADS.model(**settings["llama"])
+    topology = Topology.of(model.config)
+    options = GraspruneOptions(
+        settings["epochs"] * windows, settings["rescale_epochs"] * windows, 1, settings["tau"], settings["lr"],
+        settings["rescale_alpha"],
+    )  # fmt: skip
+    # The published share is of the parameters that units own.
+    costs = dense_unit_costs(topology)
+    owned = sum(float((getattr(costs, axis) * topology.width(axis)).sum()) for axis in UNITS)
+    removed = (1 - settings["keep_ratio"]) * owned / dense_decoder_parameters(topology)
+    gates = GraspruneGates(topology, options, removed, UNITS, torch.device("cpu"))
+    for axis in UNITS:
+        gates.score[axis].copy_(torch.tensor(run["first_scores"][axis]))
+    return model, gates
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_the_scores_masks_and_scales_of_grasprune(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scales are compared on the published masks; ours pay for the units that a layer keeps in any case."""
+    run = record("grasprune")["runs"][index]
+    model, gates = grasprune_gates(run)
+    official = {axis: torch.tensor(run["keep"][axis]).bool() for axis in UNITS}
+    dense = Masks.dense(gates.topology)
+    published = dense.with_keep({**dense.keep, **official})
+    first, own_masks = gates.select(), gates.final_masks
+    monkeypatch.setattr(gates, "final_masks", lambda: published)
+    learn_gates(model, MANY_HEADS.token_windows(), gates, progress=False)
+    last, ours = gates.select(), own_masks()
+    assert not torch.equal(first["intermediate"], last["intermediate"]), "training changed no mask"
+    for axis in UNITS:
+        assert torch.equal(first[axis], torch.tensor(run["first_keep"][axis]).bool())
+        assert torch.equal(last[axis], official[axis])
+        torch.testing.assert_close(gates.score[axis], torch.tensor(run["scores"][axis]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gates.raw_scale[axis], torch.tensor(run["rescale"][axis]), rtol=1e-4, atol=1e-4)
+    unpaid = 1 - sparsity(gates.topology, published.widths()) > 1 - gates.target_sparsity
+    assert unpaid == (index == 1), "the second run has a head that nobody paid for"
+    assert sparsity(gates.topology, ours.widths()) == pytest.approx(gates.target_sparsity, abs=0.002)
+    for axis in UNITS:
+        assert bool(ours.keep[axis].any(-1).all())
+        # Where the published ranking stops at a unit that does not fit, ours takes smaller ones after it.
+        if not unpaid:
+            assert not (official[axis] & ~ours.keep[axis]).any()

@@ -10,7 +10,7 @@ import tvaprune
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters
 from tvaprune.architecture.topology import Topology
-from tvaprune.options.gates import TvaOptions
+from tvaprune.options.gates import GraspruneOptions, TvaOptions
 
 TEXTS = [
     f"The bank's engineer number {number} thinks that they will pay {number * 7} of it. " * 12 for number in range(30)
@@ -28,7 +28,10 @@ def decoder_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
 
 
-@pytest.mark.parametrize(("method", "options"), [("tva", TvaOptions(steps=4, curvature_windows=2)), ("flap", None)])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("tva", TvaOptions(steps=4, curvature_windows=2)), ("grasprune", GraspruneOptions(3, 3)), ("flap", None)],
+)
 def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Path, method: str, options) -> None:
     model = tiny_model("llama")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 Axis = Literal["hidden", "intermediate", "kv_heads"]
 AXES: tuple[Axis, ...] = ("hidden", "intermediate", "kv_heads")
+UNIT_AXES: tuple[Axis, ...] = ("intermediate", "kv_heads")  # those whose units belong to one layer
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # How the names of rotary frequencies end, which old Llama checkpoints hold and every version since computes.
 ROTARY_FREQUENCIES = "rotary_emb.inv_freq"
 
-# Where a gate's mean may differ from channel to channel: the attention output before o_proj, the outputs of o_proj
-# and of down_proj. (Before down_proj a gate is a channel already.)
-Site = Literal["attention_in", "attention_out", "mlp_out"]
-SITES: tuple[Site, ...] = ("attention_in", "attention_out", "mlp_out")
+# Where factors may differ from channel to channel: the attention output before o_proj, the outputs of o_proj and of
+# down_proj, the output of k_proj. (Before down_proj a gate is a channel already.)
+Site = Literal["attention_in", "attention_out", "mlp_out", "keys"]
+SITES: tuple[Site, ...] = ("attention_in", "attention_out", "mlp_out", "keys")
+# Where a gate multiplies too. `tva` and its ablations train their means per channel here, and not at keys.
+GATED_SITES: tuple[Site, ...] = ("attention_in", "attention_out", "mlp_out")
 
 # What one dimension of a weight counts: residual dimensions, intermediate units, all rows of the query heads,
 # or all rows of the key (or value) heads.
@@ -89,7 +92,8 @@ class Topology:
 
     def site_shape(self, site: Site) -> tuple[int, int]:
         """[layers, channels]."""
-        return (self.layers, self.kv_heads * self.query_rows if site == "attention_in" else self.hidden)
+        heads = {"attention_in": self.query_rows, "keys": self.head_dim}
+        return (self.layers, self.kv_heads * heads[site] if site in heads else self.hidden)
 
     def hidden_divisor(self, kv_heads: int) -> int:
         """What a hidden width has to be a multiple of for the family's own config to take it."""
@@ -127,6 +131,7 @@ class LayerModules(NamedTuple):
 
     input_norm: nn.Module
     attention: nn.Module
+    k_proj: nn.Linear
     o_proj: nn.Linear
     post_norm: nn.Module
     mlp: nn.Module
@@ -166,6 +171,7 @@ def layer_modules(model: nn.Module) -> Iterator[LayerModules]:
         yield LayerModules(
             input_norm=layer.get_submodule("input_layernorm"),
             attention=layer.get_submodule("self_attn"),
+            k_proj=layer.get_submodule("self_attn.k_proj"),  # type: ignore[arg-type]
             o_proj=layer.get_submodule("self_attn.o_proj"),  # type: ignore[arg-type]
             post_norm=layer.get_submodule("post_attention_layernorm"),
             mlp=layer.get_submodule("mlp"),
@@ -235,7 +241,9 @@ def cut(name: str) -> Cut:
 
 
 def site_of(name: str, units: Units) -> Site | None:
-    """The gate site whose channels a dimension of a tensor counts, or None."""
+    """The site whose channels a dimension of a tensor counts, or None."""
+    if ".self_attn.k_proj." in name and units == "kv":
+        return "keys"
     if ".self_attn.o_proj." in name:
         return "attention_in" if units == "query" else "attention_out"
     return "mlp_out" if ".mlp.down_proj." in name and units == "hidden" else None

@@ -21,14 +21,11 @@ from tvaprune.architecture.parameter_counts import (
 )
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_best, project
+from tvaprune.masks.projection import keep_best, make_scores_match_mask, project
 
 Keep = dict[Axis, Bool[Tensor, "..."]]  # True = keep
 # float32 for the axes in play, shapes of `Topology.gate_shape`; higher = keep.
 Scores = dict[Axis, Float[Tensor, "..."]]
-
-# Smallest distance from the threshold: far below any difference between two float32 scores around 1.
-_NEXT_TO_THRESHOLD = 1e-30
 
 
 def percentiles(scores: Float[Tensor, "*vectors units"]) -> Float[Tensor, "*vectors units"]:
@@ -148,22 +145,6 @@ class Stages:
 
     def masks(self) -> Masks:
         return make_scores_match_mask(self.keep, self._score)
-
-
-def make_scores_match_mask(keep: Keep, scores: Scores) -> Masks:
-    """Make the score > 0 exactly where a unit is kept, without a change to the ranking within a vector.
-
-    Kept units with a score of at most 0 get scores just above 0, in their order, and dropped units with a score above
-    0 get scores just below. On axes without scores the score is 1; `keep` has every axis.
-    """
-    matched = {axis: torch.ones_like(mask, dtype=torch.float32) for axis, mask in keep.items()}
-    for axis, score in scores.items():
-        values = score.float()
-        rank = torch.argsort(torch.argsort(values, dim=-1, stable=True), dim=-1).float()
-        values = torch.where(keep[axis] & (values <= 0), _NEXT_TO_THRESHOLD * (rank + 1), values)
-        below = -_NEXT_TO_THRESHOLD * (values.shape[-1] - rank)
-        matched[axis] = torch.where(~keep[axis] & (values > 0), below, values)
-    return Masks(keep, matched)
 
 
 def protected_layers(topology: Topology, first: int, last: int) -> Bool[Tensor, " layers"]:

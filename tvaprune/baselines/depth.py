@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import Axis, Topology, final_norm, layer_modules
-from tvaprune.baselines.allocation import Keep, Scores, make_scores_match_mask, percentiles
+from tvaprune.architecture.topology import UNIT_AXES, Topology, final_norm, layer_modules
+from tvaprune.baselines.allocation import Keep, Scores, percentiles
 from tvaprune.baselines.magnitude import magnitude_scores
 from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_best
+from tvaprune.masks.projection import keep_best, make_scores_match_mask
 from tvaprune.options.baselines import DepthOptions
-
-UNIT_AXES: tuple[Axis, ...] = ("intermediate", "kv_heads")
 
 
 def depth(problem: Problem, options: DepthOptions) -> Masks:

@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 import torch
 
-from tvaprune.architecture.topology import AXES, Axis
+from tvaprune.architecture.topology import AXES, UNIT_AXES, Axis
 from tvaprune.baselines.bonsai import bonsai
-from tvaprune.baselines.depth import UNIT_AXES, depth
+from tvaprune.baselines.depth import depth
 from tvaprune.baselines.flap import flap
 from tvaprune.baselines.llm_pruner import llm_pruner
 from tvaprune.baselines.loraprune import loraprune
@@ -62,10 +62,14 @@ def check_baseline(method: str, axes: tuple[Axis, ...], target_sparsity: float) 
     """Raise a ValueError, with the parameter and what is allowed, for settings that are wrong for any model."""
     if method not in BASELINES:
         raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINES)}")
-    supported = SUPPORTED_AXES[method]
-    if not axes or not set(axes) <= set(supported):
-        raise ValueError(f"learn_masks.axes = {list(axes)}: {method} prunes {', '.join(supported)}")
+    check_axes(method, axes, SUPPORTED_AXES[method])
     if method == "depth" and set(axes) != set(UNIT_AXES):
         raise ValueError(f"learn_masks.axes = {list(axes)}: depth drops whole layers, so it needs {list(UNIT_AXES)}")
     if not 0 <= target_sparsity < 1:
         raise ValueError(f"sparsity = {target_sparsity}: must be at least 0 and below 1")
+
+
+def check_axes(method: str, axes: tuple[Axis, ...], supported: tuple[Axis, ...]) -> None:
+    """Raise a ValueError where an axis is none that the method prunes."""
+    if not axes or not set(axes) <= set(supported):
+        raise ValueError(f"learn_masks.axes = {list(axes)}: {method} prunes {', '.join(supported)}")

@@ -36,22 +36,19 @@ def scales(topology: Topology, name: str, update: WeightUpdate, tied: bool) -> t
     which is the same matrix, gets the same input as before. Exact in every dimension that `can_stay_tied` allows.
     """
     where = cut(name)
-    result: list[Tensor | None] = []
+    result: list[Tensor] = []
     for units, scaled in zip(where.dims, where.scaled, strict=True):
         if tied and name == FINAL_NORM:
             mean = update.scale["hidden"]
             # A dropped dimension may have learned a mean of 0. Its activation is 0, and so must its product be.
             along = 1 / torch.where(mean.abs() > SMALLEST_MEAN, mean, 1.0)
-        elif scaled and units is not None:
-            along = along_dimension(topology, update.scale, units, where.layer)
-            site = site_of(name, units)
-            if site is not None and site in update.channel_scale:
-                along = along * update.channel_scale[site][where.layer]
         else:
-            result.append(None)
-            continue
-        result.append(None if bool((along == 1).all()) else along)
-    return tuple(result)
+            along = along_dimension(topology, update.scale, units, where.layer) if scaled and units else torch.ones(1)
+            site = site_of(name, units) if units else None
+            if site in update.channel_scale:
+                along = along * update.channel_scale[site][where.layer]
+        result.append(along)
+    return tuple(None if bool((along == 1).all()) else along for along in result)
 
 
 def fold(tensor: Float[Tensor, "*shape"], factors: tuple[Float[Tensor, " _"] | None, ...]) -> Float[Tensor, "*shape"]:

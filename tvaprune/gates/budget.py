@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import AXES, SITES, Axis, Topology
+from tvaprune.architecture.topology import AXES, GATED_SITES, Axis, Topology
 from tvaprune.distributed import World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
@@ -122,7 +122,7 @@ class BudgetGates:
         self.topology, self.options, self.target, self.axes = topology, options, target, axes
         self.device, self.seed = device, seed
         self.mean = {axis: torch.ones(topology.gate_shape(axis), device=device) for axis in AXES}
-        sites = SITES if options.channel_means else ()
+        sites = GATED_SITES if options.channel_means else ()
         self.channel_mean = {site: torch.ones(topology.site_shape(site), device=device) for site in sites}
         self._optimizer = adamw([*self.mean.values(), *self.channel_mean.values()], options.mean_lr)
         self._norm = RunningNorm()

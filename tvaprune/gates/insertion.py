@@ -4,6 +4,7 @@ Where they multiply (TVA-Prune section 3.1; method per axis):
     hidden        the embedding output, the output of every o_proj, the output of every down_proj
     intermediate  act(gate)·up, the input of down_proj
     kv_heads      the attention output before o_proj, all query heads of the group together
+The output of every k_proj is multiplied where factors are given for it (`grasprune`); a gate of kv_heads is not there.
 
 Query head h belongs to key-value head h // group_size (repeat_interleave, as in transformers). The paper's
 Eq. 2 and the published code tile (h mod kv_heads), which is wrong for every Hugging Face checkpoint.
@@ -106,7 +107,7 @@ class GatedModel:
             gates: shapes of `Topology.gate_shape`; 0 drops a unit. Gradients flow to them and to the channel means.
             kept_hidden: residual dimensions whose gate is not 0. RMSNorm takes its mean square over these only,
                 as the compact model will; the published training averages over all of them.
-            channel_means: shapes of `Topology.site_shape`, multiplied with the gates.
+            channel_means: shapes of `Topology.site_shape`, multiplied with the gates; at keys there is no gate.
             squares: where the next backward adds the squares of the gates' gradients.
             sample: gives what multiplies an activation in place of its gate; gates with noise.
         """
@@ -135,6 +136,10 @@ class GatedModel:
             return x * self._sample(axis, layer, site, gate, x.shape).to(x.dtype)
         return _Multiply.apply(x, gate)
 
+    def _multiply_keys(self, keys: Tensor, layer: int) -> Tensor:
+        factor = self._channel_means.get("keys")
+        return keys if factor is None else _Multiply.apply(keys, factor[layer])
+
     def _by_blocks(self, squares: SquaredGradients, gate: Tensor, tokens: int, axis: Axis, layer: int) -> Tensor:
         if axis != "hidden":
             return squares.expand(gate, tokens, axis, layer)
@@ -160,6 +165,12 @@ class GatedModel:
 
             handles.append(module.register_forward_hook(hook))
 
+        def after_keys(module: nn.Module, layer: int) -> None:
+            def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+                return self._multiply_keys(out, layer)
+
+            handles.append(module.register_forward_hook(hook))
+
         norms = [final_norm(self.model)]
         for layer in layer_modules(self.model):
             norms += [layer.input_norm, layer.post_norm]
@@ -167,6 +178,7 @@ class GatedModel:
         try:
             after_hidden(embedding(self.model), 0, None)
             for index, layer in enumerate(layer_modules(self.model)):
+                after_keys(layer.k_proj, index)
                 before(layer.o_proj, "kv_heads", index, "attention_in")
                 after_hidden(layer.o_proj, index, "attention_out")
                 before(layer.down_proj, "intermediate", index, None)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
-from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology
+from tvaprune.architecture.topology import AXES, GATED_SITES, Axis, Site, Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import adamw, take_step
 from tvaprune.gates.insertion import GatedModel
@@ -163,9 +163,8 @@ class PaperGates:
             spread = sigma[axis] if axis == "hidden" else sigma[axis][layer]
             if axis == "kv_heads":
                 spread = spread.repeat_interleave(rows)
-            number = (
-                0 if axis == "hidden" and site is None else 1 + 4 * layer + (3 if site is None else SITES.index(site))
-            )
+            of_layer = 3 if site is None else GATED_SITES.index(site)
+            number = 0 if axis == "hidden" and site is None else 1 + 4 * layer + of_layer
             drawn = noise.draw(shape, number)
             return torch.addcmul(gate.to(drawn.dtype), drawn, spread.to(drawn.dtype))
 

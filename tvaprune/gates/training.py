@@ -11,6 +11,7 @@ from tvaprune.architecture.topology import Axis, Topology, hidden_states
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.budget import BudgetGates
 from tvaprune.gates.closed_form import ClosedFormGates
+from tvaprune.gates.grasprune import GraspruneGates
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.objective import Batch, Row
 from tvaprune.gates.paper import PaperGates
@@ -18,12 +19,12 @@ from tvaprune.gates.straight_through import StraightThroughGates
 from tvaprune.losses import DivergedError, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
-from tvaprune.options.gates import GateOptions, PaperOptions
+from tvaprune.options.gates import GateOptions, GraspruneOptions, PaperOptions
 from tvaprune.progress import Progress
 from tvaprune.resume import Saver
 
 SAVE_EVERY = 10
-Gates = BudgetGates | PaperGates
+Gates = BudgetGates | PaperGates | GraspruneGates
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def new_gates(
     """The gates that the options ask for."""
     if isinstance(options, PaperOptions):
         return PaperGates(topology, options, target_sparsity, axes, device, seed)
+    if isinstance(options, GraspruneOptions):
+        return GraspruneGates(topology, options, target_sparsity, axes, device)
     kind = StraightThroughGates if options.ablation == "deterministic" else ClosedFormGates
     return kind(topology, options, target_sparsity, axes, device, seed)
 
@@ -76,8 +79,7 @@ def learn_gates(
         raise ValueError(
             f"learn_masks.tva.curvature_tokens = {block} does not divide windows of {input_ids.shape[1]} tokens"
         )
-    section = "paper" if isinstance(options, PaperOptions) else "tva"
-    own_windows = range(options.batch_size)[world.part(options.batch_size, f"learn_masks.{section}.batch_size")]
+    own_windows = range(options.batch_size)[world.part(options.batch_size, f"learn_masks.{options.section}.batch_size")]
     device = next(model.parameters()).device
     curve: list[Row] = []
     state = saver.load() if saver is not None else None
@@ -102,7 +104,8 @@ def learn_gates(
                 raise DivergedError(
                     f"learn_masks: step {step + 1}, windows {indices}: loss {row['loss']}, gradient norm "
                     f"{row['gradient_norm']}. Check the model's weights for NaN; use TVAPRUNE_DTYPE=float32, or a "
-                    f"lower learning rate in learn_masks.{section}. The state of the last {SAVE_EVERY} steps is kept"
+                    f"lower learning rate in learn_masks.{options.section}. "
+                    f"The state of the last {SAVE_EVERY} steps is kept"
                 )
             curve.append({"step": step + 1, **row})
             bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "sparsity", "target")}, refresh=False)

@@ -16,6 +16,9 @@ from tvaprune.architecture.parameter_counts import (
 from tvaprune.architecture.topology import AXES, Axis, Topology
 from tvaprune.masks.masks import Masks
 
+# Smallest distance from the threshold: far below any difference between two float32 scores around 1.
+_NEXT_TO_THRESHOLD = 1e-30
+
 
 class UnreachableSparsityError(ValueError):
     """No mask on the axes in play has so few parameters."""
@@ -90,7 +93,8 @@ def solve_threshold(
     def fits(threshold: float) -> bool:
         return parameters(threshold) <= budget
 
-    low, high = float(finite.min() - 1), float(finite.max())
+    # Nothing may be dropped where every unit is at +inf.
+    low, high = (float(finite.min() - 1), float(finite.max())) if len(finite) else (0.0, 0.0)
     if not fits(high):
         reachable = 1 - parameters(high) / dense_decoder_parameters(topology)
         raise UnreachableSparsityError(
@@ -134,6 +138,22 @@ def project(
     keep = _fill(topology, scores, keep, budget)
     shifted = {axis: masks.score[axis] - threshold for axis in AXES}
     return replace(masks, keep=keep, score=shifted)
+
+
+def make_scores_match_mask(keep: dict[Axis, Bool[Tensor, "..."]], scores: dict[Axis, Float[Tensor, "..."]]) -> Masks:
+    """Make the score > 0 exactly where a unit is kept, without a change to the ranking within a vector.
+
+    Kept units with a score of at most 0 get scores just above 0, in their order, and dropped units with a score above
+    0 get scores just below. On axes without scores the score is 1; `keep` has every axis.
+    """
+    matched = {axis: torch.ones_like(mask, dtype=torch.float32) for axis, mask in keep.items()}
+    for axis, score in scores.items():
+        values = score.float()
+        rank = torch.argsort(torch.argsort(values, dim=-1, stable=True), dim=-1).float()
+        values = torch.where(keep[axis] & (values <= 0), _NEXT_TO_THRESHOLD * (rank + 1), values)
+        below = -_NEXT_TO_THRESHOLD * (values.shape[-1] - rank)
+        matched[axis] = torch.where(~keep[axis] & (values > 0), below, values)
+    return Masks(keep, matched)
 
 
 def _fill(

@@ -22,7 +22,7 @@ class WeightUpdate:
     Attributes:
         scale: per axis, shapes of `Topology.gate_shape`; the gates' means, 1 where a method learns none.
         bias: float32 [hidden] by projection, for example "model.layers.3.mlp.down_proj" (FLAP); empty for the others.
-        channel_scale: per gate site, multiplied with the unit's own scale; empty where a method learns none.
+        channel_scale: per site, multiplied with the unit's own scale where a gate is; empty where a method learns none.
     """
 
     scale: dict[Axis, Float[Tensor, "..."]]

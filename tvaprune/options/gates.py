@@ -1,6 +1,6 @@
-"""Options of the methods that train gates: `tva` with its ablations, and `paper`."""
+"""Options of the methods that train gates: `tva` with its ablations, `paper` and `grasprune`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -35,6 +35,7 @@ class TvaOptions:
     """Gates under an exact budget: means by gradient, scores in closed form (`tvaprune.gates.closed_form`)."""
 
     __pydantic_config__ = FORBID_EXTRA
+    section: ClassVar[str] = "tva"
     ablation: Annotated[
         Literal["deterministic", "vtrans"] | None,
         Field(description="deterministic: scores by gradient instead of closed form; vtrans: without the means."),
@@ -82,6 +83,7 @@ class PaperOptions:
     """The paper's own training: sampled noise, KL and a Lagrangian (`tvaprune.gates.paper`)."""
 
     __pydantic_config__ = FORBID_EXTRA
+    section: ClassVar[str] = "paper"
     ce_weight: ClassVar[float] = 1.0
     distillation_weight: ClassVar[float] = 0.0
     steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 4000
@@ -97,4 +99,37 @@ class PaperOptions:
     clip: Annotated[float | None, Field(gt=0, description="Largest gradient norm; null: not clipped.")] = 1.0
 
 
-GateOptions = TvaOptions | PaperOptions
+@dataclass(frozen=True)
+class GraspruneOptions:
+    """GRASPrune: masks by straight-through scores, then scales (`tvaprune.gates.grasprune`)."""
+
+    __pydantic_config__ = FORBID_EXTRA
+    section: ClassVar[str] = "grasprune"
+    ce_weight: ClassVar[float] = 1.0
+    distillation_weight: ClassVar[float] = 0.0
+    mask_steps: Annotated[
+        int, Field(ge=1, description="Steps that learn the masks; published 4 epochs of 512 windows.")
+    ] = 2048
+    scale_steps: Annotated[
+        int,
+        Field(ge=0, description="Steps after them that learn scales of kept units; published 1 epoch, at most 512."),
+    ] = 512
+    batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
+    temperature: Annotated[float, Field(gt=0, description="Of the sigmoid between score and soft mask.")] = 1.5
+    lr: Annotated[float, Field(ge=0, description="Learning rate of scores and of scales.")] = 0.01
+    scale_range: Annotated[float, Field(gt=0, lt=1, description="Largest distance of a scale from 1.")] = 0.5
+
+    @property
+    def steps(self) -> int:
+        return self.mask_steps + self.scale_steps
+
+
+GateOptions = TvaOptions | PaperOptions | GraspruneOptions
+
+
+def with_steps(options: GateOptions, steps: int) -> GateOptions:
+    """The same options for another number of steps; the two phases of grasprune keep their shares."""
+    if isinstance(options, GraspruneOptions):
+        masks = max(1, round(steps * options.mask_steps / options.steps))
+        return replace(options, mask_steps=masks, scale_steps=steps - masks)
+    return replace(options, steps=steps)

@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tvaprune.options.baselines import BASELINE_OPTIONS
-from tvaprune.options.gates import LatencyGoal, PaperOptions, TvaOptions
+from tvaprune.options.gates import GateOptions, GraspruneOptions, LatencyGoal, PaperOptions, TvaOptions
 
-METHOD_OPTIONS: dict[str, type] = {"tva": TvaOptions, "paper": PaperOptions, **BASELINE_OPTIONS}
+METHOD_OPTIONS: dict[str, type] = {
+    "tva": TvaOptions,
+    "paper": PaperOptions,
+    "grasprune": GraspruneOptions,
+    **BASELINE_OPTIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -24,4 +29,4 @@ class MaskRequest:
 
     @property
     def trains_gates(self) -> bool:
-        return isinstance(self.options, TvaOptions | PaperOptions)
+        return isinstance(self.options, GateOptions)

@@ -19,8 +19,8 @@ class LearnMasksParams(StageParams):
     sparsity: float = Field(description="Share of the decoder layers' parameters to remove.", gt=0, lt=1)
     seed: int = Field(description="Of initialisation, noise and random scores.", ge=0)
     method: Literal[
-        "tva", "paper", "random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai", "loraprune",
-        "depth",
+        "tva", "paper", "grasprune", "random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai",
+        "loraprune", "depth",
     ] = Field(description="What finds the masks; its options are in the section of its name.")  # fmt: skip
     axes: tuple[AxisName, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
     budget: Literal["params", "latency"] = Field(
@@ -36,6 +36,7 @@ class LearnMasksParams(StageParams):
     )
     tva: gates.TvaOptions = Field(description="The method of this project.")
     paper: gates.PaperOptions = Field(description="The paper's own training.")
+    grasprune: gates.GraspruneOptions = Field(description="GRASPrune.")
     random: baselines.RandomOptions = Field(description="Random scores.")
     magnitude: baselines.MagnitudeOptions = Field(description="Sums of squared weights.")
     wanda_sp: baselines.WandaSpOptions = Field(description="Wanda-sp.")

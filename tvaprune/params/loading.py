@@ -1,5 +1,6 @@
 """Read a stage's parameters from params.yaml; refuse unknown, missing and wrong ones."""
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -84,7 +85,8 @@ class StageParams(BaseModel):
         name = shared.get(location, f"{cls.section}.{location}".rstrip("."))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             owner: Any = cls if len(problem["loc"]) == 1 else cls.model_fields[str(problem["loc"][0])].annotation
-            known = getattr(owner, "model_fields", None) or getattr(owner, "__dataclass_fields__", {})
+            options = [each.name for each in fields(owner)] if is_dataclass(owner) else []
+            known = getattr(owner, "model_fields", None) or options
             return f"{name}: unknown key; known keys are {', '.join(sorted(set(known) - set(shared)))}"
         if problem["type"] == "missing":
             return f"{name}: missing"

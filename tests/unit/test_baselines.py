@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny_models import tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, unit_costs
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import AXES, UNIT_AXES, Axis, Topology
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.allocation import (
     Stages,
@@ -54,7 +54,6 @@ from tvaprune.options.baselines import (
 from tvaprune.options.masks import MaskRequest
 
 WINDOWS = torch.randint(0, 128, (4, 20), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
 QUICK: dict[str, Any] = {
     # The tiny models have three layers, all open.
     **{
@@ -69,18 +68,18 @@ QUICK: dict[str, Any] = {
 CASES = [
     (method, axes)
     for method in BASELINES
-    for axes in (AXES, UNITS, ("intermediate",), ("kv_heads",), ("hidden",))
-    if set(axes) <= set(SUPPORTED_AXES[method]) and (method != "depth" or axes == UNITS)
+    for axes in (AXES, UNIT_AXES, ("intermediate",), ("kv_heads",), ("hidden",))
+    if set(axes) <= set(SUPPORTED_AXES[method]) and (method != "depth" or axes == UNIT_AXES)
 ]
 
 
-def problem_of(model: PreTrainedModel, axes: tuple[Axis, ...] = UNITS, **changed) -> Problem:
+def problem_of(model: PreTrainedModel, axes: tuple[Axis, ...] = UNIT_AXES, **changed) -> Problem:
     given = {"windows": WINDOWS, "target_sparsity": 0.3, "progress": False} | changed
     return Problem(model, Topology.of(model.config), axes=axes, **given)
 
 
 def score_and_update(
-    method: str, family: str = "llama", sparsity: float = 0.3, axes: tuple[Axis, ...] = UNITS, **given
+    method: str, family: str = "llama", sparsity: float = 0.3, axes: tuple[Axis, ...] = UNIT_AXES, **given
 ) -> tuple[Masks, WeightUpdate]:
     model = given.pop("model", None) or tiny_model(family)
     options = given.pop("options", None) or QUICK.get(method) or BASELINE_OPTIONS.get(method, RandomOptions)()
@@ -105,7 +104,7 @@ def weight_gradients(model: PreTrainedModel, objective: Tensor) -> dict[str, Ten
 
 def one_unit(topology: Topology, axes: tuple[Axis, ...]) -> float:
     """Parameters of the cheapest unit in play in the dense model, with a norm that may go with it."""
-    full = [torch.tensor(topology.hidden), *(torch.full((topology.layers,), topology.width(a)) for a in UNITS)]
+    full = [torch.tensor(topology.hidden), *(torch.full((topology.layers,), topology.width(a)) for a in UNIT_AXES)]
     costs = dict(zip(AXES, unit_costs(topology, *full), strict=True))
     return min(float(costs[axis].max()) for axis in axes) + topology.hidden
 
@@ -133,7 +132,7 @@ def test_other_families_and_sparsities(method: str, family: str, sparsity: float
     topology = Topology.of(tiny_model(family).config)
     masks = score(method, family, sparsity)
     budget = (1 - sparsity) * dense_decoder_parameters(topology)
-    assert budget - one_unit(topology, UNITS) < kept_decoder_parameters(topology, masks.keep) <= budget + 1e-6
+    assert budget - one_unit(topology, UNIT_AXES) < kept_decoder_parameters(topology, masks.keep) <= budget + 1e-6
 
 
 @pytest.mark.parametrize("method", BASELINES)
@@ -222,7 +221,7 @@ def test_uniform_keeps_the_same_share_everywhere() -> None:
     topology = Topology(layers=5, hidden=64, intermediate=200, kv_heads=4, group_size=2, head_dim=8)
     generator = torch.Generator().manual_seed(0)
     scores = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in AXES}
-    for axes in (AXES, UNITS):
+    for axes in (AXES, UNIT_AXES):
         masks = allocate_uniform(topology, {axis: scores[axis] for axis in axes}, 0.4)
         widths = masks.widths()
         shares = widths["intermediate"] / 200
@@ -233,14 +232,14 @@ def test_uniform_keeps_the_same_share_everywhere() -> None:
             expected = keep_best(scores["intermediate"][layer], int(widths["intermediate"][layer]))
             assert torch.equal(masks.keep["intermediate"][layer], expected)
         removed = 1 - kept_decoder_parameters(topology, masks.keep) / dense_decoder_parameters(topology)
-        assert removed == pytest.approx(0.4, abs=0.001 if axes == UNITS else 0.02)
+        assert removed == pytest.approx(0.4, abs=0.001 if axes == UNIT_AXES else 0.02)
 
 
 @pytest.mark.parametrize("allocate", [allocate_global, allocate_balanced, allocate_uniform])
 def test_the_budget_is_met_within_a_tenth_of_a_point_though_heads_are_coarse(allocate: Any) -> None:
     topology = Topology(layers=30, hidden=576, intermediate=1536, kv_heads=3, group_size=3, head_dim=64)
     generator = torch.Generator().manual_seed(0)
-    for axes in (AXES, UNITS):
+    for axes in (AXES, UNIT_AXES):
         for sparsity in (0.2, 0.33, 0.5):
             scores = {axis: torch.randn(topology.gate_shape(axis), generator=generator) for axis in axes}
             masks = allocate(topology, scores, sparsity)
@@ -258,9 +257,9 @@ def test_protected_layers_stay_whole_and_the_others_pay() -> None:
         masks = score(method, sparsity=0.2, options=options)
         topology = Topology.of(tiny_model("llama").config)
         budget = 0.8 * dense_decoder_parameters(topology)
-        for axis in UNITS:
+        for axis in UNIT_AXES:
             assert masks.keep[axis][[0, 2]].all()
-        assert budget - one_unit(topology, UNITS) < kept_decoder_parameters(topology, masks.keep) <= budget
+        assert budget - one_unit(topology, UNIT_AXES) < kept_decoder_parameters(topology, masks.keep) <= budget
 
 
 def test_protection_is_checked_before_any_work() -> None:
@@ -268,8 +267,10 @@ def test_protection_is_checked_before_any_work() -> None:
     for first, last, refused in ((4, 2, "protects the first 4 and the last 2"), (1, 1, "sparsity = 0.4")):
         options = LlmPrunerOptions(protect_first=first, protect_last=last)
         with pytest.raises(ValueError, match=refused):
-            check_request(MaskRequest("llm_pruner", options, 0.4, UNITS), topology)
-    check_request(MaskRequest("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1), 0.3, UNITS), topology)
+            check_request(MaskRequest("llm_pruner", options, 0.4, UNIT_AXES), topology)
+    check_request(
+        MaskRequest("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1), 0.3, UNIT_AXES), topology
+    )
 
 
 def test_percentiles_give_ties_to_the_lower_index() -> None:
@@ -288,11 +289,11 @@ def test_scores_that_match_the_mask_keep_their_ranking() -> None:
 def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
     topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=2, group_size=1, head_dim=4)
     generator = torch.Generator().manual_seed(0)
-    stages = Stages(topology, UNITS)
+    stages = Stages(topology, UNIT_AXES)
     dropped: list[Tensor] = []
     for sparsity in (0.2, 0.4, 0.6):
         before = stages.keep["intermediate"].clone()
-        stages.prune({axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNITS}, sparsity)
+        stages.prune({axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNIT_AXES}, sparsity)
         assert not (stages.keep["intermediate"] & ~before).any()
         dropped.append(before & ~stages.keep["intermediate"])
     scores = stages.masks().score["intermediate"]
@@ -375,7 +376,7 @@ def test_wanda_scores_every_layer_behind_pruned_layers(family: str) -> None:
     topology = Topology.of(model.config)
     sequential = score("wanda_sp", family, model=model)
     together = score("wanda_sp", family, model=model, options=WandaSpOptions(sequential=False))
-    assert any(not torch.equal(sequential.keep[axis], together.keep[axis]) for axis in UNITS)
+    assert any(not torch.equal(sequential.keep[axis], together.keep[axis]) for axis in UNIT_AXES)
     for layer in range(topology.layers):
         readers = (("kv_heads", "self_attn.o_proj"), ("intermediate", "mlp.down_proj"))
         found = {name: _inputs(model, f"model.layers.{layer}.{name}") for _, name in readers}
@@ -395,8 +396,8 @@ def test_magnitude_of_a_unit_is_every_weight_it_owns(family: str) -> None:
     topology = Topology.of(model.config)
     squares = {name: parameter**2 for name, parameter in model.named_parameters()}
     reference = _vectors(topology, squares, signed=False)
-    scores = magnitude_scores(model, topology, UNITS)
-    for axis in UNITS:
+    scores = magnitude_scores(model, topology, UNIT_AXES)
+    for axis in UNIT_AXES:
         torch.testing.assert_close(scores[axis], reference[axis], rtol=1e-5, atol=1e-5)
 
 
@@ -452,8 +453,8 @@ def test_flap_has_one_threshold_over_layers_and_axes() -> None:
     topology = Topology.of(model.config)
     masks = score("flap", model=model)
     scores = flap_scores(problem_of(model), input_statistics(problem_of(model)))
-    kept = torch.cat([scores[axis][masks.keep[axis]] for axis in UNITS])
-    dropped = torch.cat([scores[axis][~masks.keep[axis]] for axis in UNITS])
+    kept = torch.cat([scores[axis][masks.keep[axis]] for axis in UNIT_AXES])
+    dropped = torch.cat([scores[axis][~masks.keep[axis]] for axis in UNIT_AXES])
     # But for the units that filled what a head was too large for.
     assert int((dropped > kept.min()).sum()) <= topology.layers * topology.kv_heads
     assert masks.widths()["intermediate"].unique().numel() > 1
@@ -539,9 +540,9 @@ def test_nirvana_drops_the_same_share_of_heads_and_units_and_empties_no_layer() 
     for ratio in (1.0, 3.0):
         options = NirvanaOptions(mlp_to_attention=ratio, candidates=1)
         masks = score("nirvana", model=model, sparsity=0.5, options=options)
-        dropped = {axis: float((~masks.keep[axis]).float().mean()) for axis in UNITS}
+        dropped = {axis: float((~masks.keep[axis]).float().mean()) for axis in UNIT_AXES}
         assert dropped["intermediate"] == pytest.approx(ratio * dropped["kv_heads"], abs=ratio * 0.05 + 0.05)
-        assert all(bool((width > 0).all()) for width in (masks.widths()[axis] for axis in UNITS))
+        assert all(bool((width > 0).all()) for width in (masks.widths()[axis] for axis in UNIT_AXES))
 
 
 def test_nirvana_takes_the_candidate_nearest_to_the_dense_model() -> None:
@@ -649,7 +650,7 @@ def test_the_prior_of_bonsai_by_its_formula() -> None:
 def test_submodels_of_bonsai_drop_a_share_of_each_module_and_never_its_best_units() -> None:
     topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=40, group_size=1, head_dim=4)
     generator = torch.Generator().manual_seed(0)
-    prior = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNITS}
+    prior = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNIT_AXES}
     keep = Masks.dense(topology).keep
     keep["intermediate"][1, :20] = False
     modules = candidate_modules(prior, keep, 0.05)
@@ -659,7 +660,7 @@ def test_submodels_of_bonsai_drop_a_share_of_each_module_and_never_its_best_unit
     for _ in range(20):
         mask = draw_mask(modules, generator)
         changed, complement = (submodel(keep, modules, kept) for kept in (mask, ~mask))
-        for axis in UNITS:
+        for axis in UNIT_AXES:
             assert not (changed[axis] & ~keep[axis]).any()
             assert torch.equal(changed[axis] | complement[axis], keep[axis])
             for layer in range(3):
@@ -719,7 +720,7 @@ def test_loraprune_drops_the_same_share_of_every_open_layer_and_trains_to_the_en
     assert len(forwards) == 18 * 3
     widths = masks.widths()
     assert widths["intermediate"][[0, 4]].tolist() == [96, 96]
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert int(widths[axis][1:4].max() - widths[axis][1:4].min()) <= 1
     assert [ramp_share(step, 100) for step in (1, 10, 90, 100)] == [0, 0, 1, 1]
     assert ramp_share(50, 100) == pytest.approx(1 - 0.5**3)
@@ -728,23 +729,23 @@ def test_loraprune_drops_the_same_share_of_every_open_layer_and_trains_to_the_en
 def test_stages_that_prune_alike_never_bring_back() -> None:
     topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=4, group_size=1, head_dim=4)
     generator = torch.Generator().manual_seed(0)
-    stages = Stages(topology, UNITS, 1, 0)
+    stages = Stages(topology, UNIT_AXES, 1, 0)
     widths = {"intermediate": torch.tensor([60, 31, 30]), "kv_heads": torch.tensor([4, 1, 1])}
     counts = []
     for share in (0.3, 0.6, 1.0):
-        before = {axis: stages.keep[axis].clone() for axis in UNITS}
-        scores = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNITS}
+        before = {axis: stages.keep[axis].clone() for axis in UNIT_AXES}
+        scores = {axis: torch.rand(topology.gate_shape(axis), generator=generator) for axis in UNIT_AXES}
         stages.prune_alike(scores, widths, share)
-        for axis in UNITS:
+        for axis in UNIT_AXES:
             assert not (stages.keep[axis] & ~before[axis]).any()
             for layer in range(3):
                 expected = keep_best(
                     scores[axis][layer].where(before[axis][layer], -torch.inf), int(stages.keep[axis][layer].sum())
                 )
                 assert torch.equal(stages.keep[axis][layer], expected)
-        counts.append([stages.keep[axis].sum(1).tolist() for axis in UNITS])
+        counts.append([stages.keep[axis].sum(1).tolist() for axis in UNIT_AXES])
     assert counts == [[[60, 52, 51], [4, 4, 4]], [[60, 43, 42], [4, 3, 3]], [[60, 31, 30], [4, 1, 1]]]
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert torch.equal(stages.masks().score[axis] > 0, stages.keep[axis])
 
 
@@ -790,10 +791,10 @@ def test_depth_drops_the_most_similar_layers(contiguous: bool, sparsity: float) 
     last = max(layers, key=lambda i: expected[i])
     masks = depth(problem_of(model, target_sparsity=sparsity), DepthOptions(contiguous=contiguous))
     for index in range(5):
-        for axis in UNITS:
+        for axis in UNIT_AXES:
             keep = masks.keep[axis][index]
             assert index == last or (not keep.any() if index in layers else keep.all())
     budget = (1 - sparsity) * dense_decoder_parameters(topology)
     assert budget - 3 * topology.hidden - topology.hidden < kept_decoder_parameters(topology, masks.keep) <= budget
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert torch.equal(masks.keep[axis], masks.score[axis] > 0)

@@ -16,7 +16,7 @@ from tvaprune.architecture.parameter_counts import (
     kept_decoder_parameters,
     sparsity,
 )
-from tvaprune.architecture.topology import AXES, GATED_SITES, Axis, Site, Topology
+from tvaprune.architecture.topology import AXES, GATED_SITES, UNIT_AXES, Axis, Site, Topology
 from tvaprune.gates import budget, insertion
 from tvaprune.gates.budget import RunningNorm, cubic_ramp
 from tvaprune.gates.closed_form import importance
@@ -55,7 +55,9 @@ PAPER = PaperOptions(
 )  # fmt: skip
 
 GRASPRUNE = GraspruneOptions(mask_steps=15, scale_steps=15, batch_size=2, lr=0.1)
-UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
+of_every_kind = pytest.mark.parametrize(
+    "options", [TVA, DETERMINISTIC, PAPER, GRASPRUNE], ids=["tva", "deterministic", "paper", "grasprune"]
+)
 
 
 def learn(
@@ -184,9 +186,7 @@ def test_a_latency_goal_reaches_the_report_and_one_out_of_reach_is_refused_at_on
         latency_gates(ratio=0.01)
 
 
-@pytest.mark.parametrize(
-    "options", [TVA, DETERMINISTIC, PAPER, GRASPRUNE], ids=["tva", "deterministic", "paper", "grasprune"]
-)
+@of_every_kind
 def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(options: GateOptions) -> None:
     undisturbed = learn(options)
     killed = Memory(stop_after=2)
@@ -238,7 +238,7 @@ def report(options: GateOptions) -> dict[str, Any]:
 @pytest.mark.parametrize("target", [0.4, 0.65])
 def test_grasprune_pays_in_the_end_for_the_units_that_every_layer_keeps(family: str, target: float) -> None:
     topology = Topology.of(tiny_model(family).config)
-    learned = learn(GRASPRUNE, target, family, UNITS)
+    learned = learn(GRASPRUNE, target, family, UNIT_AXES)
     cost = dense_unit_costs(topology)
     forced = topology.layers * float(cost.intermediate.max() + cost.kv_heads.max()) / dense_decoder_parameters(topology)
     dearest = float(cost.kv_heads.max()) / dense_decoder_parameters(topology)
@@ -247,7 +247,7 @@ def test_grasprune_pays_in_the_end_for_the_units_that_every_layer_keeps(family: 
     reached = sparsity(topology, learned.masks.widths())
     assert target <= reached < target + 0.002
     assert {row["sparsity"] for row in learned.curve[GRASPRUNE.mask_steps :]} == {reached}
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert bool(learned.masks.keep[axis].any(-1).all())
         assert torch.equal(learned.masks.keep[axis], learned.masks.score[axis] > 0)
         kept = learned.update.scale[axis][learned.masks.keep[axis]]
@@ -258,7 +258,7 @@ def test_grasprune_pays_in_the_end_for_the_units_that_every_layer_keeps(family: 
 
 
 def test_the_scales_of_grasprune_lower_the_loss_of_its_masks() -> None:
-    request = MaskRequest("grasprune", replace(GRASPRUNE, lr=0.02, scale_steps=30), 0.3, UNITS)
+    request = MaskRequest("grasprune", replace(GRASPRUNE, lr=0.02, scale_steps=30), 0.3, UNIT_AXES)
     nll = find_masks(tiny_model("llama"), WINDOWS, WINDOWS, request, progress=False).validation_nll
     assert nll["mean"] < nll["binary"] - 0.01
 
@@ -293,9 +293,7 @@ def test_a_step_that_is_not_finite_stops_and_leaves_the_last_good_state(
     assert all(score.isfinite().all() for score in state["gates"]["score"].values())
 
 
-@pytest.mark.parametrize(
-    "options", [TVA, DETERMINISTIC, PAPER, GRASPRUNE], ids=["tva", "deterministic", "paper", "grasprune"]
-)
+@of_every_kind
 def test_axes_out_of_play_stay_whole(options: GateOptions) -> None:
     masks = learn(options, axes=("intermediate",)).masks
     assert masks.keep["hidden"].all()
@@ -303,9 +301,7 @@ def test_axes_out_of_play_stay_whole(options: GateOptions) -> None:
     assert sparsity(Topology.of(tiny_model("llama").config), masks.widths()) == pytest.approx(0.3, abs=0.002)
 
 
-@pytest.mark.parametrize(
-    "options", [TVA, DETERMINISTIC, PAPER, GRASPRUNE], ids=["tva", "deterministic", "paper", "grasprune"]
-)
+@of_every_kind
 def test_the_model_is_left_as_it_was(options: GateOptions) -> None:
     model = tiny_model("qwen2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -624,7 +620,7 @@ def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
     trained = {"tva": replace(TVA, ablation=ablation), "paper": PAPER, "grasprune": GRASPRUNE}
     options = with_steps(trained[method], 8) if method in trained else open_options(method)
     model = tiny_model("llama")
-    found = find_masks(model, WINDOWS, WINDOWS[:2], MaskRequest(method, options, 0.3, UNITS), progress=False)
+    found = find_masks(model, WINDOWS, WINDOWS[:2], MaskRequest(method, options, 0.3, UNIT_AXES), progress=False)
     assert sparsity(Topology.of(model.config), found.masks.widths()) == pytest.approx(0.3, abs=0.005)
     assert found.validation_nll["binary"] != found.validation_nll["dense"]
     learned_means = not all(torch.equal(mean, torch.ones_like(mean)) for mean in found.update.scale.values())
@@ -637,7 +633,7 @@ def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
 @pytest.mark.parametrize("options", [TVA, PAPER, GRASPRUNE], ids=["tva", "paper", "grasprune"])
 def test_gradient_checkpointing_learns_the_same_masks(options: GateOptions) -> None:
     def run(checkpointing: bool) -> torch.Tensor:
-        axes = UNITS if options == GRASPRUNE else AXES
+        axes = UNIT_AXES if options == GRASPRUNE else AXES
         request = MaskRequest(options.section, with_steps(options, 8), 0.3, axes, gradient_checkpointing=checkpointing)
         return find_masks(tiny_model("llama"), WINDOWS, WINDOWS[:2], request, progress=False).masks.score[
             "intermediate"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.unit.test_official_scores import UNITS, record
+from tests.unit.test_official_scores import record
 from tools.official.loraprune import factors
 from tools.official.record import MANY_HEADS
 from tvaprune.architecture.parameter_counts import (
@@ -16,7 +16,7 @@ from tvaprune.architecture.parameter_counts import (
     kept_decoder_parameters,
     sparsity,
 )
-from tvaprune.architecture.topology import Axis, Topology
+from tvaprune.architecture.topology import UNIT_AXES, Axis, Topology
 from tvaprune.baselines.allocation import Stages, allocate_balanced
 from tvaprune.baselines.bonsai import (
     Module,
@@ -42,7 +42,7 @@ BLOCKS: dict[Axis, str] = {"kv_heads": "self_attn", "intermediate": "mlp"}
 
 def problem_of(run: dict[str, Any]) -> Problem:
     model = MANY_HEADS.model(**run["settings"].get("llama", {}))
-    return Problem(model, Topology.of(model.config), MANY_HEADS.token_windows(), 0.5, UNITS, progress=False)
+    return Problem(model, Topology.of(model.config), MANY_HEADS.token_windows(), 0.5, UNIT_AXES, progress=False)
 
 
 # ---- Bonsai: one round of the published code
@@ -131,16 +131,16 @@ def test_bonsai_drops_the_published_units_and_what_else_the_budget_takes() -> No
     problem = problem_of(BONSAI)
     topology, share = problem.topology, BONSAI["settings"]["prune_frac"]
     modules = [module for _, module in bonsai_modules(problem)]
-    stages = Stages(topology, UNITS)
+    stages = Stages(topology, UNIT_AXES)
     stages.prune(scores_of_round(prior_scores(problem), modules, bonsai_coefficients(problem)), share)
     official = {
         axis: torch.tensor([BONSAI["keep"][f"model.layers.{layer}.{block}"] for layer in range(topology.layers)]).bool()
         for axis, block in BLOCKS.items()
     }
     # The published code stops before the unit that crosses the budget, and drops no other in its place.
-    dropped = {axis: official[axis] & ~stages.keep[axis] for axis in UNITS}
+    dropped = {axis: official[axis] & ~stages.keep[axis] for axis in UNIT_AXES}
     assert sum(int(units.sum()) for units in dropped.values()) <= 1
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert not (stages.keep[axis] & ~official[axis]).any()
     kept = kept_decoder_parameters(topology, stages.keep) / dense_decoder_parameters(topology)
     assert kept == pytest.approx(1 - share, abs=0.004)
@@ -155,13 +155,13 @@ def test_the_scores_and_thresholds_of_nirvana(index: int) -> None:
     problem = problem_of(run)
     topology, gamma = problem.topology, run["settings"]["gamma"]
     scores = nirvana_scores(problem, NirvanaOptions())
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         torch.testing.assert_close(scores[axis], torch.tensor(run["scores"][axis]), rtol=1e-4, atol=1e-6)
         # As many units lie at or below the published threshold as it prunes.
         assert int((scores[axis] <= run["thresholds"][axis] * (1 + 1e-5)).sum()) == run["pruned"][axis]
-    shares = {axis: run["pruned"][axis] / scores[axis].numel() for axis in UNITS}
+    shares = {axis: run["pruned"][axis] / scores[axis].numel() for axis in UNIT_AXES}
     masks = allocate_balanced(topology, scores, run["settings"]["sparsity"], gamma)
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         share = float((~masks.keep[axis]).float().mean())
         # Both solve for the same budget; the published counts are rounded down, and the units of an emptied layer that
         # stay are not made up for.
@@ -207,10 +207,10 @@ def grasprune_gates(run: dict[str, Any]) -> tuple[PreTrainedModel, GraspruneGate
     )  # fmt: skip
     # The published share is of the parameters that units own.
     costs = dense_unit_costs(topology)
-    owned = sum(float((getattr(costs, axis) * topology.width(axis)).sum()) for axis in UNITS)
+    owned = sum(float((getattr(costs, axis) * topology.width(axis)).sum()) for axis in UNIT_AXES)
     removed = (1 - settings["keep_ratio"]) * owned / dense_decoder_parameters(topology)
-    gates = GraspruneGates(topology, options, removed, UNITS, torch.device("cpu"))
-    for axis in UNITS:
+    gates = GraspruneGates(topology, options, removed, UNIT_AXES, torch.device("cpu"))
+    for axis in UNIT_AXES:
         gates.score[axis].copy_(torch.tensor(run["first_scores"][axis]))
     return model, gates
 
@@ -220,7 +220,7 @@ def test_the_scores_masks_and_scales_of_grasprune(index: int, monkeypatch: pytes
     """The scales are compared on the published masks; ours pay for the units that a layer keeps in any case."""
     run = record("grasprune")["runs"][index]
     model, gates = grasprune_gates(run)
-    official = {axis: torch.tensor(run["keep"][axis]).bool() for axis in UNITS}
+    official = {axis: torch.tensor(run["keep"][axis]).bool() for axis in UNIT_AXES}
     dense = Masks.dense(gates.topology)
     published = dense.with_keep({**dense.keep, **official})
     first, own_masks = gates.select(), gates.final_masks
@@ -228,7 +228,7 @@ def test_the_scores_masks_and_scales_of_grasprune(index: int, monkeypatch: pytes
     learn_gates(model, MANY_HEADS.token_windows(), gates, progress=False)
     last, ours = gates.select(), own_masks()
     assert not torch.equal(first["intermediate"], last["intermediate"]), "training changed no mask"
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert torch.equal(first[axis], torch.tensor(run["first_keep"][axis]).bool())
         assert torch.equal(last[axis], official[axis])
         torch.testing.assert_close(gates.score[axis], torch.tensor(run["scores"][axis]), rtol=1e-4, atol=1e-4)
@@ -236,7 +236,7 @@ def test_the_scores_masks_and_scales_of_grasprune(index: int, monkeypatch: pytes
     unpaid = 1 - sparsity(gates.topology, published.widths()) > 1 - gates.target_sparsity
     assert unpaid == (index == 1), "the second run has a head that nobody paid for"
     assert sparsity(gates.topology, ours.widths()) == pytest.approx(gates.target_sparsity, abs=0.002)
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert bool(ours.keep[axis].any(-1).all())
         # Where the published ranking stops at a unit that does not fit, ours takes smaller ones after it.
         if not unpaid:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.official.record import SEED, TOKENS, WIDE_HEADS, fingerprint
 from tools.record_official_scores import PUBLISHED, main
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import Axis, Topology
+from tvaprune.architecture.topology import UNIT_AXES, Axis, Topology
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.flap import flap, flap_scores
 from tvaprune.baselines.llm_pruner import llm_pruner, llm_pruner_scores
@@ -25,7 +25,6 @@ from tvaprune.options.baselines import Allocation, FlapOptions, LlmPrunerOptions
 
 OFFICIAL = Path(__file__).resolve().parents[1] / "official"
 ALLOCATION: dict[str, Allocation] = {"AL-AM": "adaptive", "UL-UM": "uniform"}
-UNITS: tuple[Axis, ...] = ("intermediate", "kv_heads")
 
 
 def record(method: str) -> dict[str, Any]:
@@ -47,13 +46,13 @@ def problem_of(run: dict[str, Any]) -> Problem:
     assert fingerprint(model) == run["weights"]
     topology, target = Topology.of(model.config), 0.2
     if "keep" in run:
-        keep = {**Masks.dense(topology).keep, **{axis: official(run, "keep", axis) for axis in UNITS}}
+        keep = {**Masks.dense(topology).keep, **{axis: official(run, "keep", axis) for axis in UNIT_AXES}}
         target = 1 - kept_decoder_parameters(topology, keep) / dense_decoder_parameters(topology)
-    return Problem(model, topology, WIDE_HEADS.token_windows(), target, UNITS, progress=False)
+    return Problem(model, topology, WIDE_HEADS.token_windows(), target, UNIT_AXES, progress=False)
 
 
 def assert_same_units_kept(masks: Masks, run: dict[str, Any]) -> None:
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         assert torch.equal(masks.keep[axis], official(run, "keep", axis)), axis
 
 
@@ -116,7 +115,7 @@ def test_wanda_sp(run: dict[str, Any]) -> None:
     scores = sequential_wanda_scores(problem)
     # The published score is a mean over the rows of W, and of the squared norms of windows.
     factor = WIDE_HEADS.config["hidden_size"] * len(problem.windows) ** 0.5
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         torch.testing.assert_close(scores[axis] / factor, official(run, "scores", axis), rtol=1e-5, atol=1e-6)
     assert_same_units_kept(wanda_sp(problem, WandaSpOptions()), run)
 
@@ -126,7 +125,7 @@ def test_llm_pruner(run: dict[str, Any]) -> None:
     problem = problem_of(run)
     options = LlmPrunerOptions(protect_first=1, protect_last=1, importance=run["settings"]["taylor"])
     scores = llm_pruner_scores(problem, options)
-    for axis in UNITS:
+    for axis in UNIT_AXES:
         torch.testing.assert_close(scores[axis][1:-1], official(run, "scores", axis), rtol=1e-4, atol=1e-6)
     assert_same_units_kept(llm_pruner(problem, options), run)
 
@@ -134,7 +133,7 @@ def test_llm_pruner(run: dict[str, Any]) -> None:
 @pytest.mark.parametrize("run", runs("magnitude"))
 def test_magnitude(run: dict[str, Any]) -> None:
     problem = problem_of(run)
-    scores = magnitude_scores(problem.model, problem.topology, UNITS)
+    scores = magnitude_scores(problem.model, problem.topology, UNIT_AXES)
     # The published score is the mean over q, k, v and o, and over gate, up and down.
     for axis, matrices in (("kv_heads", 4), ("intermediate", 3)):
         torch.testing.assert_close(scores[axis][1:-1] / matrices, official(run, "scores", axis), rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option, echo, secho
+from typer import Option, echo
 
 from stages._command import command
 from stages._options import Config, Metrics, ParamsFile
@@ -15,9 +15,6 @@ from tvaprune.masks.latency_table import PHASES, latency_metrics, read_table
 from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.measured import adapt_measured
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
-
-# The scores order the units well near the sparsity that they were learned at. Beyond this difference the stage warns.
-SPARSITY_TOLERANCE = 0.05
 
 
 @command
@@ -43,7 +40,7 @@ def main(
         after = adapt(topology, before, params.sparsity, params.rounding, *multiples, layout=params.layout)
     else:
         table = read_table(profile, topology)
-        goal = (params.sparsity, params.latency_target, params.slack)
+        goal = (params.sparsity, params.slack)
         after = adapt_measured(topology, before, table, params.latency_phase, params.layout, *goal)
     _, meta = read_artifact(masks, "masks")
     made_with = meta["made_with"] | params.used()
@@ -54,14 +51,6 @@ def main(
         shares = [f"{phase} {report[phase]['predicted_share']:.2f}" for phase in PHASES]
         echo(f"predicted of the dense latency on {table.made_on['processor']}: {', '.join(shares)}")
     write_json(metrics, report)
-    reached = report["sparsity_decoder"]
-    if params.latency_target is not None and abs(reached - params.sparsity) > SPARSITY_TOLERANCE:
-        secho(
-            f"warning: this latency needs a sparsity of {reached:.2f}, but the masks were learned for "
-            f"{params.sparsity}; set `sparsity` to {reached:.2f} in params.yaml and run again",
-            fg="yellow",
-            err=True,
-        )
     echo(
         f"hidden {report['hidden_before']:.0f} -> {report['hidden_after']:.0f}, "
         f"sparsity {report['sparsity_before']:.4f} -> {report['sparsity_decoder']:.4f}"

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from tests.tiny_models import tiny_model
 from tests.unit.test_gates import DETERMINISTIC, GRASPRUNE, PAPER, TVA, WINDOWS
 from tvaprune.architecture.sharding import shard_layers
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import World, join
 from tvaprune.gates.training import Gates, learn_gates, new_gates
+from tvaprune.options.axes import AXES
 from tvaprune.resume import ResumableRun
 
 # At a high rate the paper's noisy steps amplify the rounding of sums over processes.

@@ -8,10 +8,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tvaprune.architecture.topology import AXES, SITES, Topology
+from tvaprune.architecture.topology import SITES, Topology
 from tvaprune.masks.latency_table import PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import AXES
 
 FAMILIES: dict[str, dict] = {
     "llama": {},

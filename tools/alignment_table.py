@@ -52,7 +52,7 @@ def alternatives(
     topology: Topology, masks: Masks, table: LatencyTable, params: AdaptDimensionsParams
 ) -> dict[str, Masks]:
     """Masks by name: dense, each multiple, measured."""
-    goal = (params.sparsity, params.latency_target, params.slack)
+    goal = (params.sparsity, params.slack)
     measured = adapt_measured(topology, masks, table, params.latency_phase, "uneven", *goal)
     return {"dense": Masks.dense(topology), **by_multiple(topology, masks, params.sparsity), "measured": measured}
 

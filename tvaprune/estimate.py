@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.gates.memory import training_memory
@@ -22,6 +22,7 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.everything import check_everything

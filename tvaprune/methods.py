@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, shared_parameters
-from tvaprune.architecture.topology import AXES, UNIT_AXES, Axis, Topology, hidden_states, lm_head
+from tvaprune.architecture.topology import Topology, hidden_states, lm_head
 from tvaprune.baselines.allocation import protected_layers
 from tvaprune.baselines.problem import Problem
-from tvaprune.baselines.registry import SUPPORTED_AXES, check_axes, check_baseline, score_baseline
+from tvaprune.baselines.registry import check_axes, check_baseline, score_baseline
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import require_trainable
 from tvaprune.distributed import ALONE, World
@@ -32,8 +32,9 @@ from tvaprune.masks.latency_table import LatencyTable, latency_metrics
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
 from tvaprune.masks.update import WeightUpdate
-from tvaprune.options.gates import GraspruneOptions, TvaOptions
-from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
+from tvaprune.options.axes import AXES
+from tvaprune.options.gates import TvaOptions
+from tvaprune.options.masks import MaskRequest, method_options
 from tvaprune.resume import Saver
 
 
@@ -49,11 +50,6 @@ class Found:
     validation_nll: dict[str, float]  # as `validation_nll`
 
 
-def supported_axes(method: str) -> tuple[Axis, ...]:
-    """The axes that a method prunes; the others it leaves whole."""
-    return UNIT_AXES if method == "grasprune" else SUPPORTED_AXES.get(method, AXES)  # type: ignore[call-overload]
-
-
 def check_request(request: MaskRequest, topology: Topology) -> None:
     """Refuse before any work what no calibration text can mend.
 
@@ -61,14 +57,13 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
         ValueError: names the parameter, its value and what is allowed.
         UnreachableSparsityError: the axes in play cannot remove so much of the layers that are not protected.
     """
-    if request.method not in METHOD_OPTIONS:
-        raise ValueError(f"learn_masks.method = {request.method!r}: use one of {', '.join(METHOD_OPTIONS)}")
+    kind = method_options(request.method)
     if not 0 <= request.sparsity < 1:
         raise ValueError(f"sparsity = {request.sparsity}: must be at least 0 and below 1")
     if request.latency is not None:
         return  # the table says which latencies the axes reach
     if request.trains_gates:
-        check_axes(request.method, request.axes, supported_axes(request.method))
+        check_axes(kind, request.axes)
     else:
         check_baseline(request.method, request.axes, request.sparsity)
     alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in request.axes else torch.inf) for axis in AXES}
@@ -77,8 +72,8 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
     for axis, score in alike.items():
         if axis != "hidden":
             score[whole] = torch.inf
-            if isinstance(request.options, GraspruneOptions):
-                score[:, 0] = torch.inf  # each layer keeps one unit
+            if kind.keeps_one_unit:
+                score[:, 0] = torch.inf
     solve_threshold(topology, alike, request.sparsity)
 
 

@@ -14,8 +14,8 @@ from tvaprune.checkpoint.loading import load
 from tvaprune.inputs.calibration import WindowSet, sample_windows, tokenise
 from tvaprune.inputs.documents import Document
 from tvaprune.masks.adapt import adapt
-from tvaprune.methods import find_masks, supported_axes
-from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
+from tvaprune.methods import find_masks
+from tvaprune.options.masks import MaskRequest, method_options
 
 SEQ_LEN, VALIDATION_WINDOWS, MULTIPLE = 512, 4, 32
 
@@ -39,7 +39,7 @@ def prune(
         model: dense, on the device to compute on. It is left as it was.
         texts: what masks are learned on. A few hundred pages; more kinds of text generalise better.
         sparsity: share of the decoder layers' parameters to remove, above 0 and below 1.
-        method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. A baseline prunes all axes that it has a score for.
+        method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. All axes that it prunes are in play.
         options: an instance of the method's class there; None: its defaults.
         windows: windows of text to learn on.
         out: directory to write the pruned model and the tokenizer to; None: they are not kept.
@@ -49,7 +49,8 @@ def prune(
         UnreachableSparsityError: the axes in play cannot remove so much.
     """
     topology = Topology.of(model.config)
-    request = MaskRequest(method, options or METHOD_OPTIONS.get(method, dict)(), sparsity, supported_axes(method))
+    kind = method_options(method)
+    request = MaskRequest(method, options or kind(), sparsity, kind.axes)
     seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
     documents = tokenise([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, "texts")
     sets = [WindowSet("texts", windows, seq_len), WindowSet("validation", VALIDATION_WINDOWS, seq_len)]

@@ -67,9 +67,6 @@ def _parameters() -> list[Case]:
         _check("int4 of torchao", param("quantize.types", ["int4_wo"]), "int4_wo is not offered"),
         _check("steps and epochs both", param("finetune_lora.epochs", 2), "epochs"),
         _check("text for lm_head", param("finetune_lora.targets", ["lm_head"]), "targets"),
-        _check("a latency target without a table", both(
-            param("adapt_dimensions.budget", "latency"), param("adapt_dimensions.latency_target", 0.5)
-        ), "adapt_dimensions"),
         _check("masks of FLAP for a latency", both(
             param("learn_masks.budget", "latency"), param("learn_masks.latency", {"phase": "decode", "ratio": 0.7}),
             param("learn_masks.method", "flap"),

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.bad_inputs.workspace import REPOSITORY
 from tests.tiny_models import random_masks, random_update, tiny_model, write_published
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError, read_artifact
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.inputs.sources import InputError, TextLocal
@@ -24,6 +24,7 @@ from tvaprune.inputs.texts import read_documents
 from tvaprune.masks.masks import read_masks, write_masks
 from tvaprune.masks.published import PublishedMasksError, read_published_masks
 from tvaprune.masks.update import read_update, write_update
+from tvaprune.options.axes import AXES
 from tvaprune.params.everything import check_content
 from tvaprune.params.loading import ParameterError, read_yaml
 from tvaprune.resume import NoState

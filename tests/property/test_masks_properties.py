@@ -13,10 +13,11 @@ from tvaprune.architecture.parameter_counts import (
     dense_unit_costs,
     kept_decoder_parameters,
 )
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.adapt import adapt, nearest_multiple
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_above, keep_best, level_layers, project, solve_threshold
+from tvaprune.options.axes import AXES
 
 topologies = st.builds(
     Topology,

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import random_masks, stairs_table
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import AXES, Axis, LayerWidths, Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.latency_budget import LatencyBudget, upper_hull
 from tvaprune.masks.latency_table import AIM, PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.measured import widths_within_latency, widths_within_parameters
+from tvaprune.masks.measured import widths_within_parameters
 from tvaprune.masks.projection import keep_widths, project
+from tvaprune.options.axes import AXES, Axis
 
 LAYOUTS: tuple[Layout, ...] = ("uneven", "uniform", "padded")
 topologies = st.builds(
@@ -106,35 +107,15 @@ def test_never_worse_than_rounding_to_multiples(
         assert chosen.latency_ms <= latency(measured, rounded) * 1.002
 
 
-@settings(max_examples=30, deadline=None)
-@given(topology=topologies, target=st.floats(0.3, 0.9), seed=seeds, layout=st.sampled_from(LAYOUTS))
-def test_a_latency_asked_for_is_kept_or_refused(topology: Topology, target: float, seed: int, layout: Layout) -> None:
-    masks = project(topology, random_masks(topology, seed), 0.3)
-    measured = stairs_table(topology, seed)
-    ceiling = AIM * target * measured.dense("decode", topology)
-    try:
-        chosen = widths_within_latency(topology, masks, measured, "decode", layout, target)
-    except ValueError:
-        rest, attention, mlp = measured.parts("decode")
-        least = 1 if layout == "uniform" else 0
-        blocks = attention[:, least:].min(-1).values + mlp[:, least:].min(-1).values
-        assert layout != "uneven" or float((rest + topology.layers * blocks).min()) > ceiling
-        return
-    predicted = measured.predict("decode", chosen.hidden, chosen.intermediate, chosen.kv_heads)
-    assert predicted == pytest.approx(chosen.latency_ms)
-    assert predicted <= ceiling * (1 + 1e-9)
-
-
 @settings(max_examples=25, deadline=None)
-@given(seed=seeds, target=targets, latency_target=st.floats(0.3, 0.9))
-def test_as_good_as_trying_everything(seed: int, target: float, latency_target: float) -> None:
+@given(seed=seeds, target=targets)
+def test_as_good_as_trying_everything(seed: int, target: float) -> None:
     topology = Topology(layers=2, hidden=32, intermediate=48, kv_heads=2, group_size=1, head_dim=8)
     masks, measured = random_masks(topology, seed), stairs_table(topology, seed)
     for keep in masks.keep.values():
         keep[..., 0], keep[..., 1] = True, False  # nothing whole and nothing empty, so that every width above 0 counts
     per_layer = list(product(measured.intermediate[1:], measured.kv_heads[1:]))
-    of_budget, of_latency, with_the_heads = [], [], []
-    ceiling = AIM * latency_target * measured.dense("decode", topology)
+    within = []
     for hidden, *layers in product(measured.hidden, per_layer, per_layer):
         intermediate, kv_heads = (list(counts) for counts in zip(*layers, strict=True))
         keep = {
@@ -142,20 +123,11 @@ def test_as_good_as_trying_everything(seed: int, target: float, latency_target: 
             "intermediate": torch.arange(48)[None] < torch.tensor(intermediate)[:, None],
             "kv_heads": torch.arange(2)[None] < torch.tensor(kv_heads)[:, None],
         }
-        loses = lost(topology, masks.with_keep(keep))  # type: ignore[arg-type]
         if kept_decoder_parameters(topology, keep) <= (1 - target) * dense_decoder_parameters(topology):  # type: ignore[arg-type]
-            of_budget.append(loses)
-        if measured.predict("decode", hidden, intermediate, kv_heads) <= ceiling:
-            of_latency.append(loses)
-            if kv_heads == [1, 1]:  # as the masks
-                with_the_heads.append(loses)
-    if of_budget:
+            within.append(lost(topology, masks.with_keep(keep)))  # type: ignore[arg-type]
+    if within:
         found = widths_within_parameters(topology, masks, measured, "decode", "uneven", target, 0.0)
-        assert found.lost <= min(of_budget) * close
-    if of_latency:
-        found = widths_within_latency(topology, masks, measured, "decode", "uneven", latency_target)
-        assert found.lost <= min(with_the_heads or of_latency) * close
-        assert not with_the_heads or found.kv_heads == [1, 1]
+        assert found.lost <= min(within) * close
 
 
 rises = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=9)

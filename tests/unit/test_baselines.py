@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny_models import tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, unit_costs
-from tvaprune.architecture.topology import AXES, UNIT_AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.allocation import (
     Stages,
@@ -32,13 +32,14 @@ from tvaprune.baselines.loraprune import Adapter, ramp_share, step_scores
 from tvaprune.baselines.magnitude import magnitude_scores
 from tvaprune.baselines.nirvana import nirvana_scores
 from tvaprune.baselines.problem import Problem
-from tvaprune.baselines.registry import BASELINES, SUPPORTED_AXES, score_baseline
+from tvaprune.baselines.registry import score_baseline
 from tvaprune.baselines.wanda_sp import wanda_scores
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_best, make_scores_match_mask
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request
+from tvaprune.options.axes import AXES, UNIT_AXES, Axis
 from tvaprune.options.baselines import (
     BASELINE_OPTIONS,
     BonsaiOptions,
@@ -67,9 +68,9 @@ QUICK: dict[str, Any] = {
 }
 CASES = [
     (method, axes)
-    for method in BASELINES
+    for method in BASELINE_OPTIONS
     for axes in (AXES, UNIT_AXES, ("intermediate",), ("kv_heads",), ("hidden",))
-    if set(axes) <= set(SUPPORTED_AXES[method]) and (method != "depth" or axes == UNIT_AXES)
+    if set(axes) <= set(BASELINE_OPTIONS[method].axes) and (method != "depth" or axes == UNIT_AXES)
 ]
 
 
@@ -126,7 +127,7 @@ def test_every_method_meets_the_budget_to_one_unit(method: str, axes: tuple[Axis
             assert masks.keep[axis].all()
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", BASELINE_OPTIONS)
 @pytest.mark.parametrize(("family", "sparsity"), [("llama_mqa", 0.0), ("qwen3", 0.55)])
 def test_other_families_and_sparsities(method: str, family: str, sparsity: float) -> None:
     topology = Topology.of(tiny_model(family).config)
@@ -135,7 +136,7 @@ def test_other_families_and_sparsities(method: str, family: str, sparsity: float
     assert budget - one_unit(topology, UNIT_AXES) < kept_decoder_parameters(topology, masks.keep) <= budget + 1e-6
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", BASELINE_OPTIONS)
 def test_the_same_seed_gives_the_same_masks_and_leaves_the_model_alone(method: str) -> None:
     model = tiny_model("llama_tied")
     model.get_submodule("model.layers.0.mlp").requires_grad_(True)
@@ -201,7 +202,7 @@ def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
         score("flap", options=MagnitudeOptions())
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", BASELINE_OPTIONS)
 def test_options_are_described_and_validated_by_pydantic(method: str) -> None:
     adapter = TypeAdapter(BASELINE_OPTIONS[method])
     assert adapter.validate_python({}) == BASELINE_OPTIONS[method]()

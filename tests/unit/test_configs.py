@@ -13,13 +13,14 @@ from tests.tiny_models import tiny_model
 from tests.unit.test_finetune import OPTIONS
 from tools import try_steps
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.distributed import Process
 from tvaprune.estimate import memory, published_config, size_lines, sizes
 from tvaprune.gates.memory import LiveBytes
 from tvaprune.masks.projection import UnreachableSparsityError
 from tvaprune.methods import check_request
+from tvaprune.options.axes import AXES
 from tvaprune.options.gates import TvaOptions
 from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams

@@ -14,7 +14,7 @@ from tests.unit.test_gates import DETERMINISTIC, PAPER, TVA, WINDOWS, Memory
 from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, build_uneven
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.sharding import shard_layers
-from tvaprune.architecture.topology import AXES, LayerWidths, Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
@@ -26,6 +26,7 @@ from tvaprune.measures import latency, machine
 from tvaprune.measures.block_times import Candidates, layers_to_time, time_blocks
 from tvaprune.measures.perplexity import nll_by_window
 from tvaprune.methods import find_masks
+from tvaprune.options.axes import AXES
 from tvaprune.options.gates import GateOptions
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 from tvaprune.recovery.memory import finetuning_memory

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tvaprune.architecture.topology import AXES
 from tvaprune.distributed import ALONE, World, launch, processes_asked
 from tvaprune.gates.curvature import RunningCurvature
 from tvaprune.gates.training import SAVE_EVERY
+from tvaprune.options.axes import AXES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

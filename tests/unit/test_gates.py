@@ -16,7 +16,7 @@ from tvaprune.architecture.parameter_counts import (
     kept_decoder_parameters,
     sparsity,
 )
-from tvaprune.architecture.topology import AXES, GATED_SITES, UNIT_AXES, Axis, Site, Topology
+from tvaprune.architecture.topology import GATED_SITES, Site, Topology
 from tvaprune.gates import budget, insertion
 from tvaprune.gates.budget import RunningNorm, cubic_ramp
 from tvaprune.gates.closed_form import importance
@@ -31,6 +31,7 @@ from tvaprune.masks.latency_table import AIM
 from tvaprune.masks.masks import log_alpha
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, solve_threshold
 from tvaprune.methods import check_request, find_masks, learned_message, masks_metrics, projection_warning
+from tvaprune.options.axes import AXES, UNIT_AXES, Axis
 from tvaprune.options.gates import (
     GateOptions,
     GraspruneOptions,
@@ -229,7 +230,7 @@ def test_the_papers_form_learns_and_is_projected_onto_the_target() -> None:
 
 
 def report(options: GateOptions) -> dict[str, Any]:
-    request = MaskRequest(options.section, options, 0.3)
+    request = MaskRequest(options.method, options, 0.3)
     model = tiny_model("llama")
     return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, request)
 
@@ -634,7 +635,7 @@ def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
 def test_gradient_checkpointing_learns_the_same_masks(options: GateOptions) -> None:
     def run(checkpointing: bool) -> torch.Tensor:
         axes = UNIT_AXES if options == GRASPRUNE else AXES
-        request = MaskRequest(options.section, with_steps(options, 8), 0.3, axes, gradient_checkpointing=checkpointing)
+        request = MaskRequest(options.method, with_steps(options, 8), 0.3, axes, gradient_checkpointing=checkpointing)
         return find_masks(tiny_model("llama"), WINDOWS, WINDOWS[:2], request, progress=False).masks.score[
             "intermediate"
         ]

@@ -17,12 +17,13 @@ from tvaprune.architecture.parameter_counts import (
     sparsity,
     unit_costs,
 )
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError
 from tvaprune.masks.adapt import adapt, adapt_metrics, nearest_multiple
 from tvaprune.masks.masks import Masks, read_masks, write_masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, keep_best, project, solve_threshold
 from tvaprune.masks.update import read_update, weight_update, write_update
+from tvaprune.options.axes import AXES
 
 TOPOLOGY = Topology(layers=4, hidden=64, intermediate=96, kv_heads=4, group_size=2, head_dim=8)
 

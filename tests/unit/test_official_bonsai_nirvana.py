@@ -16,7 +16,7 @@ from tvaprune.architecture.parameter_counts import (
     kept_decoder_parameters,
     sparsity,
 )
-from tvaprune.architecture.topology import UNIT_AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.baselines.allocation import Stages, allocate_balanced
 from tvaprune.baselines.bonsai import (
     Module,
@@ -34,6 +34,7 @@ from tvaprune.gates.grasprune import GraspruneGates
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.training import learn_gates
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import UNIT_AXES, Axis
 from tvaprune.options.baselines import NirvanaOptions
 from tvaprune.options.gates import GraspruneOptions
 

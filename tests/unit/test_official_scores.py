@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.official.record import SEED, TOKENS, WIDE_HEADS, fingerprint
 from tools.record_official_scores import PUBLISHED, main
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import UNIT_AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.flap import flap, flap_scores
 from tvaprune.baselines.llm_pruner import llm_pruner, llm_pruner_scores
@@ -21,6 +21,7 @@ from tvaprune.baselines.magnitude import magnitude, magnitude_scores
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.wanda_sp import sequential_wanda_scores, wanda_sp
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import UNIT_AXES, Axis
 from tvaprune.options.baselines import Allocation, FlapOptions, LlmPrunerOptions, MagnitudeOptions, WandaSpOptions
 
 OFFICIAL = Path(__file__).resolve().parents[1] / "official"

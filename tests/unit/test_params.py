@@ -86,9 +86,6 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("adapt_dimensions/multiple", {"hidden": 32}, r"adapt_dimensions\.multiple\.intermediate: missing"),
     ("adapt_dimensions/multiple", "8, 16", r"adapt_dimensions\.multiple = '8, 16': .*one whole number, or one an axis"),
     ("adapt_dimensions/multiple", "fast", r"adapt_dimensions\.multiple = 'fast': .*or measured"),
-    ("adapt_dimensions/budget", "latency", r"latency_target = None with budget = latency: .*needs a target"),
-    ("adapt_dimensions/latency_target", 0.6, r"latency_target = 0\.6 with budget = params"),
-    ("adapt_dimensions/latency_target", 1.5, r"adapt_dimensions\.latency_target = 1\.5"),
     ("learn_masks/budget", "latency", r"latency = None with budget = latency: .*\{phase: decode, ratio: 0\.7\}"),
     ("learn_masks/latency", {"phase": "decode", "ratio": 0.7}, r"latency = .* with budget = params: .*null"),
     ("learn_masks/latency", {"phase": "decode", "ratio": 1.2}, r"learn_masks\.latency\.ratio = 1\.2"),
@@ -213,7 +210,7 @@ def test_a_latency_budget_is_in_what_an_artifact_was_made_with_and_the_default_i
     path = written(tmp_path)
     assert set(LearnMasksParams.load(path).used()["learn_masks"]) == {"sparsity", "seed", "method", "axes", "tva"}
     assert set(AdaptDimensionsParams.load(path).used()["adapt_dimensions"]) == {
-        "sparsity", "multiple", "rounding", "budget", "latency_target", "latency_phase", "slack", "layout",
+        "sparsity", "multiple", "rounding", "latency_phase", "slack", "layout",
     }  # fmt: skip
     assert not ProfileHardwareParams.load(path).enabled
 

@@ -211,30 +211,6 @@ def test_the_stages_profile_and_adapt_to_what_was_measured(pipeline: Path) -> No
     assert report["profile_threads"] == torch.get_num_threads()
 
 
-def test_a_latency_far_from_the_sparsity_that_was_learned_is_met_with_a_warning(pipeline: Path) -> None:
-    """A token takes a millisecond a unit and two a head, so 0.9 of that keeps about 0.9 of the parameters."""
-    params, yaml = pipeline / "params.yaml", YAML()
-    content = yaml.load(params)
-    content["adapt_dimensions"] |= {"budget": "latency", "latency_target": 0.9, "latency_phase": "decode"}
-    yaml.dump(content, params)
-    zeros = torch.zeros(2, dtype=torch.float64)
-    by_width = {
-        "rest": zeros,
-        "attention": torch.tensor([[0.0, 2, 4]] * 2),
-        "mlp": torch.tensor([[0.0, 32, 64, 96]] * 2),
-    }
-
-    def by_phase() -> dict:
-        return {name: {phase: value.double().clone() for phase in PHASES} for name, value in by_width.items()}
-
-    write_table(pipeline / "profile", LatencyTable(*WIDTHS, by_phase(), by_phase(), MADE_ON))
-    output = adapted(pipeline)
-    found = json.loads((pipeline / "adapt.json").read_text())
-    assert 0.7 < found["decode"]["predicted_share"] <= 0.9  # the widths are a third apart
-    assert f"warning: this latency needs a sparsity of {found['sparsity_decoder']:.2f}, but" in output
-    assert "learned for 0.4" in output
-
-
 def test_nothing_is_timed_where_measured_is_not_asked_for(pipeline: Path) -> None:
     path, yaml = pipeline / "params.yaml", YAML()
     params = yaml.load(path)

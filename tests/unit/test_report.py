@@ -13,8 +13,9 @@ import torch
 
 from tests.tiny_models import tiny_model
 from tools import report as tool
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.report import svg
 from tvaprune.report.page import Report, html, markdown
 from tvaprune.report.run import CURVES, METRICS, RunFiles, Widths, read_json, read_rows, read_run

@@ -10,7 +10,7 @@ from tools.alignment_table import by_multiple
 from tools.gpu.parts import BATCHES, MODELS, Settings
 from tools.mask_speed import against_dense, time_widths
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import AXES, LayerWidths, Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.checkpoint.loading import load_config
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.estimate import random_masks
@@ -18,6 +18,7 @@ from tvaprune.masks.adapt import adapt, nearest_multiple
 from tvaprune.masks.masks import Masks
 from tvaprune.measures.comparison import spread_evenly
 from tvaprune.measures.latency import Benchmark
+from tvaprune.options.axes import AXES
 from tvaprune.runtime.packed import pick_runtime
 
 SHARES = (0.2, 0.5)

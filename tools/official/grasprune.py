@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tools.official.record import MANY_HEADS, SEED, Published, Record
-from tvaprune.architecture.topology import AXES, Axis
+from tvaprune.options.axes import AXES, Axis
 
 KV_HEADS = 4  # of 8 heads, so that a head of keys serves two of queries
 SETTINGS = {"epochs": 4, "rescale_epochs": 3, "lr": 0.05, "rescale_lr": 0.05, "tau": 1.5, "rescale_alpha": 0.5}

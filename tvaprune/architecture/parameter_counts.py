@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
+from tvaprune.options.axes import AXES, Axis
 
 
 class UnitCosts(NamedTuple):

@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Axis = Literal["hidden", "intermediate", "kv_heads"]
-AXES: tuple[Axis, ...] = ("hidden", "intermediate", "kv_heads")
-UNIT_AXES: tuple[Axis, ...] = ("intermediate", "kv_heads")  # those whose units belong to one layer
+from tvaprune.options.axes import Axis
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # How the names of rotary frequencies end, which old Llama checkpoints hold and every version since computes.

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import Axis, LayerModules, Topology, decoder_layers, layer_modules
+from tvaprune.architecture.topology import LayerModules, Topology, decoder_layers, layer_modules
 from tvaprune.baselines.problem import Problem
+from tvaprune.options.axes import Axis
 
 Inputs = Float[Tensor, "layers inputs"]
 

@@ -19,9 +19,10 @@ from tvaprune.architecture.parameter_counts import (
     kept_decoder_parameters,
     unit_costs,
 )
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best, make_scores_match_mask, project
+from tvaprune.options.axes import AXES, Axis
 
 Keep = dict[Axis, Bool[Tensor, "..."]]  # True = keep
 # float32 for the axes in play, shapes of `Topology.gate_shape`; higher = keep.

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import AXES, Axis, layer_modules
+from tvaprune.architecture.topology import layer_modules
 from tvaprune.baselines.activations import column_sums, input_statistics, per_unit
 from tvaprune.baselines.allocation import Keep, Scores, Stages, percentiles, percentiles_over_layers
 from tvaprune.baselines.bonsai_fit import fit_coefficients
@@ -16,6 +16,7 @@ from tvaprune.baselines.problem import Problem, drop_units
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.baselines import BonsaiOptions
 from tvaprune.progress import Progress
 

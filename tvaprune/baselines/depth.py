@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
-from tvaprune.architecture.topology import UNIT_AXES, Topology, final_norm, layer_modules
+from tvaprune.architecture.topology import Topology, final_norm, layer_modules
 from tvaprune.baselines.allocation import Keep, Scores, percentiles
 from tvaprune.baselines.magnitude import magnitude_scores
 from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best, make_scores_match_mask
+from tvaprune.options.axes import UNIT_AXES
 from tvaprune.options.baselines import DepthOptions
 
 

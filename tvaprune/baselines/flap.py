@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import Axis, layer_modules
+from tvaprune.architecture.topology import layer_modules
 from tvaprune.baselines.activations import InputStatistics, column_sums, input_statistics, per_unit, readers
 from tvaprune.baselines.allocation import Scores, allocate_global, allocate_uniform
 from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import Axis
 from tvaprune.options.baselines import FlapOptions
 
 

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import EMBEDDING, FINAL_NORM, HEAD, Axis, cut, decoder_layers, embedding, lm_head
+from tvaprune.architecture.topology import EMBEDDING, FINAL_NORM, HEAD, cut, decoder_layers, embedding, lm_head
 from tvaprune.baselines.allocation import Scores
 from tvaprune.baselines.problem import Problem
 from tvaprune.losses import next_token_labels
+from tvaprune.options.axes import Axis
 from tvaprune.options.baselines import Objective
 
 # One value for each row or column that a unit owns, by parameter name and dimension (0 rows, 1 columns).

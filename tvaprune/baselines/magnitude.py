@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from tvaprune.architecture.topology import Axis, Topology, cut
+from tvaprune.architecture.topology import Topology, cut
 from tvaprune.baselines.allocation import Scores, allocate_uniform
 from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import Axis
 from tvaprune.options.baselines import MagnitudeOptions, RandomOptions
 
 

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import Axis, Topology, hidden_states, lm_head
+from tvaprune.architecture.topology import Topology, hidden_states, lm_head
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.options.axes import Axis
 from tvaprune.progress import Progress
 
 

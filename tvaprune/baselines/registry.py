@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from tvaprune.architecture.topology import AXES, UNIT_AXES, Axis
 from tvaprune.baselines.bonsai import bonsai
 from tvaprune.baselines.depth import depth
 from tvaprune.baselines.flap import flap
@@ -18,15 +17,12 @@ from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.wanda_sp import wanda_sp
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
-from tvaprune.options.baselines import BASELINE_OPTIONS, Baseline
+from tvaprune.options.axes import AXES, UNIT_AXES, Axis
+from tvaprune.options.baselines import BASELINE_OPTIONS
+from tvaprune.options.method import MethodOptions
 
-BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 _FUNCTIONS = (random, magnitude, wanda_sp, flap, llm_pruner, nirvana, bonsai, loraprune, depth)
 _METHODS: dict[str, Callable[[Problem, Any], Any]] = {function.__name__: function for function in _FUNCTIONS}
-# The axes that a method has a score for; the others leave hidden whole.
-SUPPORTED_AXES: dict[Baseline, tuple[Axis, ...]] = {
-    method: AXES if method in ("random", "magnitude", "llm_pruner", "nirvana") else UNIT_AXES for method in BASELINES
-}
 
 
 def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, WeightUpdate]:
@@ -60,16 +56,16 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
 
 def check_baseline(method: str, axes: tuple[Axis, ...], target_sparsity: float) -> None:
     """Raise a ValueError, with the parameter and what is allowed, for settings that are wrong for any model."""
-    if method not in BASELINES:
-        raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINES)}")
-    check_axes(method, axes, SUPPORTED_AXES[method])
+    if method not in BASELINE_OPTIONS:
+        raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINE_OPTIONS)}")
+    check_axes(BASELINE_OPTIONS[method], axes)
     if method == "depth" and set(axes) != set(UNIT_AXES):
         raise ValueError(f"learn_masks.axes = {list(axes)}: depth drops whole layers, so it needs {list(UNIT_AXES)}")
     if not 0 <= target_sparsity < 1:
         raise ValueError(f"sparsity = {target_sparsity}: must be at least 0 and below 1")
 
 
-def check_axes(method: str, axes: tuple[Axis, ...], supported: tuple[Axis, ...]) -> None:
+def check_axes(kind: type[MethodOptions], axes: tuple[Axis, ...]) -> None:
     """Raise a ValueError where an axis is none that the method prunes."""
-    if not axes or not set(axes) <= set(supported):
-        raise ValueError(f"learn_masks.axes = {list(axes)}: {method} prunes {', '.join(supported)}")
+    if not axes or not set(axes) <= set(kind.axes):
+        raise ValueError(f"learn_masks.axes = {list(axes)}: {kind.method} prunes {', '.join(kind.axes)}")

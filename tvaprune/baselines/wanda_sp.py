@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tvaprune.architecture.topology import Axis, LayerModules, decoder_layers, layer_modules
+from tvaprune.architecture.topology import LayerModules, decoder_layers, layer_modules
 from tvaprune.baselines.activations import (
     Collector,
     InputStatistics,
@@ -18,6 +18,7 @@ from tvaprune.baselines.problem import Problem, drop_units
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
+from tvaprune.options.axes import Axis
 from tvaprune.options.baselines import WandaSpOptions
 from tvaprune.progress import Progress
 

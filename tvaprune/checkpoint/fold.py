@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXIS_OF_UNITS, FINAL_NORM, Axis, Topology, Units, cut, site_of
+from tvaprune.architecture.topology import AXIS_OF_UNITS, FINAL_NORM, Topology, Units, cut, site_of
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import Axis
 
 # Means of smaller magnitude are not divided by.
 SMALLEST_MEAN = 1e-3

@@ -17,13 +17,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import AXES, GATED_SITES, Axis, Topology
+from tvaprune.architecture.topology import GATED_SITES, Topology
 from tvaprune.distributed import World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_above, level_layers, project, solve_threshold
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.gates import TvaOptions
 
 

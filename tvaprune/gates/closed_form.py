@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import dense_unit_costs
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import BudgetGates, Step
 from tvaprune.gates.curvature import RunningCurvature, gate_curvature
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.masks.masks import EPSILON
+from tvaprune.options.axes import AXES, Axis
 
 
 def importance(

@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, Axis, hidden_states, lm_head
+from tvaprune.architecture.topology import hidden_states, lm_head
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.losses import cross_entropy
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.progress import Progress
 
 

@@ -10,12 +10,13 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import BudgetGates, Step
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.gates import TvaOptions
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, dense_unit_costs, sparsity
-from tvaprune.architecture.topology import UNIT_AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import adamw, take_step
 from tvaprune.gates.insertion import GatedModel
@@ -33,6 +33,7 @@ from tvaprune.gates.objective import Batch, Row, average, gradient, objective, r
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import make_scores_match_mask, project
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import UNIT_AXES, Axis
 from tvaprune.options.gates import GraspruneOptions
 
 

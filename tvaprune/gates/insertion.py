@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import AXES, Axis, Site, Topology, embedding, final_norm, layer_modules
+from tvaprune.architecture.topology import Site, Topology, embedding, final_norm, layer_modules
+from tvaprune.options.axes import AXES, Axis
 
 # From an axis, a layer, a site, a gate [channels] and an activation's shape to the factor that multiplies it.
 Sample = Callable[[Axis, int, Site | None, Tensor, torch.Size], Tensor]

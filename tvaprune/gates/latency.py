@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import dense_unit_costs
-from tvaprune.architecture.topology import AXES, Axis, LayerWidths, Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.gates.closed_form import ClosedFormGates
 from tvaprune.masks.latency_budget import LatencyBudget
 from tvaprune.masks.latency_table import AIM, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.gates import LatencyGoal, TvaOptions
 
 

@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tvaprune.architecture.attention import use_training_attention
-from tvaprune.architecture.topology import AXES, GATED_SITES, UNIT_AXES, Axis, Site, Topology, hidden_states
+from tvaprune.architecture.topology import GATED_SITES, Site, Topology, hidden_states
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.gates.objective import Batch, objective
 from tvaprune.gates.paper import pool_size
 from tvaprune.losses import next_token_labels
+from tvaprune.options.axes import Axis
 from tvaprune.options.gates import GateOptions, GraspruneOptions, PaperOptions
 
 # Value, gradient, and AdamW's two moments.
@@ -78,8 +79,7 @@ def _open_gates(
     topology: Topology, options: GateOptions, seq_len: int, dtype: torch.dtype
 ) -> tuple[dict[Axis, Tensor], dict[Site, Tensor], dict[str, Any]]:
     """Gates and channel means at 1, and what else `GatedModel.set` gets in a step."""
-    axes = UNIT_AXES if isinstance(options, GraspruneOptions) else AXES
-    gates = {axis: torch.ones(topology.gate_shape(axis), requires_grad=True) for axis in axes}
+    gates = {axis: torch.ones(topology.gate_shape(axis), requires_grad=True) for axis in options.axes}
     if isinstance(options, GraspruneOptions):
         return gates, {"keys": gates["kv_heads"].repeat_interleave(topology.head_dim, -1)}, {}
     if isinstance(options, PaperOptions):

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
-from tvaprune.architecture.topology import AXES, GATED_SITES, Axis, Site, Topology
+from tvaprune.architecture.topology import GATED_SITES, Site, Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import adamw, take_step
 from tvaprune.gates.insertion import GatedModel
@@ -26,6 +26,7 @@ from tvaprune.gates.objective import Batch, Row, average, gradient, objective, r
 from tvaprune.masks.masks import EPSILON, Masks, log_alpha
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.gates import PaperOptions
 
 

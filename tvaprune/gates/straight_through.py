@@ -7,11 +7,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import unit_costs
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import BudgetGates, Step, adamw, take_step
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.masks.masks import log_alpha
+from tvaprune.options.axes import AXES, Axis
 
 LEARNING_RATE = 0.02
 # Slope of the sigmoid, at the start and at the end.

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import Axis, Topology, hidden_states
+from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.budget import BudgetGates
 from tvaprune.gates.closed_form import ClosedFormGates
@@ -19,6 +19,7 @@ from tvaprune.gates.straight_through import StraightThroughGates
 from tvaprune.losses import DivergedError, next_token_labels
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import Axis
 from tvaprune.options.gates import GateOptions, GraspruneOptions, PaperOptions
 from tvaprune.progress import Progress
 from tvaprune.resume import Saver
@@ -79,7 +80,7 @@ def learn_gates(
         raise ValueError(
             f"learn_masks.tva.curvature_tokens = {block} does not divide windows of {input_ids.shape[1]} tokens"
         )
-    own_windows = range(options.batch_size)[world.part(options.batch_size, f"learn_masks.{options.section}.batch_size")]
+    own_windows = range(options.batch_size)[world.part(options.batch_size, f"learn_masks.{options.method}.batch_size")]
     device = next(model.parameters()).device
     curve: list[Row] = []
     state = saver.load() if saver is not None else None
@@ -104,7 +105,7 @@ def learn_gates(
                 raise DivergedError(
                     f"learn_masks: step {step + 1}, windows {indices}: loss {row['loss']}, gradient norm "
                     f"{row['gradient_norm']}. Check the model's weights for NaN; use TVAPRUNE_DTYPE=float32, or a "
-                    f"lower learning rate in learn_masks.{options.section}. "
+                    f"lower learning rate in learn_masks.{options.method}. "
                     f"The state of the last {SAVE_EVERY} steps is kept"
                 )
             curve.append({"step": step + 1, **row})

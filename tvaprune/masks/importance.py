@@ -5,8 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import dense_unit_costs
-from tvaprune.architecture.topology import Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import Axis
 
 # Where exp is far from overflow in float64, and beyond what decides between units.
 _HIGHEST = 50.0

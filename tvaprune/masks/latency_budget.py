@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, Axis, LayerWidths, Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.masks.latency_table import AIM, Latency, LatencyTable
+from tvaprune.options.axes import AXES, Axis
 
 _ROUNDING = 1e-9  # of sums, relative
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import AXES
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
+from tvaprune.options.axes import AXES, Axis
 
 EPSILON = 1e-8
 

@@ -1,4 +1,4 @@
-"""Widths from a measured table: the most importance within a budget, or the fastest widths that keep nearly as much.
+"""Widths from a measured table: the fastest that keep nearly the most importance within the parameters.
 
 Each layer takes one of the timed widths for each block, which is a multiple-choice knapsack of some thousand choices.
 All layers share the hidden width, so one knapsack is solved for each of its values.
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
-from tvaprune.architecture.topology import Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.knapsack import Knapsack, Limits
-from tvaprune.masks.latency_table import AIM, Latency, LatencyTable
+from tvaprune.masks.latency_table import Latency, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_widths
+from tvaprune.options.axes import Axis
 
 # Faster widths keep at least this share of the parameters, so that the result is comparable with other roundings.
 SAME_PARAMETERS = 0.995
@@ -33,14 +34,10 @@ def adapt_measured(
     of: Latency,
     layout: Layout,
     target_sparsity: float,
-    latency_target: float | None,
     slack: float,
 ) -> Masks:
-    """Resize the masks to widths of the table, within a share of latency if given, else within the parameters."""
-    if latency_target is None:
-        chosen = widths_within_parameters(topology, masks, table, of, layout, target_sparsity, slack)
-    else:
-        chosen = widths_within_latency(topology, masks, table, of, layout, latency_target)
+    """Resize the masks to widths of the table, within the parameters."""
+    chosen = widths_within_parameters(topology, masks, table, of, layout, target_sparsity, slack)
     return keep_widths(masks, chosen.hidden, chosen.intermediate, chosen.kv_heads)
 
 
@@ -92,32 +89,6 @@ def widths_within_parameters(
     raise ValueError(
         f"sparsity = {target_sparsity}: no widths that profile_hardware timed meet it; "
         "lower profile_hardware.intermediate_step or profile_hardware.narrowest_hidden"
-    )
-
-
-def widths_within_latency(
-    topology: Topology, masks: Masks, table: LatencyTable, of: Latency, layout: Layout, latency_target: float
-) -> Chosen:
-    """The widths of least loss whose predicted latency is at most AIM times a share of the dense model's.
-
-    Uneven layers keep the masks' heads if some widths of the MLPs are fast enough with them. A padded model is as slow
-    as its widest layer in every layer, so all its layers get the same widths. Raises ValueError if none is fast enough.
-    """
-    dense = table.dense(of, topology)
-    limits = {"latency_ms": (0.0, AIM * latency_target * dense)}
-    fastest = dense
-    heads = masks.keep["kv_heads"].sum(-1).tolist()
-    for programs in _programs(topology, masks, table, of, "uniform" if layout == "padded" else layout):
-        same_heads = [program.with_heads(heads) for program in programs] if layout == "uneven" else []
-        for choices in (same_heads, programs):
-            found = [program.least("lost", limits) for program in choices]
-            if chosen := [each for each in found if each is not None]:
-                return min(chosen, key=lambda each: each.lost)
-        fastest = min([fastest, *(program.choices.lowest("latency_ms") for program in programs)])
-    raise ValueError(
-        f"adapt_dimensions.latency_target = {latency_target}: the narrowest widths that profile_hardware timed take "
-        f"{fastest / dense / AIM:.2f} of the dense model's {of} latency; raise it, or lower "
-        "profile_hardware.narrowest_hidden"
     )
 
 

@@ -13,8 +13,9 @@ from tvaprune.architecture.parameter_counts import (
     kept_decoder_parameters,
     unit_costs,
 )
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import AXES, Axis
 
 # Smallest distance from the threshold: far below any difference between two float32 scores around 1.
 _NEXT_TO_THRESHOLD = 1e-30

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks, log_alpha
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.axes import AXES, Axis
 
 _LARGEST_BYTES = 1_000_000_000  # the authors' file for 7B has 2.7 MB
 _NAMES: dict[Axis, str] = {"hidden": "hidden_mask", "intermediate": "inter_layer{}", "kv_heads": "attn_layer{}"}

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.masks.importance import lost_by_width
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import AXES, Axis
 
 
 class UniformWidths(NamedTuple):

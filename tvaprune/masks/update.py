@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tvaprune.architecture.topology import AXES, SITES, Axis, Site, Topology, bias_names
+from tvaprune.architecture.topology import SITES, Site, Topology, bias_names
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
 from tvaprune.masks.masks import check_shapes
+from tvaprune.options.axes import AXES, Axis
 
 Method = Literal["mean", "none"]
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-Baseline = Literal["random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai", "loraprune", "depth"]
+from tvaprune.options.axes import UNIT_AXES
+from tvaprune.options.method import MethodOptions
+
 Objective = Literal["logits", "loss"]
 Allocation = Literal["adaptive", "uniform"]
 Importance = Literal["param_first", "vectorize"]
@@ -16,20 +18,16 @@ Last = Annotated[int, Field(ge=0, description="Layers to leave whole at the end.
 LayersAtOnce = Annotated[Count | None, Field(description="Layers with gradients in memory; null = all.")]
 
 
-class MethodOptions:
-    """What all have in common: pydantic refuses unknown keys."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
 @dataclass(frozen=True)
 class RandomOptions(MethodOptions):
+    method = "random"
     protect_first: First = 4
     protect_last: Last = 2
 
 
 @dataclass(frozen=True)
 class MagnitudeOptions(MethodOptions):
+    method = "magnitude"
     protect_first: First = 4
     protect_last: Last = 2
 
@@ -47,11 +45,15 @@ class ProtectingOptions(CalibratedOptions):
 
 @dataclass(frozen=True)
 class WandaSpOptions(CalibratedOptions):
+    method = "wanda_sp"
+    axes = UNIT_AXES
     sequential: Annotated[bool, Field(description="Score a layer where all before it are pruned; published.")] = True
 
 
 @dataclass(frozen=True)
 class FlapOptions(CalibratedOptions):
+    method = "flap"
+    axes = UNIT_AXES
     # adaptive is the published AL-AM, uniform the UL-UM.
     allocation: Annotated[Allocation, Field(description="One threshold over layers, or one share each.")] = "adaptive"
     bias: Annotated[bool, Field(description="Add the mean of what dropped inputs contributed, as biases.")] = True
@@ -59,6 +61,7 @@ class FlapOptions(CalibratedOptions):
 
 @dataclass(frozen=True)
 class LlmPrunerOptions(ProtectingOptions):
+    method = "llm_pruner"
     # As published: of 32 layers, the first four and the last two stay whole.
     protect_first: First = 4
     protect_last: Last = 2
@@ -70,6 +73,7 @@ class LlmPrunerOptions(ProtectingOptions):
 
 @dataclass(frozen=True)
 class NirvanaOptions(CalibratedOptions):
+    method = "nirvana"
     objective: Annotated[Objective, Field(description="What is differentiated; logits is published.")] = "logits"
     mlp_to_attention: Annotated[
         Positive,
@@ -83,6 +87,8 @@ class NirvanaOptions(CalibratedOptions):
 
 @dataclass(frozen=True)
 class BonsaiOptions(CalibratedOptions):
+    method = "bonsai"
+    axes = UNIT_AXES
     prune_frac: Annotated[
         float, Field(gt=0, le=0.5, description="Share of the parameters to drop in a round; published 0.05.")
     ] = 0.05
@@ -97,6 +103,8 @@ class BonsaiOptions(CalibratedOptions):
 
 @dataclass(frozen=True)
 class LoraPruneOptions(CalibratedOptions):
+    method = "loraprune"
+    axes = UNIT_AXES
     protect_first: Annotated[
         int, Field(ge=0, description="Layers to leave whole at the start; published 10%, 3 of 30 to 39.")
     ] = 3
@@ -114,17 +122,15 @@ class LoraPruneOptions(CalibratedOptions):
 
 @dataclass(frozen=True)
 class DepthOptions(CalibratedOptions):
+    method = "depth"
+    axes = UNIT_AXES
     contiguous: Annotated[bool, Field(description="Drop adjacent layers (PruneMe), or any (ShortGPT).")] = False
 
 
-BASELINE_OPTIONS: dict[str, type] = {
-    "random": RandomOptions,
-    "magnitude": MagnitudeOptions,
-    "wanda_sp": WandaSpOptions,
-    "flap": FlapOptions,
-    "llm_pruner": LlmPrunerOptions,
-    "nirvana": NirvanaOptions,
-    "bonsai": BonsaiOptions,
-    "loraprune": LoraPruneOptions,
-    "depth": DepthOptions,
-}
+BASELINE_OPTIONS: dict[str, type[MethodOptions]] = {
+    kind.method: kind
+    for kind in (
+        RandomOptions, MagnitudeOptions, WandaSpOptions, FlapOptions, LlmPrunerOptions, NirvanaOptions, BonsaiOptions,
+        LoraPruneOptions, DepthOptions,
+    )
+}  # fmt: skip

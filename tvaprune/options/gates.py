@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-FORBID_EXTRA = ConfigDict(extra="forbid", allow_inf_nan=False)
+from tvaprune.options.axes import UNIT_AXES
+from tvaprune.options.method import FORBID_EXTRA, MethodOptions
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,10 @@ class LatencyGoal:
 
 
 @dataclass(frozen=True)
-class TvaOptions:
+class TvaOptions(MethodOptions):
     """Gates under an exact budget: means by gradient, scores in closed form (`tvaprune.gates.closed_form`)."""
 
-    __pydantic_config__ = FORBID_EXTRA
-    section: ClassVar[str] = "tva"
+    method = "tva"
     ablation: Annotated[
         Literal["deterministic", "vtrans"] | None,
         Field(description="deterministic: scores by gradient instead of closed form; vtrans: without the means."),
@@ -78,14 +78,18 @@ class TvaOptions:
             raise ValueError("uniform_layers: true needs scores in closed form; set ablation: null")
 
 
-@dataclass(frozen=True)
-class PaperOptions:
-    """The paper's own training: sampled noise, KL and a Lagrangian (`tvaprune.gates.paper`)."""
+class CrossEntropyAlone(MethodOptions):
+    """The loss of published methods; `TvaOptions` weighs two terms."""
 
-    __pydantic_config__ = FORBID_EXTRA
-    section: ClassVar[str] = "paper"
     ce_weight: ClassVar[float] = 1.0
     distillation_weight: ClassVar[float] = 0.0
+
+
+@dataclass(frozen=True)
+class PaperOptions(CrossEntropyAlone):
+    """The paper's own training: sampled noise, KL and a Lagrangian (`tvaprune.gates.paper`)."""
+
+    method = "paper"
     steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 4000
     batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
     ramp: Annotated[float, Field(ge=0, le=1, description="Share of the steps over which the sparsity rises.")] = 0.1
@@ -100,13 +104,12 @@ class PaperOptions:
 
 
 @dataclass(frozen=True)
-class GraspruneOptions:
+class GraspruneOptions(CrossEntropyAlone):
     """GRASPrune: masks by straight-through scores, then scales (`tvaprune.gates.grasprune`)."""
 
-    __pydantic_config__ = FORBID_EXTRA
-    section: ClassVar[str] = "grasprune"
-    ce_weight: ClassVar[float] = 1.0
-    distillation_weight: ClassVar[float] = 0.0
+    method = "grasprune"
+    axes = UNIT_AXES
+    keeps_one_unit = True
     mask_steps: Annotated[
         int, Field(ge=1, description="Steps that learn the masks; published 4 epochs of 512 windows.")
     ] = 2048

@@ -1,17 +1,24 @@
 """What `learn_masks` is asked for: one method with its options."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.baselines import BASELINE_OPTIONS
 from tvaprune.options.gates import GateOptions, GraspruneOptions, LatencyGoal, PaperOptions, TvaOptions
+from tvaprune.options.method import MethodOptions
 
-METHOD_OPTIONS: dict[str, type] = {
-    "tva": TvaOptions,
-    "paper": PaperOptions,
-    "grasprune": GraspruneOptions,
+METHOD_OPTIONS: dict[str, type[MethodOptions]] = {
+    **{kind.method: kind for kind in (TvaOptions, PaperOptions, GraspruneOptions)},
     **BASELINE_OPTIONS,
 }
+
+
+def method_options(method: str) -> type[MethodOptions]:
+    """The class of a method's options. Raises a ValueError with the methods that there are."""
+    if method not in METHOD_OPTIONS:
+        raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(METHOD_OPTIONS)}")
+    return METHOD_OPTIONS[method]
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class MaskRequest:
     method: str  # a key of METHOD_OPTIONS
     options: Any  # an instance of the method's class there
     sparsity: float  # share of the decoder layers' parameters to remove
-    axes: tuple[Literal["hidden", "intermediate", "kv_heads"], ...] = ("hidden", "intermediate", "kv_heads")
+    axes: tuple[Axis, ...] = AXES
     seed: int = 0  # of initialisation, noise and random scores
     gradient_checkpointing: bool = False  # recompute activations in the gates' backward
     means_steps: int = 0  # steps that train means on a baseline's masks, by the defaults of TvaOptions; 0: none

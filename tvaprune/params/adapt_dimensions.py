@@ -42,12 +42,6 @@ class AdaptDimensionsParams(StageParams):
     rounding: Literal["nearest", "budget"] = Field(
         description="Each width by itself, or all within the target; nothing to `measured`."
     )
-    budget: Literal["params", "latency"] = Field(
-        description="What the measured widths keep to: sparsity, or latency_target."
-    )
-    latency_target: float | None = Field(
-        description="Share of the dense model's latency to stay below; null unless budget is latency.", gt=0, lt=1
-    )
     latency_phase: Literal["prefill", "decode", "request"] = Field(
         description="Whose latency `measured` looks at; request: a prefill and profile_hardware.decode_tokens steps."
     )
@@ -65,27 +59,16 @@ class AdaptDimensionsParams(StageParams):
     @model_validator(mode="after")
     def _learned_for_latency(self) -> Self:
         if self.latency is not None:
-            if self.budget == "latency" or self.multiple == "measured":
+            if self.multiple == "measured":
                 raise ValueError(
-                    f"multiple = {self.multiple} and budget = {self.budget} with learn_masks.budget = latency, which "
-                    "chooses measured widths itself; set multiple to a number and budget to params"
+                    "multiple = measured with learn_masks.budget = latency, which chooses measured widths itself; "
+                    "set multiple to a number"
                 )
             if self.layout != "uneven":
                 raise ValueError(
                     f"compact.layout = {self.layout} with learn_masks.budget = latency, which learns for layers of "
                     "different widths; set it to uneven"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _latency_needs_measured(self) -> Self:
-        if (self.budget == "latency") != (self.latency_target is not None):
-            raise ValueError(
-                f"latency_target = {self.latency_target} with budget = {self.budget}: "
-                "budget latency needs a target such as 0.6, budget params null"
-            )
-        if self.budget == "latency" and self.multiple != "measured":
-            raise ValueError("budget = latency needs multiple = measured, as only measured widths have a latency")
         return self
 
     def used(self) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tvaprune.options import baselines, gates
+from tvaprune.options.axes import Axis
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 from tvaprune.params.loading import StageParams
-
-AxisName = Literal["hidden", "intermediate", "kv_heads"]
 
 
 class LearnMasksParams(StageParams):
@@ -22,7 +21,7 @@ class LearnMasksParams(StageParams):
         "tva", "paper", "grasprune", "random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai",
         "loraprune", "depth",
     ] = Field(description="What finds the masks; its options are in the section of its name.")  # fmt: skip
-    axes: tuple[AxisName, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
+    axes: tuple[Axis, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
     budget: Literal["params", "latency"] = Field(
         description="What masks are learned for: `sparsity`, or with tva `latency`; then `sparsity` has no effect."
     )

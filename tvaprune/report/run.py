@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tvaprune.architecture.topology import AXES, Axis, Topology
+from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import SOURCE_FILE, ArtifactError
 from tvaprune.masks.masks import Masks
+from tvaprune.options.axes import AXES, Axis
 
 METRICS = ("masks", "compact", "finetune", "speed", "perplexity", "zeroshot", "quantized")
 CURVES = ("mask_training", "finetune", "speed", "profile")

@@ -39,7 +39,9 @@ class TableRow(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: str = Field(description="First cell.")
-    saved: str | list[str] | dict[str, str | list[str]] = Field(description="Names of saved runs.")
+    saved: str | list[str] | dict[str, str | list[str]] = Field(
+        description="Names of saved runs; in a name, {group} is the group of columns."
+    )
     model: Literal["dense", "compact", "finetuned"] = Field(default="compact", description="Whose figures.")
     type: str = Field(default="", description="Of quantize, or `stored`: what stands for {type} in columns' names.")
 
@@ -48,7 +50,7 @@ class TableRow(BaseModel):
         found = self.saved
         if isinstance(found, dict):
             found = found.get(group, []) if group else next(iter(found.values()))
-        return [found] if isinstance(found, str) else found
+        return [name.replace("{group}", group) for name in ([found] if isinstance(found, str) else found)]
 
 
 class Table(BaseModel):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,8 +39,8 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    set: dict[str, Any] = Field(description="Dotted keys of params.yaml and their values.")
-    target: str | list[str] = Field(description="Stages to reproduce.")
+    set: dict[str, Any] = Field(default={}, description="Dotted keys of params.yaml and their values.")
+    target: str | list[str] = Field(default="eval_perplexity", description="Stages to reproduce.")
     about: str = Field(default="", description="What it is for.")
 
     @property
@@ -50,19 +51,41 @@ class Row(BaseModel):
         return " ".join(f"{key}={value}" for key, value in self.set.items())
 
 
+class Rows(Row):
+    """One row, or one for each combination of values."""
+
+    each: dict[str, list[Any]] = Field(default={}, description="Keys to set to each of their values; {key} in a name.")
+
+    def by_name(self, template: str) -> Iterator[tuple[str, Row]]:
+        """Raises ValueError for a {key} that is not in `each`."""
+        for values in product(*self.each.values()):
+            given = dict(zip(self.each, values, strict=True))
+            try:
+                name, about = (text.format(**given) for text in (template, self.about))
+            except KeyError as error:
+                raise ValueError(f"{{{error.args[0]}}} is no key of `each`") from None
+            yield name, Row(set={**given, **self.set}, target=self.target, about=about)
+
+
 def read_rows(path: Path = DEFINITIONS) -> dict[str, Row]:
     """The rows by name. Raises ValueError for a name, key or stage that is wrong."""
-    rows, stages = {}, read_yaml(Path("dvc.yaml"))["stages"]
-    for name, content in (read_yaml(path).get("rows") or {}).items():
-        check_name(str(name))
+    rows: dict[str, Row] = {}
+    stages = read_yaml(Path("dvc.yaml"))["stages"]
+    for template, content in (read_yaml(path).get("rows") or {}).items():
         try:
-            row = Row.model_validate(content)
+            found = list(Rows.model_validate(content).by_name(str(template)))
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            raise ValueError(f"{path}: {name}: {'; '.join(problems)}") from None
-        if unknown := [stage for stage in row.targets if stage not in stages]:
-            raise ValueError(f"{path}: {name}: no stage {', '.join(unknown)} in dvc.yaml")
-        rows[str(name)] = row
+            raise ValueError(f"{path}: {template}: {'; '.join(problems)}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {template}: {error}") from None
+        for name, row in found:
+            check_name(name)
+            if name in rows:
+                raise ValueError(f"{path}: {template}: a second row is named {name}")
+            if unknown := [stage for stage in row.targets if stage not in stages]:
+                raise ValueError(f"{path}: {name}: no stage {', '.join(unknown)} in dvc.yaml")
+            rows[name] = row
     return rows
 
 

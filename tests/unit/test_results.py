@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -285,6 +286,15 @@ def test_a_page_is_filled_once_and_for_all(documents: Path) -> None:
     results.main(checked=True)
 
 
+def test_the_group_of_columns_stands_in_a_name() -> None:
+    table = results.Table.model_validate(
+        {"columns": [{"low": ["sparsity"], "high": ["sparsity"]}], "rows": [{"label": "tva", "saved": "a_{group}"}]}
+    )
+    runs = {f"a_{name}": saved_run(name, 30.0, sparsity=sparsity) for name, sparsity in (("low", 0.2), ("high", 0.5))}
+    assert table.names() == ["a_high", "a_low"]
+    assert results.Results({}, {}, runs).render(table).splitlines()[-1] == "| tva | 0.2 | 0.5 |"
+
+
 def test_a_row_of_a_quantised_type_shows_that_type() -> None:
     rows = [
         {"label": "pruned, q8_0", "saved": "low", "type": "q8_0"},
@@ -362,17 +372,30 @@ def test_wrong_rows_are_refused_together_before_anything_runs() -> None:
     }
 
 
+def test_each_combination_of_values_is_a_row(documents: Path) -> None:
+    definition = "{each: {seed: [1, 2], sparsity: [0.2, 0.5]}, set: {learn_masks.method: flap}, about: 'seed {seed}'}"
+    Path("docs/results.yaml").write_text(f"rows:\n  'a_s{{seed}}_{{sparsity}}': {definition}\n  b: {{}}\n")
+    rows = run_rows.read_rows()
+    assert list(rows) == ["a_s1_0.2", "a_s1_0.5", "a_s2_0.2", "a_s2_0.5", "b"]
+    assert rows["a_s2_0.5"] == run_rows.Row(
+        set={"seed": 2, "sparsity": 0.5, "learn_masks.method": "flap"}, target="eval_perplexity", about="seed 2"
+    )
+    assert rows["b"].set == {}
+
+
 @pytest.mark.parametrize(
     ("definition", "problem"),
     [
         ("a/b: {set: {}, target: eval_perplexity}", "a name has letters"),
         ("a: {set: {}, target: [eval_perplexty]}", "a: no stage eval_perplexty"),
-        ("a: {sets: {}, target: eval_perplexity}", "a: set: Field required; sets: Extra inputs"),
+        ("a: {sets: {}, target: eval_perplexity}", "a: sets: Extra inputs"),
+        ("'a_{seed}': {set: {seed: 1}}", "a_{seed}: {seed} is no key of `each`"),
+        ("a: {each: {seed: [1, 2]}}", "a: a second row is named a"),
     ],
 )
 def test_wrong_definitions_of_rows_are_refused(documents: Path, definition: str, problem: str) -> None:
     Path("docs/results.yaml").write_text(f"rows:\n  {definition}\n")
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(ValueError, match=re.escape(problem)):
         run_rows.read_rows()
 
 

@@ -40,8 +40,9 @@ def main(
         after = adapt(topology, before, params.sparsity, params.rounding, *multiples, layout=params.layout)
     else:
         table = read_table(profile, topology)
-        goal = (params.sparsity, params.slack)
-        after = adapt_measured(topology, before, table, params.latency_phase, params.layout, *goal)
+        after = adapt_measured(
+            topology, before, table, params.latency_phase, params.layout, params.sparsity, params.slack
+        )
     _, meta = read_artifact(masks, "masks")
     made_with = meta["made_with"] | params.used()
     write_masks(adapted, after, made_with=made_with, validation_ppl=meta["validation_ppl"])

@@ -52,8 +52,7 @@ def alternatives(
     topology: Topology, masks: Masks, table: LatencyTable, params: AdaptDimensionsParams
 ) -> dict[str, Masks]:
     """Masks by name: dense, each multiple, measured."""
-    goal = (params.sparsity, params.slack)
-    measured = adapt_measured(topology, masks, table, params.latency_phase, "uneven", *goal)
+    measured = adapt_measured(topology, masks, table, params.latency_phase, "uneven", params.sparsity, params.slack)
     return {"dense": Masks.dense(topology), **by_multiple(topology, masks, params.sparsity), "measured": measured}
 
 

@@ -54,7 +54,9 @@ class Row(BaseModel):
 class Rows(Row):
     """One row, or one for each combination of values."""
 
-    each: dict[str, list[Any]] = Field(default={}, description="Keys to set to each of their values; {key} in a name.")
+    each: dict[str, list[Any]] = Field(
+        default={}, description="Keys with their values; {key} in a name, if it has no dot."
+    )
 
     def by_name(self, template: str) -> Iterator[tuple[str, Row]]:
         """Raises ValueError for a {key} that is not in `each`."""

@@ -55,12 +55,6 @@ class Knapsack:
         labels = smaller.label[taken][np.argsort(smaller.group[taken])]
         return Solution(labels, {n: float(smaller.costs[n][taken].sum()) + own for n, own in self.fixed.items()})
 
-    def lowest(self, name: str) -> float:
-        """The lowest sum of one cost; infinite if a group has no choices."""
-        if not self.has_all_groups():
-            return float("inf")
-        return self.fixed[name] + sum(self.costs[name][self.group == group].min() for group in range(self.groups))
-
     def has_all_groups(self) -> bool:
         """Whether each group has a choice left."""
         return len(np.unique(self.group)) == self.groups

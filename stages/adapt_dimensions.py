@@ -9,7 +9,7 @@ from stages._command import command
 from stages._options import Config, Metrics, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact, write_json
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.masks.adapt import adapt, adapt_metrics
 from tvaprune.masks.latency_table import PHASES, latency_metrics, read_table
 from tvaprune.masks.masks import read_masks, write_masks

@@ -7,7 +7,7 @@ from typer import secho
 from stages._command import command
 from stages._options import Config, Marker, ParamsFile
 from tvaprune.architecture.topology import Topology
-from tvaprune.checkpoint.loading import check_context, load_config
+from tvaprune.checkpoint.config import check_context, load_config
 from tvaprune.export.widths import check_group_multiples, check_types, check_widths
 from tvaprune.masks.adapt import check_multiples
 from tvaprune.methods import check_request

@@ -11,8 +11,8 @@ from stages._command import command
 from stages._options import Metrics, Model, ParamsFile
 from tvaprune.architecture.topology import EMBEDDING, Topology
 from tvaprune.artifacts import read_artifact, write_json
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import measured, sizes
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.cost import peak_memory_bytes

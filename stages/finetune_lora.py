@@ -9,7 +9,8 @@ from typer import Option, echo
 from stages._launch import join_processes, process_command
 from stages._options import Compact, Curve, Metrics, Model, ParamsFile, Windows
 from tvaprune.artifacts import read_windows, write_json
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.config import load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.device import require_trainable
 from tvaprune.export.seal import OWN_FILES, certify_retrained, require
 from tvaprune.params.finetune_lora import FinetuneLoraParams

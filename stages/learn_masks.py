@@ -9,7 +9,8 @@ from stages._launch import join_processes, process_command
 from stages._options import Curve, Metrics, Model, ParamsFile, Windows
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_windows, write_json
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.config import load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.device import require_trainable
 from tvaprune.gates.memory import memory_table
 from tvaprune.masks.latency_table import read_table

@@ -9,7 +9,7 @@ from stages._command import command
 from stages._options import Config, Metrics, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import write_json
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.latency_table import profile_metrics, write_staircase, write_table

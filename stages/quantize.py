@@ -10,7 +10,7 @@ from typer import Option, echo
 from stages._command import command
 from stages._options import Compact, Finetuned, Heldout, Metrics, Model, ParamsFile
 from tvaprune.artifacts import write_json
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.export.quantized import certified, write_files
 from tvaprune.export.seal import require
 from tvaprune.measures.comparison import present_models

@@ -9,7 +9,7 @@ from typer import Option, echo
 from stages._command import command
 from stages._options import Compact, Finetuned, Model, ParamsFile
 from tvaprune.architecture.topology import Topology
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.masks import read_masks
 from tvaprune.measures.comparison import present_models

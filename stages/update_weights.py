@@ -9,7 +9,7 @@ from stages._command import command
 from stages._options import Config, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.masks.update import read_update, weight_update, write_update
 from tvaprune.params.update_weights import UpdateWeightsParams
 

@@ -22,8 +22,9 @@ from stages._options import Heldout, Model, ParamsFile
 from tools.mask_speed import time_widths
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import LayerWidths, Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.device import DTYPES
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table

@@ -23,9 +23,9 @@ from typer import Option
 
 from stages._command import command
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.layouts import dense_tensors
-from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import measured
 from tvaprune.checkpoint.tensor_files import write_checkpoint
 from tvaprune.cost import peak_memory_bytes

@@ -18,7 +18,7 @@ from stages._command import command
 from stages._options import Config
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import LayerWidths, Topology
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.adapt import adapt

@@ -21,7 +21,7 @@ from stages._command import command
 from stages._options import Compact, Model
 from tools import _vllm_speed_script as script
 from tvaprune.artifacts import write_json
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.measures import markdown
 from tvaprune.proof.vllm_runtime import ENVIRONMENT

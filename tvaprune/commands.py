@@ -212,7 +212,7 @@ def import_masks(
     """
     from tvaprune.architecture.parameter_counts import sparsity
     from tvaprune.architecture.topology import Topology
-    from tvaprune.checkpoint.loading import load_config
+    from tvaprune.checkpoint.config import load_config
     from tvaprune.masks.masks import write_masks
     from tvaprune.masks.published import read_published_masks
     from tvaprune.masks.update import write_update

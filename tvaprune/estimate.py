@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.layouts import dense_tensors, plan
-from tvaprune.checkpoint.loading import load_config
 from tvaprune.gates.memory import training_memory
 from tvaprune.inputs.sources import LocalSource
 from tvaprune.masks.adapt import adapt

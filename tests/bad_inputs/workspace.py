@@ -22,8 +22,8 @@ from tests.tiny_models import random_masks, random_update, write_published
 from tvaprune import commands
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import write_artifact
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.loading import load_config
 from tvaprune.errors import clear_errors
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import write_masks

@@ -12,7 +12,7 @@ import tvaprune
 from tests.golden.writing import GOLDEN, GOLDEN_FAMILIES, LAYOUTS, write_version
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.masks.masks import read_masks
 from tvaprune.masks.update import read_update
 from tvaprune.proof.parity import compact_logits, compare

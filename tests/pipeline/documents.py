@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.pipeline.workspace import REPOSITORY, Workspace, environment
 from tests.tiny_models import random_masks, random_update, write_published
 from tvaprune.architecture.topology import Topology
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md"))))
 BLOCK = re.compile(

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.report import sizes
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.commands import app

@@ -12,9 +12,10 @@ import torch
 from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.fold import can_stay_tied
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate

@@ -14,7 +14,7 @@ from tests.unit.test_finetune import OPTIONS
 from tools import try_steps
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import Topology
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.distributed import Process
 from tvaprune.estimate import memory, published_config, size_lines, sizes
 from tvaprune.gates.memory import LiveBytes

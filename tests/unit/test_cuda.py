@@ -15,7 +15,7 @@ from tests.unit.test_latency import VOCAB, build, build_pruned, build_sliding, b
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.sharding import shard_layers
 from tvaprune.architecture.topology import LayerWidths, Topology
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.distributed import Process, World

@@ -300,6 +300,14 @@ def test_importing_the_stages_leaves_the_interpreters_hook_alone() -> None:
 GUARD = "import sys; sys.path.insert(0, {root!r}); import tvaprune"
 
 
+def test_stages_that_load_no_model_start_without_transformers_model_classes() -> None:
+    """They take seconds to import."""
+    names = ("check_params", "sample_calibration", "check_leaks", "adapt_dimensions", "update_weights")
+    program = f"import sys; from stages import {', '.join(names)}; print('transformers.modeling_utils' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("in_stage", "own", "allowed"), [(True, True, True), (True, False, False), (False, False, True)]
 )

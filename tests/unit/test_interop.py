@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.loading import load
 
 PROMPTS = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(1))
 

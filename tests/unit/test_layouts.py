@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.layouts import dense_tensors, plan
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.checkpoint.tensor_files import Checkpoint, TensorInfo, plan_shards, write_checkpoint
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks

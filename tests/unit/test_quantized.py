@@ -13,7 +13,8 @@ from stages.quantize import main
 from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from tests.unit.test_gguf import masks_of, pruned, saved
 from tvaprune.architecture.topology import Topology, hidden_states
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.config import load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.quantized import write_files
 from tvaprune.export.torchao import write_int8

@@ -16,8 +16,9 @@ from tests.vllm_environment import vllm_python
 from tools.vllm_speed import agreement, row, table
 from tvaprune import commands
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
-from tvaprune.checkpoint.loading import load, load_config
+from tvaprune.checkpoint.loading import load
 from tvaprune.masks.adapt import Layout, adapt
 from tvaprune.masks.projection import project
 from tvaprune.proof.certificate import (

@@ -11,7 +11,7 @@ from tools.gpu.parts import BATCHES, MODELS, Settings
 from tools.mask_speed import against_dense, time_widths
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import LayerWidths, Topology
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.estimate import random_masks
 from tvaprune.masks.adapt import adapt, nearest_multiple

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from tools.compaction_cost import write_noise
 from tools.gpu.parts import PARTS, REPOSITORY, Settings
 from tools.run_rows import Row, with_values
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.estimate import PUBLISHED, memory, sizes
 from tvaprune.inputs.documents import Document, write_documents

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tvaprune.architecture.topology import EMBEDDING, HEAD, cut
 from tvaprune.artifacts import write_json
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.fold import along_dimension, fold, scales
 from tvaprune.checkpoint.layouts import Plan, plan
-from tvaprune.checkpoint.loading import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint, write_checkpoint
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import tvaprune
 from tvaprune.artifacts import SOURCE_FILE, write_json
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import PRUNED, load_config
 from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks
 from tvaprune.proof.certificate import GGUF, Check, hashes
@@ -120,7 +120,7 @@ def _quality(figures: dict[str, float]) -> str:
 
 def _usage(directory: Path) -> str:
     model_type = load_config(directory).model_type
-    own_code = model_type == "tvaprune"
+    own_code = model_type == PRUNED
     # The tokenizer's load reads config.json too: without trust_remote_code it asks on the terminal whether to run code.
     arguments = '".", trust_remote_code=True' if own_code else '"."'
     text = (

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, plan_gguf
 from tvaprune.export.gguf_tokenizer import add_tokenizer

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from transformers import AutoTokenizer
 
-from tvaprune.checkpoint.loading import load_config
+from tvaprune.checkpoint.config import load_config
 from tvaprune.export.gguf import GgufDtype, write_gguf
 from tvaprune.export.torchao import write_int8
 from tvaprune.export.widths import check_types, check_widths

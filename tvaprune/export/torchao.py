@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-from tvaprune.checkpoint.loading import require_model
+from tvaprune.checkpoint.config import require_model
 
 
 @torch.inference_mode()

@@ -23,16 +23,15 @@ from typer import Argument, Option, echo
 
 from stages._command import command
 from tvaprune.architecture.attention import use_training_attention
-from tvaprune.architecture.topology import LayerWidths, Topology, hidden_states
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype, synchronise
 from tvaprune.distributed import ALONE, Process
 from tvaprune.estimate import Sizes, memory, published_config, sizes
 from tvaprune.gates.insertion import GatedModel
-from tvaprune.gates.objective import Batch, objective
+from tvaprune.gates.objective import objective
 from tvaprune.gates.training import new_gates
-from tvaprune.losses import next_token_labels
 from tvaprune.measures.latency import random_prompt
 from tvaprune.measures.machine import machine_name
 from tvaprune.options.gates import with_steps
@@ -51,7 +50,7 @@ def random_dense(found: Sizes, dtype: torch.dtype, device: torch.device) -> PreT
 def try_learning(found: Sizes, dense: PreTrainedModel, steps: int) -> dict[str, Any]:
     """Steps of learn_masks, each beside the same forward, objective and backward without gates.
 
-    Returns median seconds of the teacher's pass, of the bare step and of the gates' step.
+    Returns median seconds of the bare step and of the gates' step.
     """
     request, size = found.request, found.request.options.batch_size
     ids = random_prompt(dense, size * steps, found.windows.seq_len)
@@ -62,22 +61,17 @@ def try_learning(found: Sizes, dense: PreTrainedModel, steps: int) -> dict[str, 
     if request.gradient_checkpointing:
         dense.activation_checkpointing_enable()
         dense.train()
-    seconds: dict[str, list[float]] = {"teacher": [], "bare": [], "gates": []}
+    seconds: dict[str, list[float]] = {"bare": [], "gates": []}
     with GatedModel(dense, topology).inserted() as gated:
         gates.start(gated, ids[:2], ALONE, progress=True)
         for step, windows in enumerate(Progress(ids.split(size), desc="steps")):
             gated.clear()
-            teacher = None
-            if options.distillation_weight > 0:
-                with torch.no_grad(), timed(dense.device, seconds["teacher"]):
-                    teacher = hidden_states(dense, windows).flatten(0, 1)
-            batch = Batch(windows, next_token_labels(windows), teacher)
             dense.enable_input_require_grads()
             with timed(dense.device, seconds["bare"]):
-                objective(dense, batch, options).loss.backward()
+                objective(dense, windows).backward()
             dense.disable_input_require_grads()
             with timed(dense.device, seconds["gates"]):
-                gates.step(gated, batch, step, ALONE)
+                gates.step(gated, windows, step, ALONE)
     median = {f"{name}_s": statistics.median(values) if values else 0.0 for name, values in seconds.items()}
     asked = {"steps": request.options.steps, "batch_size": size, "checkpointing": request.gradient_checkpointing}
     return _figures("learn_masks", found, dense, median | asked)
@@ -150,8 +144,8 @@ def main(
     echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
     dense = random_dense(found, dtype, device)
     learned = try_learning(found, dense, steps)
-    ratio = f"without the teacher, a step takes {learned['gates_s'] / learned['bare_s']:.2f} times one without gates"
-    _say("learn_masks", learned, learned["gates_s"] + learned["teacher_s"], ratio)
+    ratio = f"a step takes {learned['gates_s'] / learned['bare_s']:.2f} times one without gates"
+    _say("learn_masks", learned, learned["gates_s"], ratio)
     if found.recover.enabled:
         tuned = try_finetuning(found, dense, steps, device)
         ratio = f"a step takes {tuned['step_s'] / tuned['alone_s']:.2f} times one without a teacher"

@@ -58,7 +58,7 @@ def _parameters() -> list[Case]:
         _check("an infinite head start", param("learn_masks.tva.head_start.hidden", INF), "head_start.hidden"),
         _check("an infinite rate in fine-tuning", param("finetune_lora.learning_rate", INF), "learning_rate"),
         _check("nothing to learn from", both(
-            param("learn_masks.tva.ce_weight", 0), param("learn_masks.tva.distillation_weight", 0)
+            param("finetune_lora.ce_weight", 0), param("finetune_lora.distillation_weight", 0)
         ), "ce_weight"),
         _check("a mix of unknown sources", param("sample_calibration.mix", {"poems": 1}), "sample_calibration.mix"),
         _check("a mix of zeros", param("sample_calibration.mix", {"letters": 0, "notes": 0}), "sample_calibration.mix"),

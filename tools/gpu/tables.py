@@ -76,7 +76,6 @@ def _steps(figures: Figures, limits: dict[str, Any]) -> Rows:
     head = [
         "",
         "s a step",
-        "of them the teacher",
         "without",
         "× without",
         "minutes of all steps",
@@ -85,14 +84,12 @@ def _steps(figures: Figures, limits: dict[str, Any]) -> Rows:
     ]
     rows = []
     for step, each in figures.items():
-        if "gates_s" in each:  # without gates; the teacher is beside both
-            teacher, seconds, without, ratio = f"{each['teacher_s']:.3f}", each["gates_s"], each["bare_s"], "gates"
-            total = seconds + each["teacher_s"]
+        if "gates_s" in each:
+            seconds, without, lacking = each["gates_s"], each["bare_s"], "gates"
         else:
-            teacher, seconds, without, ratio = "", each["step_s"], each["alone_s"], "a teacher"
-            total = seconds
-        cells = [f"{total:.3f}", teacher, f"{without:.3f} without {ratio}", f"{seconds / without:.2f}"]
-        cells += [f"{total * each['steps'] / 60:.1f} for {each['steps']}", *_memory(each, "peak_memory_bytes")]
+            seconds, without, lacking = each["step_s"], each["alone_s"], "a teacher"
+        cells = [f"{seconds:.3f}", f"{without:.3f} without {lacking}", f"{seconds / without:.2f}"]
+        cells += [f"{seconds * each['steps'] / 60:.1f} for {each['steps']}", *_memory(each, "peak_memory_bytes")]
         rows.append([step, *cells])
     return head, rows
 

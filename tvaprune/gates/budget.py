@@ -20,7 +20,7 @@ from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import GATED_SITES, Topology
 from tvaprune.distributed import World
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
-from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
+from tvaprune.gates.objective import Row, average, gradient, objective, row
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_above, level_layers, project, solve_threshold
 from tvaprune.masks.update import WeightUpdate
@@ -157,7 +157,7 @@ class BudgetGates:
             return self.score
         return {axis: score if axis == "hidden" else level_layers(score) for axis, score in self.score.items()}
 
-    def step(self, gated: GatedModel, batch: Batch, index: int, world: World) -> Row:
+    def step(self, gated: GatedModel, input_ids: Tensor, index: int, world: World) -> Row:
         """One optimiser step under the budget, `index` from 0; gradients are averaged over the world's processes."""
         options, topology = self.options, self.topology
         progress = (index + 1) / options.steps
@@ -165,10 +165,10 @@ class BudgetGates:
         keep, threshold = self.select(scheduled)
         gates = {axis: (keep[axis] * self.mean[axis]).requires_grad_() for axis in AXES}
         channel_mean = {site: mean.detach().clone().requires_grad_() for site, mean in self.channel_mean.items()}
-        squares = self.squares(batch.input_ids.shape[1])
+        squares = self.squares(input_ids.shape[1])
         gated.set(gates, int(keep["hidden"].sum()), channel_mean, squares)
-        loss = objective(gated.model, batch, options)
-        loss.loss.backward()
+        loss = objective(gated.model, input_ids)
+        loss.backward()
         gradients = [leaf.grad for leaf in (*gates.values(), *channel_mean.values()) if leaf.grad is not None]
         loss = average(world, loss, gradients)
         norm, clip_factor = self._norm.clip(gradients, options.clip_ratio)

@@ -21,9 +21,9 @@ def gate_curvature(
 
     F = E[(d log p(y) / d z)²] with y sampled from the model itself. Gradients are summed over a block of tokens before
     they are squared (`SquaredGradients`), and the squares over a window's blocks.
-    At the dense model it is the Hessian of the distillation loss, so ½·F is what dropping a unit costs to second
-    order (optimal brain damage, LeCun et al. 1989; on masks, Kwon et al., NeurIPS 2022). Labels of the text would
-    mix in how wrong the model is.
+    At the dense model it is the Hessian of the KL divergence from its predictions, so ½·F is what dropping a unit costs
+    to second order (optimal brain damage, LeCun et al. 1989; on masks, Kwon et al., NeurIPS 2022). Labels of the text
+    would mix in how wrong the model is.
 
     Args:
         gated: with its gates inserted; left clear.
@@ -54,10 +54,10 @@ class RunningCurvature:
     """The dense model's curvature over `windows` windows, averaged with what training's gradients say, at no cost.
 
     The square of a gate's gradient over a block of tokens is a draw of its Fisher information (the empirical one, with
-    the text's labels, and half of the objective distillation). Training computes it at every step. It says what the
-    dense model cannot: how the loss curves once other units are gone. Each axis's draws are scaled to the start's total
-    over the units that were drawn, so that neither the objective's weights nor the labels shift the axes against each
-    other. A dropped unit has no draw: its gradient at 0 is not its curvature.
+    the text's labels). Training computes it at every step. It says what the dense model cannot: how the loss curves
+    once other units are gone. Each axis's draws are scaled to the start's total over the units that were drawn, so that
+    the labels do not shift the axes against each other. A dropped unit has no draw: its gradient at 0 is not its
+    curvature.
     """
 
     def __init__(self, start: dict[Axis, Float[Tensor, "..."]], windows: int) -> None:

@@ -29,7 +29,7 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import adamw, take_step
 from tvaprune.gates.insertion import GatedModel
-from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
+from tvaprune.gates.objective import Row, average, gradient, objective, row
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import make_scores_match_mask, project
 from tvaprune.masks.update import WeightUpdate
@@ -64,7 +64,7 @@ class GraspruneGates:
     def start(self, gated: GatedModel, input_ids: Tensor, world: World, progress: bool) -> None:
         """Nothing is measured before the first step."""
 
-    def step(self, gated: GatedModel, batch: Batch, index: int, world: World) -> Row:
+    def step(self, gated: GatedModel, input_ids: Tensor, index: int, world: World) -> Row:
         """One step on the scores, or on the scales of the final masks."""
         learns_masks = index < self.options.mask_steps
         trained, optimizer = (
@@ -78,8 +78,8 @@ class GraspruneGates:
         else:
             gates = {axis: keep[axis] * scale for axis, scale in self._scale(leaves).items()}
         gated.set(gates, self.topology.hidden, self._on_keys(gates))
-        loss = objective(gated.model, batch, self.options)
-        loss.loss.backward()
+        loss = objective(gated.model, input_ids)
+        loss.backward()
         gradients = [gradient(leaf) for leaf in leaves.values()]
         loss = average(world, loss, gradients)
         norm = float(torch.nn.utils.get_total_norm(gradients))

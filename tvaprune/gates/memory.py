@@ -12,11 +12,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tvaprune.architecture.attention import use_training_attention
-from tvaprune.architecture.topology import GATED_SITES, Site, Topology, hidden_states
+from tvaprune.architecture.topology import GATED_SITES, Site, Topology
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
-from tvaprune.gates.objective import Batch, objective
+from tvaprune.gates.objective import objective
 from tvaprune.gates.paper import pool_size
-from tvaprune.losses import next_token_labels
 from tvaprune.options.axes import Axis
 from tvaprune.options.gates import GateOptions, GraspruneOptions, PaperOptions
 
@@ -59,13 +58,8 @@ def training_memory(
         live.restart()
         with GatedModel(model, topology).inserted() as gated:
             gates, means, step_options = _open_gates(topology, options, seq_len, dtype)
-            teacher = None
-            if options.distillation_weight > 0:
-                with torch.no_grad():
-                    teacher = hidden_states(model, input_ids).flatten(0, 1)
             gated.set(gates, topology.hidden, means, **step_options)
-            batch = Batch(input_ids, next_token_labels(input_ids), teacher)
-            objective(model, batch, options).loss.backward()
+            objective(model, input_ids).backward()
         step = live.highest
     trained = sum(gate.numel() for gate in gates.values())  # and as many scores or log-variances
     trained = 2 * trained + sum(mean.numel() for mean in means.values())

@@ -22,7 +22,7 @@ from tvaprune.architecture.topology import GATED_SITES, Site, Topology
 from tvaprune.distributed import World
 from tvaprune.gates.budget import adamw, take_step
 from tvaprune.gates.insertion import GatedModel
-from tvaprune.gates.objective import Batch, Row, average, gradient, objective, row
+from tvaprune.gates.objective import Row, average, gradient, objective, row
 from tvaprune.masks.masks import EPSILON, Masks, log_alpha
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
@@ -118,7 +118,7 @@ class PaperGates:
     def start(self, gated: GatedModel, input_ids: Tensor, world: World, progress: bool) -> None:
         """Nothing is measured before the first step."""
 
-    def step(self, gated: GatedModel, batch: Batch, index: int, world: World) -> Row:
+    def step(self, gated: GatedModel, input_ids: Tensor, index: int, world: World) -> Row:
         """One step with every gate open and noisy, the sparsity pulled by a penalty on its expectation."""
         options, topology = self.options, self.topology
         progress = (index + 1) / options.steps
@@ -126,8 +126,8 @@ class PaperGates:
         mean = {axis: self.mean[axis].clone().requires_grad_() for axis in AXES}
         log_var = {axis: self.log_var[axis].clone().requires_grad_() for axis in AXES}
         multipliers = self.multipliers.clone().requires_grad_()
-        gated.set(mean, topology.hidden, sample=self._sampler(gated, batch, log_var, index, world))
-        loss = objective(gated.model, batch, options)
+        gated.set(mean, topology.hidden, sample=self._sampler(gated, input_ids, log_var, index, world))
+        loss = objective(gated.model, input_ids)
         keep = {axis: torch.ones_like(mean[axis]) for axis in AXES}
         for axis in self.axes:
             keep[axis] = torch.sigmoid(options.slope * log_alpha(mean[axis], log_var[axis]))
@@ -135,7 +135,7 @@ class PaperGates:
         gap = sparsity - scheduled
         penalty = (multipliers[0] * gap + multipliers[1] * gap.square()).float()
         bottleneck = sum(getattr(options.kl_weight, axis) * kl(mean[axis], log_var[axis]) for axis in self.axes)
-        (loss.loss + bottleneck + penalty).backward()
+        (loss + bottleneck + penalty).backward()
         leaves = [*mean.values(), *log_var.values()]
         gradients = [gradient(leaf) for leaf in leaves]
         loss = average(world, loss, gradients)
@@ -147,11 +147,13 @@ class PaperGates:
         take_step(self._ascent, [gradient(multipliers)], options.lambda_lr)
         return row(loss, norm, float(sparsity.detach()), scheduled, keep["hidden"].detach().sum())
 
-    def _sampler(self, gated: GatedModel, batch: Batch, log_var: dict[Axis, Tensor], index: int, world: World) -> Any:
+    def _sampler(
+        self, gated: GatedModel, input_ids: Tensor, log_var: dict[Axis, Tensor], index: int, world: World
+    ) -> Any:
         """What multiplies an activation: the gate plus sigma times noise."""
         if self._noise is None:
             weight = next(gated.model.parameters())
-            size = pool_size(self.topology, batch.input_ids.shape[1])
+            size = pool_size(self.topology, input_ids.shape[1])
             self._noise = NoisePool(self._seed, weight.device, weight.dtype, size)
         noise, rows = self._noise, self.topology.query_rows
         size = self.options.batch_size

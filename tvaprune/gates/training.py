@@ -7,16 +7,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import Topology, hidden_states
+from tvaprune.architecture.topology import Topology
 from tvaprune.distributed import ALONE, World
 from tvaprune.gates.budget import BudgetGates
 from tvaprune.gates.closed_form import ClosedFormGates
 from tvaprune.gates.grasprune import GraspruneGates
 from tvaprune.gates.insertion import GatedModel
-from tvaprune.gates.objective import Batch, Row
+from tvaprune.gates.objective import Row
 from tvaprune.gates.paper import PaperGates
 from tvaprune.gates.straight_through import StraightThroughGates
-from tvaprune.losses import DivergedError, next_token_labels
+from tvaprune.losses import DivergedError
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.axes import Axis
@@ -95,12 +95,7 @@ def learn_gates(
         for step in bar:
             indices = [(step * options.batch_size + window) % len(input_ids) for window in own_windows]
             windows = input_ids[indices].long().to(device)
-            teacher = None
-            if options.distillation_weight > 0:
-                gated.clear()
-                with torch.no_grad():
-                    teacher = hidden_states(model, windows).flatten(0, 1)
-            row = gates.step(gated, Batch(windows, next_token_labels(windows), teacher), step, world)
+            row = gates.step(gated, windows, step, world)
             if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
                 raise DivergedError(
                     f"learn_masks: step {step + 1}, windows {indices}: loss {row['loss']}, gradient norm "

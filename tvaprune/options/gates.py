@@ -1,7 +1,7 @@
 """Options of the methods that train gates: `tva` with its ablations, `paper` and `grasprune`."""
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,7 +40,7 @@ class TvaOptions(MethodOptions):
         Literal["deterministic", "vtrans"] | None,
         Field(description="deterministic: scores by gradient instead of closed form; vtrans: without the means."),
     ] = None
-    steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 150
+    steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 200
     batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
     ramp: Annotated[float, Field(ge=0, le=1, description="Share of the steps over which the sparsity rises.")] = 0.7
     curvature_windows: Annotated[
@@ -60,10 +60,6 @@ class TvaOptions(MethodOptions):
     uniform_layers: Annotated[
         bool, Field(description="Keep as many units in every layer, at every step: for compact.layout = uniform.")
     ] = False
-    ce_weight: Annotated[float, Field(ge=0, description="Weight of the cross-entropy with the text.")] = 0.5
-    distillation_weight: Annotated[
-        float, Field(ge=0, description="Weight of the KL divergence from the dense model's predictions.")
-    ] = 0.5
     clip_ratio: Annotated[
         float | None,
         Field(
@@ -72,21 +68,12 @@ class TvaOptions(MethodOptions):
     ] = 4.0
 
     def __post_init__(self) -> None:
-        if self.ce_weight + self.distillation_weight == 0:
-            raise ValueError("ce_weight and distillation_weight are both 0: there is nothing to learn from")
         if self.uniform_layers and self.ablation == "deterministic":
             raise ValueError("uniform_layers: true needs scores in closed form; set ablation: null")
 
 
-class CrossEntropyAlone(MethodOptions):
-    """The loss of published methods; `TvaOptions` weighs two terms."""
-
-    ce_weight: ClassVar[float] = 1.0
-    distillation_weight: ClassVar[float] = 0.0
-
-
 @dataclass(frozen=True)
-class PaperOptions(CrossEntropyAlone):
+class PaperOptions(MethodOptions):
     """The paper's own training: sampled noise, KL and a Lagrangian (`tvaprune.gates.paper`)."""
 
     method = "paper"
@@ -104,7 +91,7 @@ class PaperOptions(CrossEntropyAlone):
 
 
 @dataclass(frozen=True)
-class GraspruneOptions(CrossEntropyAlone):
+class GraspruneOptions(MethodOptions):
     """GRASPrune: masks by straight-through scores, then scales (`tvaprune.gates.grasprune`)."""
 
     method = "grasprune"

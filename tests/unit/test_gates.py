@@ -572,8 +572,7 @@ def test_one_exploding_window_does_not_decide_the_masks(monkeypatch: pytest.Monk
 
         def exploding(*arguments: Any) -> Any:
             calls.append(0)
-            parts = plain(*arguments)
-            return parts._replace(loss=parts.loss * (times if len(calls) == 15 else 1))
+            return plain(*arguments) * (times if len(calls) == 15 else 1)
 
         monkeypatch.setattr(budget, "objective", exploding)
         found = learn(replace(TVA, clip_ratio=clip_ratio), 0.4)

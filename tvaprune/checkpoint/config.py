@@ -3,7 +3,6 @@
 Apart from `tvaprune.checkpoint.loading`, because transformers' model classes take seconds to import.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,8 @@ def load_config(directory: Path) -> PreTrainedConfig:
     """
     require_model(directory)
     with damage(directory):
-        if json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == PRUNED:
+        content, _ = PreTrainedConfig.get_config_dict(directory)
+        if content.get("model_type") == PRUNED:
             import tvaprune.checkpoint.loading  # noqa: F401  registers the class
 
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)

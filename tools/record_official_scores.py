@@ -20,6 +20,7 @@ from tools.official.grasprune import GRASPRUNE
 from tools.official.llm_pruner import LLM_PRUNER, MAGNITUDE
 from tools.official.loraprune import LORAPRUNE
 from tools.official.nirvana import NIRVANA
+from tools.official.osscar import OSSCAR
 
 PUBLISHED = {
     "flap": FLAP,
@@ -30,6 +31,7 @@ PUBLISHED = {
     "nirvana": NIRVANA,
     "loraprune": LORAPRUNE,
     "grasprune": GRASPRUNE,
+    "osscar": OSSCAR,
 }
 
 

@@ -4,7 +4,7 @@ import csv
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, shared_parameters
-from tvaprune.architecture.topology import Topology, hidden_states, lm_head
+from tvaprune.architecture.topology import Topology
 from tvaprune.baselines.allocation import protected_layers
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import check_axes, check_baseline, score_baseline
@@ -25,13 +25,12 @@ from tvaprune.distributed import ALONE, World
 from tvaprune.gates.fixed_masks import FixedMaskGates
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.gates.latency import LatencyGates
-from tvaprune.gates.objective import ROW, Row
+from tvaprune.gates.objective import ROW, Row, objective
 from tvaprune.gates.training import Gates, Learned, learn_gates, new_gates
-from tvaprune.losses import cross_entropy, next_token_labels
 from tvaprune.masks.latency_table import LatencyTable, latency_metrics
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import solve_threshold
-from tvaprune.masks.update import WeightUpdate
+from tvaprune.masks.update import WeightUpdate, replaced
 from tvaprune.options.axes import AXES
 from tvaprune.options.gates import TvaOptions
 from tvaprune.options.masks import MaskRequest, method_options
@@ -120,7 +119,10 @@ def find_masks(
         if request.means_steps:
             options = TvaOptions(steps=request.means_steps)
             gates = FixedMaskGates(topology, options, learned.masks, device)
-            learned = learn_gates(model, input_ids, gates, saver, progress)
+            refitted = WeightUpdate.none(topology, weight=learned.update.weight)
+            with replaced(model, refitted):
+                learned = learn_gates(model, input_ids, gates, saver, progress)
+            learned = replace(learned, update=replace(learned.update, weight=refitted.weight))
     return Found(
         masks=learned.masks,
         update=learned.update,
@@ -147,24 +149,22 @@ def validation_nll(
     windows: Int[Tensor, "windows seq"],
     world: World = ALONE,
 ) -> dict[str, float]:
-    """Mean nats a token over windows: dense, masked with means, masked with 0/1 gates."""
+    """Mean nats a token over windows: dense; mean: masked, with the whole update; binary: with 0/1 gates alone."""
     device = next(model.parameters()).device
-    variants = {"dense": None, "mean": hard_gates(masks.keep, update.scale), "binary": hard_gates(masks.keep)}
+    nothing = WeightUpdate.none(topology)
+    variants = {"dense": None, "mean": update, "binary": nothing}
     totals = dict.fromkeys(variants, 0.0)
     with GatedModel(model, topology).inserted() as gated:
-        for name, gates in variants.items():
-            if gates is not None:
-                means = update.channel_scale if name == "mean" else {}
+        for name, used in variants.items():
+            if used is not None:
                 gated.set(
-                    {axis: gate.to(device) for axis, gate in gates.items()},
+                    {axis: gate.to(device) for axis, gate in hard_gates(masks.keep, used.scale).items()},
                     int(masks.keep["hidden"].sum()),
-                    {site: mean.to(device) for site, mean in means.items()},
+                    {site: mean.to(device) for site, mean in used.channel_scale.items()},
                 )
-            for index, counts in world.turns(len(windows)):
-                window = windows[index].long().to(device)
-                hidden = hidden_states(model, window[None])[0]
-                loss = cross_entropy(hidden, lm_head(model).weight, next_token_labels(window[None]))
-                totals[name] += counts * float(loss)
+            with replaced(model, used or nothing):
+                for index, counts in world.turns(len(windows)):
+                    totals[name] += counts * float(objective(model, windows[index][None].long().to(device)))
     summed = world.sum_(torch.tensor(list(totals.values()), dtype=torch.float64, device=device))
     return {name: total / len(windows) for name, total in zip(totals, summed.tolist(), strict=True)}
 

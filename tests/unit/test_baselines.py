@@ -31,13 +31,14 @@ from tvaprune.baselines.llm_pruner import llm_pruner_scores
 from tvaprune.baselines.loraprune import Adapter, ramp_share, step_scores
 from tvaprune.baselines.magnitude import magnitude_scores
 from tvaprune.baselines.nirvana import nirvana_scores
+from tvaprune.baselines.osscar import osscar, refit
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import score_baseline
 from tvaprune.baselines.wanda_sp import wanda_scores
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_best, make_scores_match_mask
-from tvaprune.masks.update import WeightUpdate
+from tvaprune.masks.update import WeightUpdate, replaced
 from tvaprune.methods import check_request
 from tvaprune.options.axes import AXES, UNIT_AXES, Axis
 from tvaprune.options.baselines import (
@@ -49,6 +50,7 @@ from tvaprune.options.baselines import (
     LoraPruneOptions,
     MagnitudeOptions,
     NirvanaOptions,
+    OsscarOptions,
     RandomOptions,
     WandaSpOptions,
 )
@@ -459,6 +461,77 @@ def test_flap_has_one_threshold_over_layers_and_axes() -> None:
     # But for the units that filled what a head was too large for.
     assert int((dropped > kept.min()).sum()) <= topology.layers * topology.kv_heads
     assert masks.widths()["intermediate"].unique().numel() > 1
+
+
+def least_squares(weight: Tensor, squares: Tensor, columns: Tensor) -> tuple[float, Tensor]:
+    """The least ‖X·Wᵀ - X·W'ᵀ‖² / 2 over W' that reads these columns alone, and that W'; by lstsq on a root of H."""
+    root = torch.linalg.cholesky(squares).T
+    solved = torch.zeros_like(weight)
+    solved[:, columns] = torch.linalg.lstsq(root[:, columns], root @ weight.T).solution.T
+    return float((root @ (weight - solved).T).square().sum()) / 2, solved
+
+
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_osscar_drops_one_by_one_what_costs_least_and_refits_the_rest(inputs: int) -> None:
+    generator, units, kept = torch.Generator().manual_seed(inputs), 8, 5
+    x = torch.randn(40, units * inputs, generator=generator, dtype=torch.float64)
+    weight = torch.randn(6, units * inputs, generator=generator, dtype=torch.float64)
+    damped = x.T @ x + 0.01 * (x.T @ x).diagonal().mean() * torch.eye(units * inputs)
+    columns = torch.arange(units * inputs).view(units, inputs)
+    left = list(range(units))
+    while len(left) > kept:
+        cost = {
+            unit: least_squares(weight, damped, columns[[u for u in left if u != unit]].flatten())[0] for unit in left
+        }
+        left.remove(min(cost, key=cost.__getitem__))
+    found = refit(weight, x.T @ x, units, kept, at_once=1, damping=0.01)
+    assert found.keep.nonzero().flatten().tolist() == left
+    base, solved = least_squares(weight, damped, columns[left].flatten())
+    torch.testing.assert_close(found.weight, solved)
+    for unit in left:
+        without = least_squares(weight, damped, columns[[u for u in left if u != unit]].flatten())[0]
+        assert float(found.error[unit]) == pytest.approx(without - base, rel=1e-4)
+    assert found.error[found.keep].min() > found.error[~found.keep].max()
+
+
+def test_osscar_drops_dead_inputs_first_and_survives_them() -> None:
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    x[:, [1, 4]] = 0
+    found = refit(torch.ones(3, 6), x.T @ x, 6, 4, at_once=10, damping=0.01)
+    assert found.keep.tolist() == [True, False, True, True, False, True]
+    torch.testing.assert_close(found.weight[:, [0, 2, 3, 5]], torch.ones(3, 4, dtype=torch.float64))
+    nothing_left = refit(torch.ones(3, 6), x.T @ x, 6, 0, at_once=4, damping=0.01)
+    assert not nothing_left.keep.any()
+    assert not nothing_left.weight.any()
+
+
+def test_osscar_solves_each_layer_for_what_comes_through_the_pruned_layers_before_it() -> None:
+    """Its matrices bring the pruned model nearer to the dense one than its masks alone do."""
+    model = tiny_model("llama")
+    problem = problem_of(model)
+    masks, update = osscar(problem, OsscarOptions(units_at_once=2))
+    windows = WINDOWS.long()
+    dense = model(input_ids=windows).logits
+    distance = {}
+    for name, used in {"masks": WeightUpdate.none(problem.topology), "matrices": update}.items():
+        with replaced(model, used), GatedModel(model, problem.topology).inserted() as gated:
+            gated.set(hard_gates(masks.keep), kept_hidden=problem.topology.hidden)
+            distance[name] = float((model(input_ids=windows).logits - dense).square().mean())
+    assert distance["matrices"] < 0.8 * distance["masks"]
+    # The second layer's MLP, solved again from inputs that are collected here.
+    seen: list[Tensor] = []
+    first = {name: weight for name, weight in update.weight.items() if ".layers.0." in name}
+    module = model.get_submodule("model.layers.1.mlp.down_proj")
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with replaced(model, WeightUpdate.none(problem.topology, weight=first)):
+        model(input_ids=windows)
+    handle.remove()
+    squares = (seen[0].T @ seen[0]).double()
+    again = refit(module.weight, squares, 96, int(masks.keep["intermediate"][1].sum()), at_once=2, damping=0.01)
+    assert torch.equal(again.keep, masks.keep["intermediate"][1])
+    torch.testing.assert_close(
+        update.weight["model.layers.1.mlp.down_proj.weight"].double(), again.weight, rtol=1e-3, atol=1e-4
+    )
 
 
 # ---- scores from gradients

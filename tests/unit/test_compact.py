@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import Topology, reader_shapes
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.fold import can_stay_tied
@@ -158,6 +158,20 @@ def test_flap_biases_are_added_to_the_projections(tmp_path: Path) -> None:
     assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-5
     without = WeightUpdate(update.scale)
     assert compare(masked_dense_logits(dense, masks, without, PROMPTS), reloaded).max_rel_logit_diff > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_new_matrices_are_scaled_and_cut_in_place_of_the_dense_ones(family: str, tmp_path: Path) -> None:
+    dense = save_tiny_model(family, tmp_path / "dense")
+    topology = Topology.of(load_config(dense))
+    masks, update = random_masks(topology, seed=18, empty_layer=1), random_update(topology, seed=19)
+    update.weight.update({name: 0.2 * torch.randn(shape) for name, shape in reader_shapes(topology).items()})
+    compact(dense, masks, update, tmp_path / "compact")
+    reloaded = compact_logits(tmp_path / "compact", PROMPTS)
+    for logits in (masked_dense_logits, gated_logits):
+        assert compare(logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-4
+        without = replace(update, weight={})
+        assert compare(logits(dense, masks, without, PROMPTS), reloaded).max_rel_logit_diff > 1e-2
 
 
 def test_a_mask_that_keeps_nothing_is_refused(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from tvaprune.architecture.parameter_counts import (
     sparsity,
     unit_costs,
 )
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import Topology, reader_shapes
 from tvaprune.artifacts import ArtifactError
 from tvaprune.masks.adapt import adapt, adapt_metrics, nearest_multiple
 from tvaprune.masks.masks import Masks, read_masks, write_masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, keep_best, project, solve_threshold
-from tvaprune.masks.update import read_update, weight_update, write_update
+from tvaprune.masks.update import WeightUpdate, read_update, weight_update, write_update
 from tvaprune.options.axes import AXES
 
 TOPOLOGY = Topology(layers=4, hidden=64, intermediate=96, kv_heads=4, group_size=2, head_dim=8)
@@ -117,16 +117,21 @@ def test_masks_read_back_as_written(tmp_path: Path) -> None:
     assert meta["polarity"] == "True = keep"
 
 
-def test_an_update_reads_back_as_written_and_none_keeps_its_biases(tmp_path: Path) -> None:
-    update = replace(random_update(TOPOLOGY, seed=1), bias={"model.layers.0.mlp.down_proj": torch.randn(64)})
+def test_an_update_reads_back_as_written_and_none_keeps_biases_and_matrices(tmp_path: Path) -> None:
+    shapes = reader_shapes(TOPOLOGY)
+    update = replace(
+        random_update(TOPOLOGY, seed=1),
+        bias={"model.layers.0.mlp.down_proj": torch.randn(64)},
+        weight={name: torch.randn(shapes[name]).bfloat16() for name in list(shapes)[:3]},
+    )
     write_update(tmp_path, update, made_with={})
     again = read_update(tmp_path, TOPOLOGY)
-    for part in ("scale", "bias", "channel_scale"):
+    for part in ("scale", "bias", "channel_scale", "weight"):
         assert getattr(update, part).keys() == getattr(again, part).keys()
         assert all(torch.equal(value, getattr(again, part)[name]) for name, value in getattr(update, part).items())
     assert weight_update(TOPOLOGY, update, "mean") is update
     none = weight_update(TOPOLOGY, update, "none")
-    assert none.bias == update.bias
+    assert (none.bias, none.weight) == (update.bias, update.weight)
     assert not none.channel_scale
     assert all((scale == 1).all() for scale in none.scale.values())
 
@@ -138,6 +143,20 @@ def test_an_update_of_another_model_is_refused(tmp_path: Path, changed: dict, na
     write_update(tmp_path, random_update(TOPOLOGY, seed=1))
     with pytest.raises(ArtifactError, match=named):
         read_update(tmp_path, replace(TOPOLOGY, **changed))
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"),
+    [
+        ({"model.layers.0.mlp.down_proj.weight": torch.ones(64, 80)}, r"is \(64, 80\), but the model needs \(64, 96\)"),
+        ({"model.layers.9.mlp.down_proj.weight": torch.ones(64, 96)}, "no o_proj or down_proj of this model"),
+        ({"model.layers.0.mlp.down_proj.weight": torch.full((64, 96), torch.nan)}, "not finite"),
+    ],
+)
+def test_matrices_that_do_not_fit_are_refused(tmp_path: Path, weight: dict, named: str) -> None:
+    write_update(tmp_path, WeightUpdate.none(TOPOLOGY, weight=weight))
+    with pytest.raises(ArtifactError, match=named):
+        read_update(tmp_path, TOPOLOGY)
 
 
 def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.official.record import SEED, TOKENS, WIDE_HEADS, fingerprint
+from tools.official.record import MANY_HEADS, SEED, TOKENS, WIDE_HEADS, TinyLlama, fingerprint
 from tools.record_official_scores import PUBLISHED, main
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Topology
@@ -18,11 +18,19 @@ from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.flap import flap, flap_scores
 from tvaprune.baselines.llm_pruner import llm_pruner, llm_pruner_scores
 from tvaprune.baselines.magnitude import magnitude, magnitude_scores
+from tvaprune.baselines.osscar import osscar
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.wanda_sp import sequential_wanda_scores, wanda_sp
 from tvaprune.masks.masks import Masks
 from tvaprune.options.axes import UNIT_AXES, Axis
-from tvaprune.options.baselines import Allocation, FlapOptions, LlmPrunerOptions, MagnitudeOptions, WandaSpOptions
+from tvaprune.options.baselines import (
+    Allocation,
+    FlapOptions,
+    LlmPrunerOptions,
+    MagnitudeOptions,
+    OsscarOptions,
+    WandaSpOptions,
+)
 
 OFFICIAL = Path(__file__).resolve().parents[1] / "official"
 ALLOCATION: dict[str, Allocation] = {"AL-AM": "adaptive", "UL-UM": "uniform"}
@@ -41,15 +49,15 @@ def official(run: dict[str, Any], name: str, axis: Axis) -> Tensor:
     return torch.tensor(run[name][axis], dtype=torch.bool if name == "keep" else torch.float32)
 
 
-def problem_of(run: dict[str, Any]) -> Problem:
+def problem_of(run: dict[str, Any], llama: TinyLlama = WIDE_HEADS) -> Problem:
     """The model and windows of the record; the target is what the published code kept, where it cut."""
-    model = WIDE_HEADS.model(**run["settings"].get("llama", {}))
+    model = llama.model(**run["settings"].get("llama", {}))
     assert fingerprint(model) == run["weights"]
     topology, target = Topology.of(model.config), 0.2
     if "keep" in run:
         keep = {**Masks.dense(topology).keep, **{axis: official(run, "keep", axis) for axis in UNIT_AXES}}
         target = 1 - kept_decoder_parameters(topology, keep) / dense_decoder_parameters(topology)
-    return Problem(model, topology, WIDE_HEADS.token_windows(), target, UNIT_AXES, progress=False)
+    return Problem(model, topology, llama.token_windows(), target, UNIT_AXES, progress=False)
 
 
 def assert_same_units_kept(masks: Masks, run: dict[str, Any]) -> None:
@@ -139,3 +147,18 @@ def test_magnitude(run: dict[str, Any]) -> None:
     for axis, matrices in (("kv_heads", 4), ("intermediate", 3)):
         torch.testing.assert_close(scores[axis][1:-1] / matrices, official(run, "scores", axis), rtol=1e-5, atol=1e-6)
     assert_same_units_kept(magnitude(problem, MagnitudeOptions(protect_first=1, protect_last=1)), run)
+
+
+@pytest.mark.parametrize("run", runs("osscar"))
+def test_osscar_drops_and_refits(run: dict[str, Any]) -> None:
+    problem, settings = problem_of(run, MANY_HEADS), run["settings"]
+    masks, update = osscar(
+        problem,
+        OsscarOptions(len(problem.windows), settings["lambda2"], settings["update_iter"], settings["update_iter2"]),
+    )
+    assert_same_units_kept(masks, run)
+    last = f"model.layers.{problem.topology.layers - 1}"
+    for axis, name in {"kv_heads": "self_attn.o_proj", "intermediate": "mlp.down_proj"}.items():
+        expected = torch.tensor(run["last_layer"][axis])
+        found = update.weight[f"{last}.{name}.weight"][: len(expected)]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

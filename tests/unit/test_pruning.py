@@ -30,7 +30,12 @@ def decoder_parameters(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("tva", TvaOptions(steps=4, curvature_windows=2)), ("grasprune", GraspruneOptions(3, 3)), ("flap", None)],
+    [
+        ("tva", TvaOptions(steps=4, curvature_windows=2)),
+        ("grasprune", GraspruneOptions(3, 3)),
+        ("flap", None),
+        ("osscar", None),
+    ],
 )
 def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Path, method: str, options) -> None:
     model = tiny_model("llama")

@@ -252,3 +252,16 @@ def bias_names(layer: int, outputs_only: bool) -> list[str]:
     """A layer's biases: of o_proj and down_proj only, or of all its projections, whether the model has them or not."""
     biases = [(name, dims) for name, (dims, _, _) in _CUTS.items() if name.endswith(".bias")]
     return [f"model.layers.{layer}.{name}" for name, dims in biases if dims == ("hidden",) or not outputs_only]
+
+
+def reader_shapes(topology: Topology) -> dict[str, tuple[int, int]]:
+    """The matrices that read heads and intermediate units, by parameter, [outputs, inputs]: o_proj and down_proj."""
+    inputs = {
+        "self_attn.o_proj.weight": topology.kv_heads * topology.query_rows,
+        "mlp.down_proj.weight": topology.intermediate,
+    }
+    return {
+        f"model.layers.{layer}.{name}": (topology.hidden, width)
+        for layer in range(topology.layers)
+        for name, width in inputs.items()
+    }

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import Topology, hidden_states, lm_head
+from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.gates.insertion import GatedModel, hard_gates
-from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.gates.objective import objective
 from tvaprune.options.axes import Axis
 from tvaprune.progress import Progress
 
@@ -41,8 +41,7 @@ class Problem:
 
     def loss(self, window: Int[Tensor, "1 seq"]) -> Float[Tensor, ""]:
         """Mean next-token cross-entropy in nats, differentiable."""
-        head = lm_head(self.model).weight
-        return cross_entropy(self.forward(window), head, next_token_labels(window))
+        return objective(self.model, window)
 
 
 def drop_units(gated: GatedModel, keep: dict[Axis, Tensor]) -> None:

@@ -13,6 +13,7 @@ from tvaprune.baselines.llm_pruner import llm_pruner
 from tvaprune.baselines.loraprune import loraprune
 from tvaprune.baselines.magnitude import magnitude, random
 from tvaprune.baselines.nirvana import nirvana
+from tvaprune.baselines.osscar import osscar
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.wanda_sp import wanda_sp
 from tvaprune.masks.masks import Masks
@@ -21,12 +22,12 @@ from tvaprune.options.axes import AXES, UNIT_AXES, Axis
 from tvaprune.options.baselines import BASELINE_OPTIONS
 from tvaprune.options.method import MethodOptions
 
-_FUNCTIONS = (random, magnitude, wanda_sp, flap, llm_pruner, nirvana, bonsai, loraprune, depth)
+_FUNCTIONS = (random, magnitude, wanda_sp, flap, llm_pruner, nirvana, bonsai, loraprune, osscar, depth)
 _METHODS: dict[str, Callable[[Problem, Any], Any]] = {function.__name__: function for function in _FUNCTIONS}
 
 
 def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, WeightUpdate]:
-    """Masks of a published method on the axes, at the parameter budget, and its biases, if any.
+    """Masks of a published method on the axes, at the parameter budget, and its biases and matrices, if any.
 
     The parameters kept never exceed the budget, and are below it by less than one unit of the cheapest axis in play.
     Units are kept iff their score is above 0; scores rank a layer's units as the method does.

@@ -75,7 +75,9 @@ def _blocks(planned: Plan, source: Checkpoint, masks: Masks, update: WeightUpdat
     missing = info.shape[0]
     dense_name = EMBEDDING if name == HEAD and planned.untied else name
     if dense_name in source.info:
-        for block in _cut_blocks(planned, name, source.blocks(dense_name), masks, update):
+        new = update.weight.get(name)
+        blocks = source.blocks(dense_name) if new is None else iter([(0, new.to(info.dtype))])
+        for block in _cut_blocks(planned, name, blocks, masks, update):
             missing -= len(block)
             if block.dim() == 2 and block.shape[1] < info.shape[1]:
                 block = torch.nn.functional.pad(block, (0, info.shape[1] - block.shape[1]))

@@ -121,6 +121,17 @@ class LoraPruneOptions(CalibratedOptions):
 
 
 @dataclass(frozen=True)
+class OsscarOptions(CalibratedOptions):
+    method = "osscar"
+    axes = UNIT_AXES
+    # 512 windows of 512 tokens are as many tokens as the published 128 of 2048.
+    windows: Annotated[Count, Field(description="Calibration windows to use, spread evenly over those given.")] = 512
+    damping: Annotated[Positive, Field(description="Added to the diagonal of XᵀX, as a share of its mean.")] = 0.01
+    units_at_once: Annotated[Count, Field(description="Intermediate units that a layer drops in a round.")] = 10
+    heads_at_once: Annotated[Count, Field(description="Key-value heads that a layer drops in a round.")] = 2
+
+
+@dataclass(frozen=True)
 class DepthOptions(CalibratedOptions):
     method = "depth"
     axes = UNIT_AXES
@@ -131,6 +142,6 @@ BASELINE_OPTIONS: dict[str, type[MethodOptions]] = {
     kind.method: kind
     for kind in (
         RandomOptions, MagnitudeOptions, WandaSpOptions, FlapOptions, LlmPrunerOptions, NirvanaOptions, BonsaiOptions,
-        LoraPruneOptions, DepthOptions,
+        LoraPruneOptions, OsscarOptions, DepthOptions,
     )
 }  # fmt: skip

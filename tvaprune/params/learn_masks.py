@@ -19,7 +19,7 @@ class LearnMasksParams(StageParams):
     seed: int = Field(description="Of initialisation, noise and random scores.", ge=0)
     method: Literal[
         "tva", "paper", "grasprune", "random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai",
-        "loraprune", "depth",
+        "loraprune", "osscar", "depth",
     ] = Field(description="What finds the masks; its options are in the section of its name.")  # fmt: skip
     axes: tuple[Axis, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
     budget: Literal["params", "latency"] = Field(
@@ -44,6 +44,7 @@ class LearnMasksParams(StageParams):
     nirvana: baselines.NirvanaOptions = Field(description="NIRVANA.")
     bonsai: baselines.BonsaiOptions = Field(description="Bonsai.")
     loraprune: baselines.LoraPruneOptions = Field(description="LoRAPrune.")
+    osscar: baselines.OsscarOptions = Field(description="OSSCAR.")
     depth: baselines.DepthOptions = Field(description="ShortGPT and PruneMe: whole layers.")
 
     @classmethod

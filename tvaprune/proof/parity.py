@@ -13,7 +13,7 @@ from tvaprune.checkpoint.loading import load
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.gates.insertion import GatedModel, hard_gates
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.update import WeightUpdate
+from tvaprune.masks.update import WeightUpdate, replaced
 
 
 class Parity(NamedTuple):
@@ -77,7 +77,9 @@ def masked_dense_logits(
     checkpoint = Checkpoint.of(dense)
     for name in checkpoint.info:
         if name in parameters and not (tied and name == HEAD):
-            parameters[name].copy_(fold(checkpoint.read(name), scales(topology, name, update, tied=stay_tied)).float())
+            dense_weight = checkpoint.read(name)
+            weight = update.weight.get(name, dense_weight).to(dense_weight.dtype)
+            parameters[name].copy_(fold(weight, scales(topology, name, update, tied=stay_tied)).float())
     stored = checkpoint.info[EMBEDDING].dtype
     for name, bias in update.bias.items():
         projection = model.get_submodule(name)
@@ -92,14 +94,12 @@ def masked_dense_logits(
 def gated_logits(
     dense: Path, masks: Masks, update: WeightUpdate, input_ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq vocab"]:
-    """Logits of the dense model with its own weights and the gates in place, as while learning, in float32.
+    """Logits of the dense model with its own weights, or the update's, and the gates in place, in float32.
 
-    Nothing is folded: this and the compact model share no code that scales weights.
+    As while learning: nothing is folded, so this and the compact model share no code that scales weights.
     """
     model = load(dense, dtype=torch.float32)
-    for name, bias in update.bias.items():
-        model.get_submodule(name).bias = nn.Parameter(bias.clone(), requires_grad=False)
-    with GatedModel(model, Topology.of(model.config)).inserted() as gated:
+    with replaced(model, update), GatedModel(model, Topology.of(model.config)).inserted() as gated:
         kept = int(masks.keep["hidden"].sum())
         gated.set(hard_gates(masks.keep, update.scale), kept, update.channel_scale)
         return model(input_ids=input_ids, use_cache=False).logits

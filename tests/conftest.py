@@ -1,6 +1,7 @@
 """Before anything imports torch: one thread, no network, and the core's shapes and types checked as it runs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tiny tensors are quicker on one thread, and sums come out the same on every machine.
@@ -13,6 +14,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook finds it by name)
+from tests.faults.warm import Warm, warm_programs
 
 # Where tensors are: parameters are pydantic's to check, and the losses check their own shapes.
 # The modeling file is left out: servers and torch.compile trace it, and it has no types of shapes.
@@ -47,3 +49,18 @@ for name in ("TVAPRUNE_DEVICE", "TVAPRUNE_DTYPE", "DVC_STAGE", "DVC_ROOT"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, which have a time limit of their own: else they end alone, on one worker."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where DVC and the hub's client put what they keep outside a workspace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVAPRUNE_TEST_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def warm(scratch: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Programs that start in a moment. Importing the libraries takes most of a tiny stage's time."""
+    with warm_programs(tmp_path_factory.mktemp("warm")) as programs:
+        yield programs

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+import tvaprune.checkpoint.loading  # noqa: F401  registers the class of a pruned model's config
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import load_config

@@ -2,26 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from tests.faults.warm import Warm
 from tests.pipeline.tiny_inputs import write_inputs, write_small_params
 from tests.pipeline.workspace import Workspace
 
 
-@pytest.fixture(scope="session", autouse=True)
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where DVC and the hub's client put what they keep outside a workspace."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TVAPRUNE_TEST_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
-        yield
-
-
 @pytest.fixture(scope="session")
-def finished(scratch: None, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def finished(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """After one `dvc repro`, committed. Not to be changed: take `workspace` for that."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # of all workers of this session
@@ -29,7 +22,7 @@ def finished(scratch: None, tmp_path_factory: pytest.TempPathFactory) -> Workspa
         root, making = shared / "finished", shared / "making"
         if not root.exists():
             shutil.rmtree(making, ignore_errors=True)
-            workspace = Workspace.create(making)
+            workspace = replace(Workspace.create(making), variables=warm.variables())
             write_inputs(making / "inputs")
             write_small_params(making / "params.yaml")
             workspace.commit()
@@ -40,5 +33,7 @@ def finished(scratch: None, tmp_path_factory: pytest.TempPathFactory) -> Workspa
 
 
 @pytest.fixture
-def workspace(finished: Workspace, tmp_path: Path) -> Workspace:
-    return finished.copy(tmp_path / "workspace")
+def workspace(request: pytest.FixtureRequest, finished: Workspace, warm: Warm, tmp_path: Path) -> Workspace:
+    """Stages start as a user's do; in a test marked `warm`, as in the run that it is a copy of."""
+    copy = finished.copy(tmp_path / "workspace")
+    return replace(copy, variables=warm.variables()) if request.node.get_closest_marker("warm") else copy

@@ -162,6 +162,7 @@ def _replace(path: Path, content: bytes) -> None:
     path.chmod(mode)
 
 
+@pytest.mark.warm
 @pytest.mark.parametrize("spoil", [cut, pytest.param(flip, marks=nightly)])
 def test_a_damaged_artifact_and_a_damaged_metrics_file_come_from_the_cache(
     workspace: Workspace, undisturbed: Undisturbed, spoil: object
@@ -175,6 +176,7 @@ def test_a_damaged_artifact_and_a_damaged_metrics_file_come_from_the_cache(
     ).read_bytes()
 
 
+@pytest.mark.warm
 @pytest.mark.parametrize("years", [-1, pytest.param(1, marks=nightly)])
 def test_a_clock_that_was_set_reruns_nothing(workspace: Workspace, undisturbed: Undisturbed, years: int) -> None:
     """All files are older, or newer, than when DVC saw them."""
@@ -203,6 +205,7 @@ def test_two_runs_at_once(workspace: Workspace, undisturbed: Undisturbed) -> Non
     assert different(workspace, undisturbed) == []
 
 
+@pytest.mark.warm
 def test_a_damaged_object_of_the_cache_is_found_and_made_again(workspace: Workspace, undisturbed: Undisturbed) -> None:
     """DVC itself copies it into the workspace, and sees nothing."""
     masks = workspace.root / "artifacts/adapted/tensors.safetensors"

@@ -16,6 +16,7 @@ def plant(workspace: Workspace) -> None:
         letter.write_text(f"{letter.read_text()} {story} {letter.stem}")
 
 
+@pytest.mark.warm
 def test_a_planted_overlap_stops_the_run_before_the_learning(workspace: Workspace) -> None:
     plant(workspace)
     workspace.dvc("repro", "-f", "-s", "fetch_inputs")
@@ -45,6 +46,7 @@ def test_an_unplanted_run_shares_nothing_and_declares_its_text(finished: Workspa
     assert found["finetuning"]["same_kind"] == {"stories": 0, "more_letters": 1}
 
 
+@pytest.mark.warm
 @pytest.mark.slow
 def test_other_evaluation_text_is_checked_and_measured_and_relearns_nothing(workspace: Workspace) -> None:
     path: Path = workspace.root / "inputs" / "zeroshot" / "piqa.jsonl"

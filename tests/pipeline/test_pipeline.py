@@ -69,6 +69,7 @@ def metrics(workspace: Workspace) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.warm
 def test_a_second_repro_runs_nothing_and_status_is_clean(workspace: Workspace) -> None:
     assert workspace.repro() == set()
     assert workspace.dvc("status", "--json").stdout.strip() == "{}"
@@ -140,6 +141,7 @@ with torch.no_grad():
     torch.testing.assert_close(torch.load(saved), here, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.warm
 def test_a_wrong_parameter_stops_before_any_stage_works(workspace: Workspace) -> None:
     """The mistake is in the last stage's section; the first stage would have something to do."""
     workspace.forget("fetch_inputs")
@@ -151,6 +153,7 @@ def test_a_wrong_parameter_stops_before_any_stage_works(workspace: Workspace) ->
     assert not (workspace.root / "data" / "model").exists()
 
 
+@pytest.mark.warm
 def test_what_the_model_cannot_have_stops_before_the_learning(workspace: Workspace) -> None:
     workspace.set_param("adapt_dimensions.multiple", 7)
     workspace.set_param("sparsity", 0.31)

@@ -15,6 +15,7 @@ FROM_ADAPT = {"check_model", "adapt_dimensions", "compact", "finetune_lora", *ME
 slow = pytest.mark.slow
 
 
+@pytest.mark.warm
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
@@ -33,12 +34,14 @@ def test_a_change_reruns_exactly_what_it_must(workspace: Workspace, key: str, va
     assert workspace.repro() == set()
 
 
+@pytest.mark.warm
 def test_a_changed_comment_in_params_reruns_nothing(workspace: Workspace) -> None:
     path = workspace.root / "params.yaml"
     path.write_text(path.read_text() + "# a note\n")
     assert workspace.repro() == set()
 
 
+@pytest.mark.warm
 @pytest.mark.nightly
 def test_a_latency_budget_times_learns_and_cuts_to_widths_that_were_timed(workspace: Workspace) -> None:
     """And measured widths alone, which also need a table, learn nothing anew."""
@@ -64,6 +67,7 @@ def test_a_latency_budget_times_learns_and_cuts_to_widths_that_were_timed(worksp
     assert "profile_hardware" not in workspace.repro()
 
 
+@pytest.mark.warm
 @pytest.mark.slow
 def test_without_finetuning_the_pipeline_ends_and_compares_two_models(workspace: Workspace) -> None:
     workspace.set_param("finetune_lora.enabled", False)

@@ -1,6 +1,8 @@
 """Every file of configs/ by a dry run: it fits its model, meets its target, and fits the card that its name says."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,9 +67,18 @@ def test_widths_and_parameters_of_a_dry_run(path: Path) -> None:
     assert f"hidden: {hidden}, of {topology.hidden}" in shown
 
 
-@pytest.mark.slow
+# The tightest of the published models is in CI.
+IN_CI = ("glassllm", "llama-3-8b-24gb")
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in IN_CI else pytest.mark.nightly)
+        for path in CONFIGS
+    ],
+)
 def test_the_card_that_the_name_says_has_room(path: Path) -> None:
     """A tenth is left for kernels' workspaces, fragmentation and CUDA's own context."""
     card = {"paper": 80, "glassllm": 1}.get(path.stem) or int(re.search(r"(\d+)gb$", path.stem)[1])  # type: ignore[index]
@@ -76,6 +87,19 @@ def test_the_card_that_the_name_says_has_room(path: Path) -> None:
     for stage, parts in needed.items():
         assert parts["total"] <= 0.9 * card * 1e9, stage
         assert parts["total"] >= parts["weights"]
+
+
+def test_the_estimate_runs_in_a_process_of_its_own() -> None:
+    """Other tests of this process have registered the class of a pruned model's config."""
+    command = [sys.executable, "-m", "tvaprune", "estimate", "configs/glassllm.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(" ")[0] for line in done.stdout.splitlines()[:3]] == [
+        "configs/glassllm.yaml",
+        "dense",
+        "pruned",
+    ]
+    assert "finetune_lora:" in done.stdout
 
 
 def test_a_model_without_a_published_config_is_named(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_the_commands_of_experiments_run(workspace: Workspace, tmp_path: Path) -
     assert not re.search(r"<(?:script|link)[^>]*(?:src|href)=", drawn)
 
 
+@pytest.mark.warm
 @pytest.mark.slow
 def test_the_commands_of_sharing_run(workspace: Workspace, tmp_path: Path) -> None:
     run_commands("docs/sharing.md", workspace, prepared(workspace, tmp_path))

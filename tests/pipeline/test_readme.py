@@ -27,6 +27,7 @@ def test_make_has_the_targets_the_readme_names() -> None:
         subprocess.run(["make", "-n", target], cwd=REPOSITORY, check=True, capture_output=True)
 
 
+@pytest.mark.warm
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_runs(workspace: Workspace, tmp_path: Path) -> None:

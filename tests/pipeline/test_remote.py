@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def endpoint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
 
 def clone_of(workspace: Workspace, root: Path) -> Workspace:
     subprocess.run(["git", "clone", "-q", str(workspace.root), str(root)], env=environment(), check=True)
-    clone = Workspace(root)
+    clone = replace(workspace, root=root)
     assert not (root / "artifacts").exists()
     return clone
 
@@ -32,6 +33,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.warm
 def test_pushed_artifacts_are_pulled_in_another_clone(workspace: Workspace, tmp_path: Path, endpoint: str) -> None:
     """Byte for byte, and no stage runs: neither where all is pulled, nor where nothing is there yet."""
     workspace.dvc("remote", "add", "--default", "shared", "s3://artifacts/tvaprune")
@@ -53,6 +55,7 @@ def test_pushed_artifacts_are_pulled_in_another_clone(workspace: Workspace, tmp_
         assert files(clone.root / "artifacts/compact") == files(workspace.root / "artifacts/compact")
 
 
+@pytest.mark.warm
 @pytest.mark.slow
 def test_the_pruned_model_is_got_by_name_and_version(workspace: Workspace, tmp_path: Path) -> None:
     """`artifacts:` of dvc.yaml and GTO's tag: without a clone, and the version that the tag names."""
@@ -61,7 +64,8 @@ def test_the_pruned_model_is_got_by_name_and_version(workspace: Workspace, tmp_p
     workspace.dvc("push")
     tag = ["git", "tag", "-a", "pruned@v1.0.0", "-m", "20% of the decoder"]
     subprocess.run(tag, cwd=workspace.root, env=environment(), check=True)
-    Workspace(tmp_path).dvc("artifacts", "get", str(workspace.root), "pruned", "--rev", "v1.0.0", "-o", "got")
+    elsewhere = replace(workspace, root=tmp_path)
+    elsewhere.dvc("artifacts", "get", str(workspace.root), "pruned", "--rev", "v1.0.0", "-o", "got")
     assert files(tmp_path / "got") == files(workspace.root / "artifacts/compact")
-    done = Workspace(tmp_path).dvc("artifacts", "get", str(workspace.root), "pruned", "--rev", "v2.0.0", check=False)
+    done = elsewhere.dvc("artifacts", "get", str(workspace.root), "pruned", "--rev", "v2.0.0", check=False)
     assert done.returncode != 0

@@ -43,7 +43,7 @@ def learned(directory: Path, processes: int, *arguments: str) -> dict[str, torch
         ("paper", "llama_tied", "whole"),
         ("tva", "qwen3", "sharded"),
         pytest.param("tva", "llama", "whole", marks=pytest.mark.nightly),
-        pytest.param("deterministic", "llama", "whole", marks=pytest.mark.slow),
+        pytest.param("deterministic", "llama", "whole", marks=pytest.mark.nightly),
         pytest.param("grasprune", "llama_bias", "sharded", marks=pytest.mark.slow),
         pytest.param("paper", "llama_bias", "sharded", marks=pytest.mark.nightly),
     ],
@@ -64,7 +64,7 @@ def test_two_processes_learn_the_gates_of_one(tmp_path: Path, case: str, family:
     ("case", "family"),
     [
         ("tva", "llama"),
-        pytest.param("deterministic", "qwen3", marks=pytest.mark.slow),
+        pytest.param("deterministic", "qwen3", marks=pytest.mark.nightly),
         pytest.param("grasprune", "llama", marks=pytest.mark.slow),
         pytest.param("paper", "qwen3", marks=pytest.mark.nightly),
     ],

@@ -100,6 +100,15 @@ def allocate_uniform(
     return make_scores_match_mask(keep, shifted)
 
 
+def uniform_widths(
+    topology: Topology, axes: tuple[Axis, ...], target_sparsity: float, protect_first: int = 0, protect_last: int = 0
+) -> dict[Axis, Int[Tensor, "..."]]:
+    """The widths that `allocate_uniform` leaves on the axes, as in `Masks.widths`. They do not depend on the scores."""
+    any_order = {axis: torch.arange(float(topology.width(axis))).expand(topology.gate_shape(axis)) for axis in axes}
+    widths = allocate_uniform(topology, any_order, target_sparsity, protect_first, protect_last).widths()
+    return {axis: widths[axis] for axis in axes}
+
+
 class Stages:
     """Pruning in stages: dropped units stay dropped, and rank below those that a later stage drops."""
 

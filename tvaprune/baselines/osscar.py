@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tvaprune.architecture.topology import decoder_layers, layer_modules
 from tvaprune.baselines.activations import first_layer_inputs, readers
-from tvaprune.baselines.allocation import allocate_uniform, percentiles
+from tvaprune.baselines.allocation import percentiles, uniform_widths
 from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import make_scores_match_mask
@@ -32,7 +32,7 @@ class Refitted(NamedTuple):
 def osscar(problem: Problem, options: OsscarOptions) -> tuple[Masks, WeightUpdate]:
     """min ‖X·Wᵀ - X·W'ᵀ‖² over W' that read fewer units, for o_proj and down_proj; the same share in every layer.
 
-    As published (Meng et al., ICML 2024; mazumder-lab/OSSCAR 0bd7887, opt_prune.py:41-220 with the options of the
+    As published (Meng et al., ICML 2024; mazumder-lab/OSSCAR 0bd7887, opt_prune.py:30-195 with the options of the
     README's command): units leave a matrix in rounds, those with the least error first (`refit`). A layer's two
     matrices are solved from one pass of the whole layer, whose inputs come through the pruned layers before it (175).
     The published calibration is 128 windows of 2,048 tokens of C4. The local search, which the published command
@@ -44,9 +44,7 @@ def osscar(problem: Problem, options: OsscarOptions) -> tuple[Masks, WeightUpdat
     Memory: the hidden states of all windows, and a layer's two matrices of squared inputs in float64.
     """
     topology, model = problem.topology, problem.model
-    # How many units a layer keeps does not depend on the scores.
-    alike = {axis: torch.arange(float(topology.width(axis))).expand(topology.gate_shape(axis)) for axis in problem.axes}
-    widths = allocate_uniform(topology, alike, problem.target_sparsity).widths()
+    widths = uniform_widths(topology, problem.axes, problem.target_sparsity)
     at_once = {"intermediate": options.units_at_once, "kv_heads": options.heads_at_once}
     keep = Masks.dense(topology).keep
     score = {axis: torch.ones(topology.gate_shape(axis)) for axis in problem.axes}
@@ -86,11 +84,11 @@ def refit(
 
     H = XᵀX + damping · mean(diag XᵀX) · I. In each round the units of least error tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ) / 2 leave,
     where S is a unit's inputs: W -= W_S (H⁻¹_SS)⁻¹ H⁻¹_S:, H⁻¹ -= H⁻¹_:S (H⁻¹_SS)⁻¹ H⁻¹_S:. At the end
-    W_K = (W H)_:K (H_KK)⁻¹ of the dense W, where K is what stays (prune_algo.py:40-120). In float64, as published.
+    W_K = (W H)_:K (H_KK)⁻¹ of the dense W, where K is what stays (prune_algo.py:40-121). In float64, as published.
 
     Args:
         squares: XᵀX, summed over tokens.
-        at_once: units in a round; rounds are as equal as they can be, and the first have more (71-77).
+        at_once: units in a round; rounds are as equal as they can be, and the first have more (65-73).
         damping: added to the diagonal, as a share of its mean.
     """
     dense = weight.double().masked_fill(squares.diagonal() == 0, 0)

@@ -19,7 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow test-nightly lint docs audit clean-env
+.PHONY: help repro test test-slow test-ci test-nightly lint docs audit clean-env
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test: lint ## every check and every fast test
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow
 	$(PYTEST) -m 'slow and not nightly'
+
+test-ci: lint ## every check, the fast tests and those marked slow, in one run
+	$(PYTEST) -m 'not nightly'
 
 test-nightly: $(VENV)/.installed-dev ## the tests marked nightly: hours
 	$(PYTEST) -m nightly

@@ -47,8 +47,8 @@ for name in ("TVAPRUNE_DEVICE", "TVAPRUNE_DTYPE", "DVC_STAGE", "DVC_ROOT"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, which have a time limit of their own: else they end alone, on one worker."""
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+    """The longest first: those with a time limit of their own, then the slow ones. Else they end alone."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("timeout", "slow")])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.faults.warm import Warm
 from tests.pipeline.workspace import Workspace
 from tvaprune.artifacts import read_artifact
 
@@ -21,9 +22,10 @@ def figures(workspace: Workspace) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_process(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def one_process(finished: Workspace, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """After a `dvc repro` on one process, two windows a step."""
-    workspace = finished.copy(tmp_path_factory.mktemp("processes") / "finished")
+    copy = finished.copy(tmp_path_factory.mktemp("processes") / "finished")
+    workspace = replace(copy, variables=warm.variables())
     workspace.set_param("learn_masks.tva.batch_size", 2)
     workspace.set_param("finetune_lora.batch_size", 2)
     workspace.repro()

@@ -54,7 +54,7 @@ def _adding_to(solver: Any) -> Any:
 
 
 def _prune(model: nn.Module, published: Any, sparsity: float, keep: dict[Axis, list[Tensor]]) -> dict[Axis, nn.Linear]:
-    """As opt_prune.py:139-187: a layer's matrices from one pass of the whole layer, then its outputs once pruned."""
+    """As opt_prune.py:155-178: a layer's matrices from one pass of the whole layer, then its outputs once pruned."""
     heads = MANY_HEADS.config["num_attention_heads"]
     windows = MANY_HEADS.token_windows()
     hidden = model.get_submodule("model.embed_tokens")(windows)

@@ -1,5 +1,6 @@
 """Learn which units stay: gates on three axes over frozen weights, projected onto the target sparsity."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from tvaprune.artifacts import read_windows, write_json
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.loading import load
 from tvaprune.device import require_trainable
+from tvaprune.distributed import ALONE
 from tvaprune.gates.memory import memory_table
 from tvaprune.masks.latency_table import read_table
 from tvaprune.masks.masks import write_masks
@@ -61,8 +63,10 @@ def main(
     check_request(request, topology)
     table = read_table(profile, topology).rising() if request.latency else None
     with join_processes() as process:
-        if not (request.trains_gates or process.world.is_main):
-            return  # the baselines' work is not shared
+        if not request.trains_gates:  # the baselines' work is not shared
+            if not process.world.is_main:
+                return
+            process = replace(process, world=ALONE, sharded=False)
         require_trainable(process.dtype)
         vocabulary = load_config(model).vocab_size
         ids = read_windows(calibration, vocabulary, "input_ids", "validation_ids")

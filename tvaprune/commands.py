@@ -94,7 +94,10 @@ def init(
     )
     for line in template.init(directory, wishes, force):
         echo(line)
-    echo(f"\nNext:\n  cd {directory}\n  dvc repro    # params.yaml has every parameter; commit before dvc exp run")
+    echo(f"\nNext:\n  cd {directory}")
+    if not template.INSTALLED:
+        echo(f"  pip install {template.TEMPLATE}    # the stages run from the package, which is not installed here")
+    echo("  dvc repro    # params.yaml has every parameter; commit before dvc exp run")
 
 
 @app.command()
@@ -116,10 +119,10 @@ def prune(
     from tvaprune.inputs.sources import TextLocal
     from tvaprune.inputs.texts import read_documents
     from tvaprune.pruning import prune as prune_model
+    from tvaprune.pruning import require_empty
     from tvaprune.resume import NoState
 
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out}: is there and not empty; name another directory")
+    require_empty(out)
     device = pick_device()
     source = TextLocal.model_validate({"label": "texts", "kind": "own", "path": text, "text_field": text_field})
     with tempfile.TemporaryDirectory() as scratch:
@@ -192,7 +195,9 @@ def estimate(
         Path | None, Option(help="Directory with the model's config.json. Default: the local model, or configs/models.")
     ] = None,
 ) -> None:
-    """Print the widths, parameters and memory that parameters lead to, before anything is downloaded."""
+    """Print the parameters and memory that a file of parameters leads to, before anything is downloaded.
+
+    Scores are random, so the widths are an example of those that meet the target."""
     from tvaprune.estimate import report
 
     for line in report(params_file, model):

@@ -1,7 +1,7 @@
-"""The widths, parameters and memory that a file of parameters leads to, before anything is downloaded.
+"""The parameters and memory that a file of parameters leads to, before anything is downloaded.
 
 The model is built on the meta device from its published config, pruned to the target by random scores, adapted and
-counted. The sizes are those of a real run; which units are kept is not.
+counted. Parameters and memory are close to those of a real run. Widths are not: a method chooses its own.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request
-from tvaprune.options.axes import AXES, Axis
+from tvaprune.options.axes import AXES
 from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.everything import check_everything
@@ -35,6 +35,7 @@ from tvaprune.params.sample_calibration import SampleCalibrationParams
 from tvaprune.recovery.memory import finetuning_memory
 
 PUBLISHED = Path("configs/models")  # of a clone
+FETCHED = Path("data/model")  # where fetch_inputs puts it
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,32 @@ class Sizes:
 
 
 def published_config(params_file: Path) -> Path:
-    """Where the config of the model that the parameters name is: its directory, or one in configs/models.
+    """Where the config of the model that the parameters name is: its directory, one in configs/models, or data/model.
 
     Raises:
-        FileNotFoundError: it is in neither.
+        FileNotFoundError: it is nowhere.
     """
     source = FetchInputsParams.load(params_file).model
     if isinstance(source, LocalSource) and (params_file.parent / source.path / "config.json").is_file():
         return params_file.parent / source.path
     name = getattr(source, "repo", None) or source.name  # type: ignore[union-attr]
-    directory = PUBLISHED / name.rpartition("/")[2]
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}: no config.json of {name}; name a directory that has it with --model")
-    return directory
+    for directory in (PUBLISHED / name.rpartition("/")[2], params_file.parent / FETCHED):
+        if (directory / "config.json").is_file():
+            return directory
+    raise FileNotFoundError(
+        f"{params_file}: fetch_inputs.model is {name}, of which {PUBLISHED} has no config, and {FETCHED} is not "
+        "fetched; name a directory that has its config.json with --model"
+    )
 
 
-def random_masks(topology: Topology, target_sparsity: float, axes: tuple[Axis, ...] = AXES) -> Masks:
-    """Random importances, projected onto the target."""
-    generator = torch.Generator().manual_seed(1)
-    scores = {axis: torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
+def random_masks(topology: Topology, request: MaskRequest) -> Masks:
+    """Standard normal scores with the head start of the method's axes, if it has one, projected onto the target."""
+    generator, ahead = torch.Generator().manual_seed(1), getattr(request.options, "head_start", None)
+    scores = {
+        axis: torch.randn(topology.gate_shape(axis), generator=generator) + getattr(ahead, axis, 0.0) for axis in AXES
+    }
     everything = {axis: score > 0 for axis, score in scores.items()}
-    return project(topology, Masks(everything, scores), target_sparsity, axes)
+    return project(topology, Masks(everything, scores), request.sparsity, request.axes)
 
 
 def sizes(params_file: Path, model: Path) -> Sizes:
@@ -83,7 +89,7 @@ def sizes(params_file: Path, model: Path) -> Sizes:
     config = load_config(model)
     topology = Topology.of(config)
     check_request(request, topology)
-    masks = random_masks(topology, request.sparsity, request.axes)
+    masks = random_masks(topology, request)
     timed = ProfileHardwareParams.load(params_file)
     # With `measured` the hardware decides; its widths are multiples of these steps.
     multiples = adapting.multiples() or (timed.hidden_step, timed.intermediate_step)

@@ -18,7 +18,7 @@ from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kep
 from tvaprune.architecture.topology import Topology
 from tvaprune.baselines.allocation import protected_layers
 from tvaprune.baselines.problem import Problem
-from tvaprune.baselines.registry import check_axes, check_baseline, score_baseline
+from tvaprune.baselines.registry import score_baseline
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import require_trainable
 from tvaprune.distributed import ALONE, World
@@ -34,6 +34,7 @@ from tvaprune.masks.update import WeightUpdate, replaced
 from tvaprune.options.axes import AXES
 from tvaprune.options.gates import TvaOptions
 from tvaprune.options.masks import MaskRequest, method_options
+from tvaprune.options.method import check_sparsity
 from tvaprune.resume import Saver
 
 
@@ -57,14 +58,10 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
         UnreachableSparsityError: the axes in play cannot remove so much of the layers that are not protected.
     """
     kind = method_options(request.method)
-    if not 0 <= request.sparsity < 1:
-        raise ValueError(f"sparsity = {request.sparsity}: must be at least 0 and below 1")
+    check_sparsity(request.sparsity)
     if request.latency is not None:
         return  # the table says which latencies the axes reach
-    if request.trains_gates:
-        check_axes(kind, request.axes)
-    else:
-        check_baseline(request.method, request.axes, request.sparsity)
+    kind.check_axes(request.axes)
     alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in request.axes else torch.inf) for axis in AXES}
     first, last = (getattr(request.options, f"protect_{end}", 0) for end in ("first", "last"))
     whole = protected_layers(topology, first, last)

@@ -14,7 +14,7 @@ from tvaprune.checkpoint.loading import load
 from tvaprune.inputs.calibration import WindowSet, sample_windows, tokenise
 from tvaprune.inputs.documents import Document
 from tvaprune.masks.adapt import adapt
-from tvaprune.methods import find_masks
+from tvaprune.methods import check_request, find_masks
 from tvaprune.options.masks import MaskRequest, method_options
 
 SEQ_LEN, VALIDATION_WINDOWS, MULTIPLE = 512, 4, 32
@@ -32,25 +32,33 @@ def prune(
 ) -> PreTrainedModel:
     """Prune a causal LM on the given texts, and return the smaller model, ready for inference.
 
-    Seed 0, windows of 512 tokens or the model's context if that is shorter, widths in multiples of 32 where the model's
-    widths are. The pipeline (`dvc repro`) has a parameter for each of these, proves the result and measures it.
+    Seed 0, windows of 512 tokens or the model's context if that is shorter. Widths are in multiples of 32 where the
+    model's are, but not of a method that refits matrices, which count on every unit that it keeps. The pipeline (`dvc
+    repro`) has a parameter for each of these, proves the result and measures it.
 
     Args:
         model: dense, on the device to compute on. It is left as it was.
         texts: what masks are learned on. A few hundred pages; more kinds of text generalise better.
-        sparsity: share of the decoder layers' parameters to remove, above 0 and below 1.
+        sparsity: share of the decoder layers' parameters to remove, at least 0 and below 1.
         method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. All axes that it prunes are in play.
         options: an instance of the method's class there; None: its defaults.
         windows: windows of text to learn on.
-        out: directory to write the pruned model and the tokenizer to; None: they are not kept.
+        out: new or empty directory to write the pruned model and the tokenizer to; None: they are not kept.
 
     Raises:
+        FileExistsError: `out` is not empty.
+        TypeError: texts is a single string.
         ValueError: an argument that is out of range, by its name in params.yaml; texts that are too short.
         UnreachableSparsityError: the axes in play cannot remove so much.
     """
+    if isinstance(texts, str):
+        raise TypeError("texts: expected several texts, found one str; pass [text]")
+    if out is not None:
+        require_empty(Path(out))
     topology = Topology.of(model.config)
     kind = method_options(method)
     request = MaskRequest(method, options or kind(), sparsity, kind.axes)
+    check_request(request, topology)
     seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
     documents = tokenise([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, "texts")
     sets = [WindowSet("texts", windows, seq_len), WindowSet("validation", VALIDATION_WINDOWS, seq_len)]
@@ -63,6 +71,8 @@ def prune(
         for parameter in asked:
             parameter.requires_grad_(True)
     multiple = (math.gcd(MULTIPLE, topology.hidden), math.gcd(MULTIPLE, topology.intermediate))
+    if found.update.weight:
+        multiple = (1, 1)
     masks = adapt(topology, found.masks, sparsity, "budget", *multiple)
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(Path(scratch, "dense"))
@@ -71,3 +81,9 @@ def prune(
         if out is not None:
             tokenizer.save_pretrained(directory)
         return load(directory, device=model.device)
+
+
+def require_empty(directory: Path) -> None:
+    """Raise FileExistsError for a directory that holds files."""
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory}: is there and not empty; name another directory")

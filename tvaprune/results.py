@@ -16,7 +16,7 @@ COLUMNS = [
     "piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "boolq", "mean",
 ]  # fmt: skip
 ROWS = {"dense": "dense", "pruned": "compact", "pruned + LoRA": "finetuned"}  # label -> model of the metrics
-NOTES = ("sizes", "texts", "zeroshot", "learning")
+NOTES = ("sizes", "texts", "speed", "zeroshot", "learning")
 # Model directories that a run leaves, and what they are.
 MODELS = {"artifacts/compact": "the pruned model", "artifacts/finetuned": "the pruned model, fine-tuned"}
 
@@ -72,6 +72,9 @@ def sentences(kind: str, runs: list[SavedRun]) -> Iterator[str]:
     if kind == "texts" and isinstance(tokens := value_at(metrics, "perplexity.tokens"), dict):
         counts = [f"{sum(tokens[part].values()):,} {part} tokens" for part in ("validation", "test") if part in tokens]
         yield f"Perplexity on {' and '.join(counts)} in windows of {metrics['perplexity']['window']}."
+    if kind == "speed" and (speed := metrics.get("speed")):
+        paired = " and ".join(f"{speed[phase]['speedup_paired']:.2f}× in {phase}" for phase in ("prefill", "decode"))
+        yield f"Rates are medians of {speed['repeats']} rounds; the median of the rounds' own ratios is {paired}."
     if kind == "zeroshot" and (error := value_at(metrics, "zeroshot.dense.mean_stderr")):
         rows = f"{limit:.0f}" if (limit := metrics["zeroshot"]["limit"]) else "all"
         yield f"Zero-shot on {rows} rows of each task (standard error of the mean about {error:.3f})."

@@ -19,10 +19,11 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from tvaprune import VERSION_FILE, __version__
 from tvaprune.inputs.documents import text_files
 from tvaprune.inputs.sources import InputError
-from tvaprune.params.everything import check_everything
+from tvaprune.params.everything import check_content, check_everything
 
 _PACKAGED = Path(__file__).with_name("pipeline")
-TEMPLATE = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1]
+INSTALLED = _PACKAGED.is_dir()  # not a clone
+TEMPLATE = _PACKAGED if INSTALLED else Path(__file__).parents[1]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 HEAD = """\
@@ -84,7 +85,7 @@ def init(directory: Path, wishes: Wishes, force: bool = False) -> Iterator[str]:
     Raises:
         FileExistsError: a file is there, without `force`.
         InputError: a model or text is no path and no repository's name.
-        ParameterError: the parameters do not fit together.
+        ParameterError: the parameters do not fit together; nothing is written.
     """
     contents = {
         "params.yaml": _params(wishes, directory),
@@ -95,10 +96,10 @@ def init(directory: Path, wishes: Wishes, force: bool = False) -> Iterator[str]:
     }
     if not force and (there := [name for name in contents if (directory / name).exists()]):
         raise FileExistsError(f"{directory} already has {', '.join(there)}; use --force, which keeps them as NAME.old")
+    check_content(YAML(typ="safe", pure=True).load(contents["params.yaml"]), directory / "params.yaml")
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
         yield _write(directory / name, text)
-    check_everything(directory / "params.yaml")
     yield from _repositories(directory)
 
 

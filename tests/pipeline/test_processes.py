@@ -63,6 +63,17 @@ def test_two_processes_find_what_one_finds(paired: Workspace) -> None:
     assert paired.repro() == set()
 
 
+@pytest.mark.slow
+def test_a_baseline_computes_in_one_of_two_processes(paired: Workspace) -> None:
+    paired.set_param("learn_masks.method", "wanda_sp")
+    paired.set_param("learn_masks.axes", ["intermediate"])
+    two_processes = replace(paired, variables={"TVAPRUNE_NPROC": "2", "TVAPRUNE_SHARD": "1"})
+    assert "learn_masks" in two_processes.repro("learn_masks")
+    assert (
+        read_artifact(paired.root / "artifacts/masks", "masks")[1]["made_with"]["learn_masks"]["method"] == "wanda_sp"
+    )
+
+
 @pytest.mark.parametrize(
     "stage",
     [pytest.param("learn_masks", marks=pytest.mark.nightly), pytest.param("finetune_lora", marks=pytest.mark.slow)],

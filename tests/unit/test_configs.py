@@ -105,7 +105,7 @@ def test_the_estimate_runs_in_a_process_of_its_own() -> None:
 def test_a_model_without_a_published_config_is_named(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(CONFIGS[1].read_text().replace("meta-llama/Meta-Llama-3-8B", "someone/else"))
-    with pytest.raises(FileNotFoundError, match=r"configs/models/else: no config.json of someone/else; .*--model"):
+    with pytest.raises(FileNotFoundError, match=r"fetch_inputs\.model is someone/else, .*--model"):
         published_config(path)
 
 

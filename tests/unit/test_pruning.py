@@ -1,5 +1,6 @@
 """The front door for a notebook: the same core as the stages, without DVC."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,14 @@ def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Pa
         ({"sparsity": 1.5}, "sparsity = 1.5"),
         ({"method": "wanda"}, "learn_masks.method = 'wanda': use one of tva, paper"),
         ({"windows": 10**6}, "texts"),
+        ({"texts": TEXTS[0]}, "found one str; pass [text]"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(tokenizer, arguments: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
-        tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, **{"windows": 8, **arguments})
+    with pytest.raises((TypeError, ValueError), match=re.escape(named)):
+        tvaprune.prune(tiny_model("llama"), tokenizer, **{"texts": TEXTS, "windows": 8, **arguments})
+
+
+def test_a_directory_with_files_is_left_as_it_is(tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="is there and not empty"):
+        tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, windows=8, out=tmp_path)

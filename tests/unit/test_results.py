@@ -18,6 +18,7 @@ from tvaprune.measures.columns import COLUMNS, cell, column, value_at
 from tvaprune.results import own_table, what_to_do_next
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "metrics/results"
 PIPELINE = """
 stages:
   check: {cmd: check, params: [seed, learn, eval, speed], outs: [artifacts/params.ok]}
@@ -336,6 +337,16 @@ def test_the_check_fails(
 def test_the_tables_of_this_repository_are_what_its_files_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert results.check(Results.read()) == []
+
+
+def test_saved_runs_name_commits_of_this_history() -> None:
+    git = ["git", "-C", str(REPOSITORY)]
+    known = subprocess.run([*git, "rev-list", "HEAD"], capture_output=True, text=True).stdout.split()
+    shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True).stdout
+    if not known or shallow.strip() != "false":
+        pytest.skip("needs the whole history")
+    commits = {path.stem: json.loads(path.read_text())["commit"] for path in RESULTS.glob("*.json")}
+    assert {name: commit for name, commit in commits.items() if commit not in known} == {}
 
 
 def test_the_rows_of_this_repository_set_parameters_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:

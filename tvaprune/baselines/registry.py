@@ -18,9 +18,9 @@ from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.wanda_sp import wanda_sp
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
-from tvaprune.options.axes import AXES, UNIT_AXES, Axis
+from tvaprune.options.axes import AXES
 from tvaprune.options.baselines import BASELINE_OPTIONS
-from tvaprune.options.method import MethodOptions
+from tvaprune.options.method import check_sparsity
 
 _FUNCTIONS = (random, magnitude, wanda_sp, flap, llm_pruner, nirvana, bonsai, loraprune, osscar, depth)
 _METHODS: dict[str, Callable[[Problem, Any], Any]] = {function.__name__: function for function in _FUNCTIONS}
@@ -40,7 +40,10 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
         ValueError: names the parameter that is out of range, or the axes the method cannot prune.
         UnreachableSparsityError: the axes in play cannot remove so much.
     """
-    check_baseline(method, problem.axes, problem.target_sparsity)
+    if method not in BASELINE_OPTIONS:
+        raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINE_OPTIONS)}")
+    BASELINE_OPTIONS[method].check_axes(problem.axes)
+    check_sparsity(problem.target_sparsity)
     if not isinstance(options, BASELINE_OPTIONS[method]):
         raise ValueError(f"learn_masks.{method}: expected {BASELINE_OPTIONS[method].__name__}, found {options!r}")
     available = len(problem.windows)
@@ -53,20 +56,3 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
     axes = tuple(axis for axis in AXES if axis in problem.axes)
     found = _METHODS[method](replace(problem, windows=problem.windows[spread], axes=axes), options)
     return found if isinstance(found, tuple) else (found, WeightUpdate.none(problem.topology))
-
-
-def check_baseline(method: str, axes: tuple[Axis, ...], target_sparsity: float) -> None:
-    """Raise a ValueError, with the parameter and what is allowed, for settings that are wrong for any model."""
-    if method not in BASELINE_OPTIONS:
-        raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINE_OPTIONS)}")
-    check_axes(BASELINE_OPTIONS[method], axes)
-    if method == "depth" and set(axes) != set(UNIT_AXES):
-        raise ValueError(f"learn_masks.axes = {list(axes)}: depth drops whole layers, so it needs {list(UNIT_AXES)}")
-    if not 0 <= target_sparsity < 1:
-        raise ValueError(f"sparsity = {target_sparsity}: must be at least 0 and below 1")
-
-
-def check_axes(kind: type[MethodOptions], axes: tuple[Axis, ...]) -> None:
-    """Raise a ValueError where an axis is none that the method prunes."""
-    if not axes or not set(axes) <= set(kind.axes):
-        raise ValueError(f"learn_masks.axes = {list(axes)}: {kind.method} prunes {', '.join(kind.axes)}")

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
+from tvaprune.out_of_memory import is_out_of_memory
+
 # The model type of pruned models with widths of their own, whose class is in this package.
 PRUNED = "tvaprune"
+AGAIN = "fetch or make it again (dvc repro, if it is the pipeline's)"
 
 
 class DamagedModelError(ValueError):
@@ -50,13 +52,15 @@ def damage(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split())
-        raise DamagedModelError(f"{directory}: does not load: {cause}; run dvc repro to make it again") from error
+        raise DamagedModelError(f"{directory}: does not load: {cause}; {AGAIN}") from error
 
 
 def require_model(directory: Path) -> None:
     """Raise FileNotFoundError where a directory holds no model, which transformers would take for a hub's name."""
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}: holds no model (no config.json); run dvc repro to make it")
+        raise FileNotFoundError(
+            f"{directory}: holds no model (no config.json); name a model's directory, or run dvc repro"
+        )

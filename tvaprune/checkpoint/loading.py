@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from tvaprune.checkpoint.config import DamagedModelError, damage, require_model
+from tvaprune.checkpoint.config import AGAIN, DamagedModelError, damage, require_model
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM, TvaPruneModel
 
 AutoConfig.register(TvaPruneConfig.model_type, TvaPruneConfig, exist_ok=True)
@@ -34,5 +34,5 @@ def load(
             directory, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     if missing := sorted(report["missing_keys"]):
-        raise DamagedModelError(f"{directory}: {missing[0]} is not in its files; run dvc repro to make it again")
+        raise DamagedModelError(f"{directory}: {missing[0]} is not in its files; {AGAIN}")
     return model.to(device or torch.device("cpu")).eval()

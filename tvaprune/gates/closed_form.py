@@ -55,7 +55,7 @@ class ClosedFormGates(BudgetGates):
         windows = input_ids[-self.options.curvature_windows :].long().to(self.device)
         block = self.options.curvature_tokens or windows.shape[1]
         start = gate_curvature(gated, windows, block, seed=self.seed, progress=progress, world=world)
-        self._curvature = RunningCurvature(start, self.options.curvature_windows)
+        self._curvature = RunningCurvature(start, len(windows))
         units = importance(self.topology, self.mean, start)["intermediate"]
         self._centre, self._scale = float(units.mean()), float(units.std())
         self._score(start)

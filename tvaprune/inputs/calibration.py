@@ -106,7 +106,7 @@ def sample_windows(
                 raise InputError(
                     f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
                     f"which has text for {len(candidates)} ({len(documents)} documents and {tokens} tokens for all "
-                    f"sets, packing {packing}); ask for fewer samples, give it less weight in the mix, or add text"
+                    f"sets, packing {packing}); add text, ask for fewer windows, or give it less weight in the mix"
                 )
             windows[demand.name] += [candidates[index] for index in rng.permutation(len(candidates))[: demand.samples]]
     rng = np.random.default_rng(int.from_bytes(_hash(seed, "order")))

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tvaprune.options.axes import UNIT_AXES
+from tvaprune.options.axes import UNIT_AXES, Axis
 from tvaprune.options.method import MethodOptions
 
 Objective = Literal["logits", "loss"]
@@ -136,6 +136,11 @@ class DepthOptions(CalibratedOptions):
     method = "depth"
     axes = UNIT_AXES
     contiguous: Annotated[bool, Field(description="Drop adjacent layers (PruneMe), or any (ShortGPT).")] = False
+
+    @classmethod
+    def check_axes(cls, axes: tuple[Axis, ...]) -> None:
+        if set(axes) != set(cls.axes):
+            raise ValueError(f"learn_masks.axes = {list(axes)}: depth drops whole layers; set it to {list(cls.axes)}")
 
 
 BASELINE_OPTIONS: dict[str, type[MethodOptions]] = {

@@ -18,3 +18,17 @@ class MethodOptions:
     method: ClassVar[str]  # value of learn_masks.method
     axes: ClassVar[tuple[Axis, ...]] = AXES  # those that it prunes; the others it leaves whole
     keeps_one_unit: ClassVar[bool] = False  # of each of those axes, in every layer
+
+    @classmethod
+    def check_axes(cls, axes: tuple[Axis, ...]) -> None:
+        """Raise a ValueError where an axis is none that the method prunes."""
+        if not axes or not set(axes) <= set(cls.axes):
+            raise ValueError(
+                f"learn_masks.axes = {list(axes)}: {cls.method} prunes {', '.join(cls.axes)}; name some of these alone"
+            )
+
+
+def check_sparsity(target: float) -> None:
+    """Raise a ValueError for a target that is no share."""
+    if not 0 <= target < 1:
+        raise ValueError(f"sparsity = {target}: must be at least 0 and below 1")

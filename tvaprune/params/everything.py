@@ -64,6 +64,7 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     problems += _broken_blocks(masks, sampling) if masks and sampling else []
     profile, adapt = loaded.get("profile_hardware"), loaded.get("adapt_dimensions")
     problems += _steps_between_multiples(profile, adapt) if masks and profile and adapt and masks.latency else []
+    problems += _cut_refit(masks, adapt) if masks and adapt else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
@@ -110,3 +111,10 @@ def _steps_between_multiples(profile: ProfileHardwareParams, adapt: AdaptDimensi
         for axis, step, multiple in named
         if step % multiple
     ]
+
+
+def _cut_refit(masks: LearnMasksParams, adapt: AdaptDimensionsParams) -> list[str]:
+    """Adaptation drops units that OSSCAR's refitted matrices count on."""
+    if masks.method != "osscar" or adapt.multiples() == (1, 1):
+        return []
+    return [f"{adapt.section}.multiple: osscar refits matrices to the widths that it chooses; set it to 1"]

@@ -77,10 +77,15 @@ class LearnMasksParams(StageParams):
     def _complete(cls, value: Any, info: ValidationInfo) -> Any:
         """The options have defaults for use from Python; params.yaml gives every value."""
         names = [field.name for field in fields(METHOD_OPTIONS[str(info.field_name)])]
-        missing = [name for name in names if isinstance(value, dict) and name not in value]
-        if missing:
-            raise ValueError(f"missing: {', '.join(missing)}")
+        if isinstance(value, dict) and (missing := [name for name in names if name not in value]):
+            unknown = [name for name in value if name not in names]
+            raise ValueError(f"missing: {', '.join(missing)}" + (f"; unknown: {', '.join(unknown)}" if unknown else ""))
         return value
+
+    @model_validator(mode="after")
+    def _axes_of_the_method(self) -> Self:
+        METHOD_OPTIONS[self.method].check_axes(self.axes)
+        return self
 
     @model_validator(mode="after")
     def _latency_for_tva(self) -> Self:

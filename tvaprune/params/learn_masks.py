@@ -83,11 +83,6 @@ class LearnMasksParams(StageParams):
         return value
 
     @model_validator(mode="after")
-    def _axes_of_the_method(self) -> Self:
-        METHOD_OPTIONS[self.method].check_axes(self.axes)
-        return self
-
-    @model_validator(mode="after")
     def _latency_for_tva(self) -> Self:
         if (self.budget == "latency") != (self.latency is not None):
             raise ValueError(
@@ -103,6 +98,14 @@ class LearnMasksParams(StageParams):
                 raise ValueError(
                     "budget = latency with tva.uniform_layers = true: prices are by layer; set it to false"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _axes_of_the_method(self) -> Self:
+        try:
+            METHOD_OPTIONS[self.method].check_axes(self.axes)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix(f"{self.section}.")) from None
         return self
 
     @field_validator("axes", mode="before")

@@ -23,7 +23,8 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request
-from tvaprune.options.axes import AXES
+from tvaprune.options.axes import AXES, Axis
+from tvaprune.options.gates import PerAxis
 from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.everything import check_everything
@@ -72,14 +73,16 @@ def published_config(params_file: Path) -> Path:
     )
 
 
-def random_masks(topology: Topology, request: MaskRequest) -> Masks:
-    """Standard normal scores with the head start of the method's axes, if it has one, projected onto the target."""
-    generator, ahead = torch.Generator().manual_seed(1), getattr(request.options, "head_start", None)
+def random_masks(
+    topology: Topology, target_sparsity: float, axes: tuple[Axis, ...] = AXES, ahead: PerAxis | None = None
+) -> Masks:
+    """Standard normal scores, with a head start of each axis, projected onto the target."""
+    generator = torch.Generator().manual_seed(1)
     scores = {
         axis: torch.randn(topology.gate_shape(axis), generator=generator) + getattr(ahead, axis, 0.0) for axis in AXES
     }
     everything = {axis: score > 0 for axis, score in scores.items()}
-    return project(topology, Masks(everything, scores), request.sparsity, request.axes)
+    return project(topology, Masks(everything, scores), target_sparsity, axes)
 
 
 def sizes(params_file: Path, model: Path) -> Sizes:
@@ -89,7 +92,8 @@ def sizes(params_file: Path, model: Path) -> Sizes:
     config = load_config(model)
     topology = Topology.of(config)
     check_request(request, topology)
-    masks = random_masks(topology, request)
+    ahead = getattr(request.options, "head_start", None)
+    masks = random_masks(topology, request.sparsity, request.axes, ahead)
     timed = ProfileHardwareParams.load(params_file)
     # With `measured` the hardware decides; its widths are multiples of these steps.
     multiples = adapting.multiples() or (timed.hidden_step, timed.intermediate_step)

@@ -199,6 +199,14 @@ def test_a_latency_budget_refuses_what_it_cannot_be_combined_with(
         check_everything(written(tmp_path, **sections))
 
 
+def test_osscar_is_refused_where_adaptation_would_cut_what_it_refitted(tmp_path: Path) -> None:
+    osscar = {**LEARN, "method": "osscar", "axes": ["intermediate"]}
+    with pytest.raises(ParameterError, match=r"adapt_dimensions\.multiple: osscar .*; set it to 1"):
+        check_everything(written(tmp_path, learn_masks=osscar))
+    one = {**CONTENT["adapt_dimensions"], "multiple": 1}
+    check_everything(written(tmp_path, learn_masks=osscar, adapt_dimensions=one))
+
+
 def test_a_latency_budget_is_in_what_an_artifact_was_made_with_and_the_default_is_as_it_was(tmp_path: Path) -> None:
     path = written(tmp_path, learn_masks=FOR_LATENCY)
     check_everything(path)

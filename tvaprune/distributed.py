@@ -72,6 +72,12 @@ class World:
             distributed.all_reduce(tensor)
         return tensor
 
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its largest value over the processes, element by element, and return it."""
+        if self.size > 1:
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return tensor
+
 
 ALONE = World()
 

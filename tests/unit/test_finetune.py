@@ -20,7 +20,7 @@ from tvaprune.architecture.topology import Topology, hidden_states
 from tvaprune.artifacts import write_artifact
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
-from tvaprune.distributed import Process
+from tvaprune.distributed import Process, World
 from tvaprune.export.card import Base, Provenance, widths_of
 from tvaprune.export.seal import certify
 from tvaprune.options.recovery import RecoveryOptions
@@ -283,11 +283,32 @@ def test_inputs_that_do_not_fit_are_named(tmp_path):
 def test_cached_states_are_the_online_ones_and_are_computed_once(tmp_path, monkeypatch):
     model, ids = tiny(), windows(6, 1)
     online = Teacher(model, ids)
-    cached = CachedTeacher(online, {4, 1, 2}, 2, tmp_path / "states.bin")
+    cached = CachedTeacher(online, {4, 1, 2}, 2, tmp_path / "states.bin", Process(CPU))
     torch.testing.assert_close(cached.hidden([2, 4]), online.hidden([2, 4]))
     torch.testing.assert_close(online.hidden([4]) @ online.head.T, model(ids[[4]].long()).logits[0])
     monkeypatch.setattr(online, "hidden", lambda windows: pytest.fail("computed again"))
-    assert torch.equal(CachedTeacher(online, {1, 2, 4}, 2, tmp_path / "states.bin").hidden([1]), cached.hidden([1]))
+    again = CachedTeacher(online, {1, 2, 4}, 2, tmp_path / "states.bin", Process(CPU))
+    assert torch.equal(again.hidden([1]), cached.hidden([1]))
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_processes_that_split_the_teacher_take_equal_turns(tmp_path, complete):
+    """Also one that has fewer windows than another, or whose file is complete: else the others' forwards hang."""
+
+    class Turns(World):
+        def max_(self, tensor):
+            return tensor.clamp_min(5)  # what another process has to compute
+
+    process = Process(CPU, Turns(), sharded=True)
+    online, path = Teacher(tiny(), windows(6, 1)), tmp_path / "states.bin"
+    expected = CachedTeacher(online, {4, 1, 2}, 2, path, Process(CPU)).hidden([1, 2, 4])
+    if not complete:
+        path.with_suffix(".done").unlink()
+    real, calls = online.hidden, []
+    online.hidden = lambda chosen: calls.append(chosen) or real(chosen)
+    cached = CachedTeacher(online, {4, 1, 2}, 2, path, process)
+    assert len(calls) == 5
+    assert torch.equal(cached.hidden([1, 2, 4]), expected)
 
 
 def test_states_of_an_interrupted_caching_are_not_trusted(tmp_path):
@@ -302,9 +323,10 @@ def test_states_of_an_interrupted_caching_are_not_trusted(tmp_path):
 
     online.hidden = killed
     with pytest.raises(KeyboardInterrupt):
-        CachedTeacher(online, range(6), 2, tmp_path / "states.bin")
+        CachedTeacher(online, range(6), 2, tmp_path / "states.bin", Process(CPU))
     online.hidden = real
-    assert torch.equal(CachedTeacher(online, range(6), 2, tmp_path / "states.bin").hidden([4, 5]), real([4, 5]))
+    again = CachedTeacher(online, range(6), 2, tmp_path / "states.bin", Process(CPU))
+    assert torch.equal(again.hidden([4, 5]), real([4, 5]))
 
 
 # --- the adapter ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,12 +31,17 @@ PROMPTS = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed
 @pytest.fixture(scope="module", params=[None, 0, 1], ids=["all blocks", "layer 0 gone", "layer 1 gone"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compact Llama with tied embeddings and uneven layers, with tokenizer."""
-    dense = save_tiny_model("llama_tied", tmp_path_factory.mktemp("interop") / "dense")
+    return pruned("llama_tied", request.param, tmp_path_factory.mktemp("interop"))
+
+
+def pruned(family: str, empty_layer: int | None, parent: Path) -> Path:
+    dense = save_tiny_model(family, parent / "dense")
     tiny_tokenizer(dense)
     topology = Topology.of(load_config(dense))
-    masks = random_masks(topology, seed=5, empty_layer=request.param)
-    compact(dense, masks, random_update(topology, seed=6), dense.with_name("out"))
-    return dense.with_name("out")
+    compact(
+        dense, random_masks(topology, seed=5, empty_layer=empty_layer), random_update(topology, seed=6), parent / "out"
+    )
+    return parent / "out"
 
 
 @pytest.fixture
@@ -103,6 +109,65 @@ model.save_pretrained("second")
         assert (tmp_path / name / "modeling_tvaprune.py").is_file()
         with torch.inference_mode():
             assert torch.equal(again(PROMPTS).logits, model(PROMPTS).logits)
+
+
+def test_an_override_of_the_config_counts_and_is_saved(directory: Path, tmp_path: Path) -> None:
+    """As in a stock model: an argument of from_pretrained, an edit of config.json, and both written again."""
+    dense = load(directory)
+    changed = {
+        "rms_norm_eps": 1e-3,
+        "use_cache": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+        "max_position_embeddings": 2048,  # the default of the class, which save_pretrained leaves out of stock configs
+    }
+    assert all(getattr(dense.config, key) != value for key, value in changed.items())
+    model = AutoModelForCausalLM.from_pretrained(directory, **changed)
+    model.save_pretrained(tmp_path / "saved")
+    edited = tmp_path / "edited"
+    shutil.copytree(directory, edited)
+    config = json.loads((edited / "config.json").read_text())
+    (edited / "config.json").write_text(json.dumps({**config, **changed}))
+    with torch.inference_mode():
+        expected = model(PROMPTS)
+        assert expected.past_key_values is None
+        assert not torch.allclose(expected.logits, dense(PROMPTS).logits)
+        for other in (load(tmp_path / "saved"), load(edited)):
+            assert all(getattr(other.config, key) == value for key, value in changed.items())
+            assert other.model.layers[2].input_layernorm.variance_epsilon == other.model.norm.variance_epsilon == 1e-3
+            assert torch.equal(other(PROMPTS).logits, expected.logits)
+
+
+def test_a_vocabulary_of_another_size_is_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.resize_token_embeddings(136)
+    model.save_pretrained(tmp_path / "resized")
+    with torch.inference_mode():
+        assert torch.equal(load(tmp_path / "resized")(PROMPTS).logits, model(PROMPTS).logits)
+
+
+def test_outputs_are_those_of_a_stock_model(model: PreTrainedModel) -> None:
+    """A tuple on request, and attentions of every layer, with no head where a layer has none."""
+    heads = model.config.kv_head_counts
+    with torch.inference_mode():
+        outputs = model(PROMPTS)
+        as_tuple = model(PROMPTS, return_dict=False, labels=PROMPTS)
+        assert len(as_tuple) == 3
+        assert torch.equal(as_tuple[1], outputs.logits)
+        model.set_attn_implementation("eager")
+        attentions = model(PROMPTS, output_attentions=True).attentions
+    length = PROMPTS.shape[1]
+    group_size = model.config.num_attention_heads // model.config.num_key_value_heads
+    expected = [(len(PROMPTS), count * group_size, length, length) for count in heads]
+    assert [tuple(weights.shape) for weights in attentions] == expected
+
+
+def test_blocks_that_are_gone_but_for_their_bias_come_back_from_disk(tmp_path: Path) -> None:
+    directory = pruned("llama_bias", 1, tmp_path)
+    model = load(directory)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{index}": "disk" for index in range(model.config.num_hidden_layers)}
+    offloaded = AutoModelForCausalLM.from_pretrained(directory, device_map=device_map, offload_folder=tmp_path / "off")
+    with torch.inference_mode():
+        assert torch.equal(offloaded(PROMPTS).logits, model(PROMPTS).logits)
 
 
 def test_int8_weights_of_torchao_generate(directory: Path, model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import can_return_tuple
 
 
 class TvaPruneConfig(PreTrainedConfig):
@@ -22,7 +23,8 @@ class TvaPruneConfig(PreTrainedConfig):
 
     Args:
         base_model_type: llama, mistral, qwen2 or qwen3.
-        base_config: the dense model's config as a dict; its keys are readable as attributes here too.
+        base_config: the dense model's config as a dict. Its keys are attributes here too, and it is these that count:
+            an argument of from_pretrained, or an edit of config.json, replaces the dense model's value.
         hidden_size: kept residual dimensions.
         intermediate_sizes: MLP units per layer; 0 = no MLP.
         kv_head_counts: key-value heads per layer; 0 = no attention.
@@ -54,8 +56,9 @@ class TvaPruneConfig(PreTrainedConfig):
         self.projection_bias = projection_bias
         kwargs["hidden_size"] = hidden_size or base.hidden_size
         kwargs["head_dim"] = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+        use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
-        self.use_cache = getattr(base, "use_cache", True)  # not in a config's dict
+        self.use_cache = use_cache  # which the constructor would drop, as a parameter of generation
         # Static caches and serving backends read the counts of each layer here. The global ones stay readable: they are
         # the dense model's, and transformers warns whoever reads them.
         self.allow_global_per_layer_attribute_access = True
@@ -69,6 +72,12 @@ class TvaPruneConfig(PreTrainedConfig):
             for layer in range(base.num_hidden_layers)
         }
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What save_pretrained writes: also values that are a default of the class, but not the dense model's."""
+        dense = CONFIG_MAPPING[self.base_model_type](**self.base_config).to_dict()
+        changed = {key: value for key, value in self.to_dict().items() if key in dense and value != dense[key]}
+        return {**changed, **super().to_diff_dict()}
+
     def cached_heads(self, layer: int) -> int:
         """Key-value heads that the layer's cache holds: one where the layer has none.
 
@@ -80,6 +89,8 @@ class TvaPruneConfig(PreTrainedConfig):
         """The base family's config with the sizes of one layer."""
         base = CONFIG_MAPPING[self.base_model_type](**self.base_config)
         group_size = base.num_attention_heads // base.num_key_value_heads
+        own = vars(self)
+        vars(base).update({key: own[key] for key in vars(base).keys() & own.keys() if not key.startswith("_")})
         # Past the constructor, whose check of hidden_size against the head count (LlamaConfig) is about
         # deriving head_dim; here head_dim is explicit.
         vars(base).update(
@@ -99,6 +110,10 @@ class _Constant(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
+    def forward(self) -> torch.Tensor:
+        """The bias, through a call, because that is where weights that were offloaded come back."""
+        return self.bias
+
 
 class _NoHeads(nn.Module):
     """Stands where a layer has no key-value head left: adds o_proj's bias to the residual, or nothing.
@@ -117,13 +132,14 @@ class _NoHeads(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor | float, None]:
+    ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
         batch, tokens, _ = hidden_states.shape
         if past_key_values is not None and self.layer_idx == 0:
             # Caches read the sequence length off layer 0.
             placeholder = hidden_states.new_zeros(batch, 1, tokens, self.config.head_dim)
             past_key_values.update(placeholder, placeholder, 0)
-        if self.config._attn_implementation == "vllm":
+        implementation = self.config._attn_implementation
+        if implementation == "vllm":
             # vLLM takes no layer that does not call the attention function, which it looks for in the source: one
             # assignment of its own, one call. The result of the empty head is not used.
             attend = ALL_ATTENTION_FUNCTIONS["vllm"]
@@ -131,7 +147,9 @@ class _NoHeads(nn.Module):
             query = hidden_states.new_zeros(batch, own.num_attention_heads, tokens, self.config.head_dim)
             key = query[:, : own.num_key_value_heads]
             attend(self, query, key, key, attention_mask, **kwargs)
-        return 0.0 if self.o_proj is None else self.o_proj.bias, None
+        # With output_attentions, which only eager gives, every layer has an entry; here one of no heads.
+        weights = hidden_states.new_zeros(batch, 0, tokens, tokens) if implementation == "eager" else None
+        return 0.0 if self.o_proj is None else self.o_proj(), weights
 
 
 class _NoMLP(nn.Module):
@@ -142,7 +160,7 @@ class _NoMLP(nn.Module):
         self.down_proj = down_proj
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
-        return 0.0 if self.down_proj is None else self.down_proj.bias
+        return 0.0 if self.down_proj is None else self.down_proj()
 
 
 class TvaPrunePreTrainedModel(PreTrainedModel):
@@ -175,7 +193,8 @@ class TvaPruneModel(TvaPrunePreTrainedModel):
             num_key_value_heads=dense.num_key_value_heads,
         )
         self._stock_class = MODEL_MAPPING[type(shared)]
-        self._can_record_outputs = self._stock_class._can_record_outputs
+        recorded = dict(self._stock_class._can_record_outputs)
+        self._can_record_outputs = {**recorded, "attentions": [recorded["attentions"], _NoHeads]}
         self._no_split_modules = self._stock_class._no_split_modules
         super().__init__(config)
         stock = self._stock_class(shared)
@@ -252,6 +271,7 @@ class TvaPruneForCausalLM(TvaPrunePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -264,7 +284,7 @@ class TvaPruneForCausalLM(TvaPrunePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As the base family's ForCausalLM."""
+        """As the base family's ForCausalLM; a tuple where `return_dict` is False."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

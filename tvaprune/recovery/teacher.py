@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tvaprune.architecture.topology import hidden_states
+from tvaprune.distributed import Process
 from tvaprune.progress import Progress
 
 
@@ -46,23 +47,34 @@ class CachedTeacher:
     """The same states of every window that training will use, computed once; the model is not needed afterwards.
 
     `path` is a memory-mapped file of windows · seq · width numbers in the model's dtype. A complete file of the same
-    run is used again.
+    run is used again. Processes have a file each. Where they split the teacher's layers, each forward needs all of
+    them, so that all take as many turns as the one with the most to compute.
     """
 
-    def __init__(self, teacher: Teacher, windows: Collection[int], batch_size: int, path: Path) -> None:
+    def __init__(
+        self, teacher: Teacher, windows: Collection[int], batch_size: int, path: Path, process: Process
+    ) -> None:
         self.head = teacher.head.clone()  # a copy, because the teacher's will leave the device
         self._row = {window: row for row, window in enumerate(sorted(set(windows)))}
         shape = (len(self._row), teacher.window_tokens, self.head.shape[1])
         done = path.with_suffix(".done")
-        if not done.exists():
+        complete = done.exists()
+        if not complete:
             path.unlink(missing_ok=True)
         states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.head.dtype)
         self._states = states.view(shape)
-        if not done.exists():
-            ordered = list(self._row)
-            for start in Progress(range(0, len(ordered), batch_size), desc="caching the teacher", unit="batch"):
-                batch = ordered[start : start + batch_size]
-                self._states[start : start + len(batch)] = teacher.hidden(batch).view(len(batch), *shape[1:]).cpu()
+        starts = range(0, len(self._row), batch_size)
+        turns = 0 if complete else len(starts)
+        if process.sharded:
+            turns = int(process.world.max_(torch.tensor(turns, device=process.device)))
+        ordered, silent = list(self._row), not process.world.is_main
+        for turn in Progress(range(turns), desc="caching the teacher", unit="batch", disable=silent):
+            start = starts[min(turn, len(starts) - 1)]
+            batch = ordered[start : start + batch_size]
+            states = teacher.hidden(batch).view(len(batch), *shape[1:])
+            if not complete:
+                self._states[start : start + len(batch)] = states.cpu()
+        if not complete:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())  # the pages reach the disk before the mark that they are complete
             done.touch()

@@ -84,7 +84,7 @@ def finetune(
     if isinstance(source, Teacher) and options.teacher == "cached":
         used = {window for windows in own_windows for window in windows}
         path = state.directory / f"teacher_hidden_{process.world.rank}_of_{process.world.size}.bin"
-        source = CachedTeacher(source, used, options.batch_size, path)
+        source = CachedTeacher(source, used, options.batch_size, path, process)
     if options.teacher != "online" and not process.sharded:
         teacher.to("cpu")
 

@@ -128,8 +128,8 @@ def prune(
     with tempfile.TemporaryDirectory() as scratch:
         documents = read_documents(source, Path(scratch), NoState(Path(scratch)))
         texts = [document.text for document in documents]
-    dense = load(model, pick_dtype(device), device)
-    small = prune_model(dense, load_tokenizer(model), texts, sparsity, method, windows=windows, out=out)
+    dense, tokenizer = load(model, pick_dtype(device), device), load_tokenizer(model)
+    small = prune_model(dense, tokenizer, texts, sparsity, method, windows=windows, out=out, checkpoint=model)
     before, after = (each.num_parameters() for each in (dense, small))
     echo(f"{out}: {after:,} parameters of {before:,}")
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import tvaprune.checkpoint.loading  # noqa: F401  registers the class of a pruned model's config
 from tvaprune.architecture.parameter_counts import sparsity
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import Topology, check_family
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.gates.memory import training_memory
@@ -90,6 +90,7 @@ def sizes(params_file: Path, model: Path) -> Sizes:
     check_everything(params_file)
     request, adapting = LearnMasksParams.load(params_file).request(), AdaptDimensionsParams.load(params_file)
     config = load_config(model)
+    check_family(config)
     topology = Topology.of(config)
     check_request(request, topology)
     ahead = getattr(request.options, "head_start", None)

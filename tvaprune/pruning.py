@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import Topology, check_family
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
+from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.inputs.calibration import WindowSet, sample_windows, tokenise
 from tvaprune.inputs.documents import Document
 from tvaprune.masks.adapt import adapt
@@ -29,6 +30,7 @@ def prune(
     options: Any = None,
     windows: int = 512,
     out: Path | str | None = None,
+    checkpoint: Path | str | None = None,
 ) -> PreTrainedModel:
     """Prune a causal LM on the given texts, and return the smaller model, ready for inference.
 
@@ -44,10 +46,14 @@ def prune(
         options: an instance of the method's class there; None: its defaults.
         windows: windows of text to learn on.
         out: new or empty directory to write the pruned model and the tokenizer to; None: they are not kept.
+        checkpoint: the directory that the model was loaded from. Its tensors are cut, in the dtype that they are stored
+            in; None: the model's own, in the dtype that it computes in.
 
     Raises:
+        FileNotFoundError: the checkpoint has no safetensors.
         FileExistsError: `out` is not empty.
         TypeError: texts is a single string.
+        UnsupportedModelError: the model is pruned already, or of a family that is not supported.
         ValueError: an argument that is out of range, by its name in params.yaml; texts that are too short.
         UnreachableSparsityError: the axes in play cannot remove so much.
     """
@@ -55,6 +61,9 @@ def prune(
         raise TypeError("texts: expected several texts, found one str; pass [text]")
     if out is not None:
         require_empty(Path(out))
+    if checkpoint is not None:
+        Checkpoint.of(Path(checkpoint))
+    check_family(model.config)
     topology = Topology.of(model.config)
     kind = method_options(method)
     request = MaskRequest(method, options or kind(), sparsity, kind.axes)
@@ -75,9 +84,11 @@ def prune(
         multiple = (1, 1)
     masks = adapt(topology, found.masks, sparsity, "budget", *multiple)
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(Path(scratch, "dense"))
+        dense = Path(checkpoint) if checkpoint is not None else Path(scratch, "dense")
+        if checkpoint is None:
+            model.save_pretrained(dense)
         directory = Path(out) if out is not None else Path(scratch, "compact")
-        compact(Path(scratch, "dense"), masks, found.update, directory)
+        compact(dense, masks, found.update, directory)
         if out is not None:
             tokenizer.save_pretrained(directory)
         return load(directory, device=model.device)

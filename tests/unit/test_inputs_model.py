@@ -25,8 +25,9 @@ from transformers import (
 import tvaprune.inputs.model
 from tests.pipeline.workspace import REPOSITORY
 from tests.tiny_models import tiny_model
+from tvaprune.architecture.topology import UnsupportedModelError, check_family
 from tvaprune.inputs.glassllm import read_glassllm
-from tvaprune.inputs.model import check_family, fetch_model
+from tvaprune.inputs.model import fetch_model
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import InputError, ModelHub, ModelLocal, ModelPackage
 
@@ -172,7 +173,7 @@ def test_damaged_glassllm_weights_are_named(glassllm: tuple[Path, Path]) -> None
     ],
 )
 def test_models_that_cannot_be_pruned_are_refused_by_name(config: PreTrainedConfig, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         check_family(config)
 
 
@@ -266,7 +267,7 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
 def test_a_family_is_refused_before_its_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MixtralConfig().save_pretrained(tmp_path / "moe")
     monkeypatch.setattr(tvaprune.inputs.model.AutoModelForCausalLM, "from_pretrained", None)
-    with pytest.raises(InputError, match="mixture of experts"):
+    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
         fetch_model(ModelLocal(path=tmp_path / "moe"), tmp_path / "out", tmp_path / "work")
 
 

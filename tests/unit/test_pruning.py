@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import tvaprune
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import Topology, UnsupportedModelError
 from tvaprune.options.gates import GraspruneOptions, TvaOptions
 
 TEXTS = [
@@ -67,6 +67,19 @@ def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Pa
 def test_what_cannot_be_done_is_refused_by_name(tokenizer, arguments: dict, named: str) -> None:
     with pytest.raises((TypeError, ValueError), match=re.escape(named)):
         tvaprune.prune(tiny_model("llama"), tokenizer, **{"texts": TEXTS, "windows": 8, **arguments})
+
+
+def test_a_checkpoint_is_cut_in_its_own_dtype_and_not_cut_again(tokenizer, tmp_path: Path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "stored")
+    arguments = {"texts": TEXTS, "windows": 8, "method": "flap", "sparsity": 0.3}
+    pruned = tvaprune.prune(model.float(), tokenizer, **arguments, checkpoint=tmp_path / "stored", out=tmp_path / "out")
+    assert {parameter.dtype for parameter in pruned.parameters()} == {torch.bfloat16}
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    with pytest.raises(UnsupportedModelError, match="is pruned already: prune the dense one"):
+        tvaprune.prune(pruned, tokenizer, **arguments)
+    with pytest.raises(FileNotFoundError, match="empty"):
+        tvaprune.prune(model, tokenizer, **arguments, checkpoint=tmp_path / "empty")
 
 
 def test_a_directory_with_files_is_left_as_it_is(tokenizer, tmp_path: Path) -> None:

@@ -41,6 +41,29 @@ class UnsupportedModelError(ValueError):
     """The model has a structure that these axes do not describe."""
 
 
+def check_family(config: Any) -> None:
+    """Raise UnsupportedModelError for a model that cannot be pruned, from its transformers config.
+
+    The message says what the model is, and what is supported.
+    """
+    family, supported = config.model_type, f"supported families: {', '.join(FAMILIES)}"
+    if hasattr(config, "base_model_type"):
+        raise UnsupportedModelError("the model is pruned already: prune the dense one, with a higher sparsity")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model_type {family!r} is an encoder-decoder; only decoders can be pruned; {supported}"
+        )
+    expert_counts = ("num_local_experts", "num_experts", "n_routed_experts")
+    if experts := [name for name in expert_counts if getattr(config, name, None)]:
+        raise UnsupportedModelError(f"model_type {family!r} is a mixture of experts ({experts[0]}); {supported}")
+    if family not in FAMILIES:
+        raise UnsupportedModelError(f"model_type {family!r} is not supported; {supported}")
+    if family.startswith("qwen") and getattr(config, "use_sliding_window", False):
+        raise UnsupportedModelError(
+            f"model_type {family!r} with use_sliding_window true is refused: some layers see a window only"
+        )
+
+
 @dataclass(frozen=True)
 class Topology:
     """Sizes of a decoder with grouped-query attention."""
@@ -61,7 +84,10 @@ class Topology:
 
     @classmethod
     def of(cls, config: Any) -> "Topology":
-        """Read the sizes from a transformers config. Raises UnsupportedModelError for a family not in FAMILIES."""
+        """The dense model's sizes, from its transformers config or a pruned model's.
+
+        Raises UnsupportedModelError for a family not in FAMILIES.
+        """
         family = getattr(config, "base_model_type", config.model_type)
         if family not in FAMILIES:
             raise UnsupportedModelError(f"model_type {family!r}: supported families are {', '.join(FAMILIES)}")

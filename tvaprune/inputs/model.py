@@ -15,30 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tvaprune.architecture.topology import FAMILIES
+from tvaprune.architecture.topology import UnsupportedModelError, check_family
 from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.model_files import check_config, check_weights
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import InputError, ModelHub, ModelPackage, ModelSource, describe, hub_errors
-
-_SUPPORTED = f"supported families: {', '.join(FAMILIES)}"
-
-
-def check_family(config: PreTrainedConfig) -> None:
-    """Raise InputError for a model whose structure is not supported; it says what the model is, and what is."""
-    family = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"model_type {family!r} is an encoder-decoder; only decoders can be pruned; {_SUPPORTED}")
-    expert_counts = ("num_local_experts", "num_experts", "n_routed_experts")
-    if experts := [name for name in expert_counts if getattr(config, name, None)]:
-        raise InputError(f"model_type {family!r} is a mixture of experts ({experts[0]}); {_SUPPORTED}")
-    if family not in FAMILIES:
-        raise InputError(f"model_type {family!r} is not supported; {_SUPPORTED}")
-    if family.startswith("qwen") and getattr(config, "use_sliding_window", False):
-        raise InputError(
-            f"model_type {family!r} with use_sliding_window true is refused: some layers see a window only"
-        )
 
 
 def shorten_context(config: PreTrainedConfig) -> None:
@@ -59,7 +41,8 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
     """Write the model and its tokenizer as a Hugging Face directory; return the content of tvaprune_source.json.
 
     The weights are bfloat16 from GGUF, float32 from GlassLM's float16 arrays (which bfloat16 cannot hold), and
-    otherwise in the dtype of the checkpoint. Raises InputError if the model cannot be fetched or pruned.
+    otherwise in the dtype of the checkpoint. Raises InputError if the model cannot be fetched,
+    UnsupportedModelError if it cannot be pruned.
     """
     if isinstance(source, ModelPackage):
         model, tokenizer = _from_package(source, temporary)
@@ -143,7 +126,7 @@ def _from_directory(path: Path, trust: bool) -> tuple[PreTrainedModel, PreTraine
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         _check_tokenizer(tokenizer, config.vocab_size)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, trust_remote_code=trust)
-    except InputError:
+    except (InputError, UnsupportedModelError):
         raise
     except Exception as error:  # a damaged directory raises almost anything
         cause = " ".join(str(error).split())

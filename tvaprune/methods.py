@@ -54,10 +54,14 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
     """Refuse before any work what no calibration text can mend.
 
     Raises:
+        TypeError: the options are of another method.
         ValueError: names the parameter, its value and what is allowed.
         UnreachableSparsityError: the axes in play cannot remove so much of the layers that are not protected.
     """
     kind = method_options(request.method)
+    if not isinstance(request.options, kind):
+        found = type(request.options).__name__
+        raise TypeError(f"options: learn_masks.method = {request.method!r} takes {kind.__name__}, found {found}")
     check_sparsity(request.sparsity)
     if request.latency is not None:
         return  # the table says which latencies the axes reach

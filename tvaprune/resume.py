@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from tvaprune import states_directory
+from tvaprune.out_of_memory import is_out_of_memory
 
 
 class StateInUseError(BlockingIOError):
@@ -129,10 +130,16 @@ class ResumableRun:
         self._lock.release()
 
     def load(self) -> dict[str, Any] | None:
-        """The last complete state; None if there is none, or if it is damaged."""
+        """The last complete state; None if there is none, or if it is damaged, which is said."""
         try:
             return torch.load(self._state_path, map_location="cpu", weights_only=True)
-        except Exception:
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # a damaged file raises almost anything
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                raise
+            damage = f"{self._state_path}: damaged ({' '.join(str(error).split())[:200]})"
+            print(f"{damage}; {self._stage} starts from the beginning", file=sys.stderr, flush=True)
             return None
 
     def save(self, state: dict[str, Any]) -> None:

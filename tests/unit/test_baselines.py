@@ -305,6 +305,26 @@ def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
         assert lower.max() < higher.min()
 
 
+def test_units_of_an_earlier_stage_come_back_best_first() -> None:
+    """Where a stage drops a head that is worth more units than the stage has left."""
+    topology = Topology(layers=2, hidden=16, intermediate=12, kv_heads=2, group_size=4, head_dim=16)
+    stages = Stages(topology, UNIT_AXES)
+    order = torch.tensor([3, 9, 1, 7, 5, 11, 0, 8, 2, 10, 4, 6])
+    scores = {"intermediate": torch.stack([order, order + 0.5]) / 13, "kv_heads": torch.full((2, 2), 1.5)}
+    stages.prune(scores, 0.05)
+    dropped = ~stages.keep["intermediate"]
+    assert stages.keep["kv_heads"].all()
+    assert int(dropped.sum()) == 12
+    scores["kv_heads"][0, 0] = 0
+    scores["intermediate"] = scores["intermediate"] + 0.9
+    stages.prune(scores, 0.25)
+    assert not stages.keep["kv_heads"][0, 0]
+    back = dropped & stages.keep["intermediate"]
+    order = torch.stack([order, order + 0.5])
+    assert 0 < int(back.sum()) < int(dropped.sum())
+    assert order[back].min() > order[dropped & ~back].max()
+
+
 # ---- scores from activations
 
 

@@ -1,5 +1,6 @@
 """Gate training: the budget at every step, resumption bit by bit, the gates' gradients."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -154,18 +155,26 @@ def test_a_latency_is_met_at_every_step_and_at_the_end(family: str, monkeypatch:
 
 
 def test_a_killed_run_for_a_latency_ends_bitwise_as_an_undisturbed_one() -> None:
-    def learn_for_latency(saver: Any = None) -> Learned:
+    def learn_for_latency(saver: Any) -> Learned:
         model, gates = latency_gates()
         return learn_gates(model, WINDOWS, gates, saver, progress=False)
 
-    undisturbed, killed = learn_for_latency(), Memory(stop_after=2)
+    assert_a_killed_run_ends_alike(learn_for_latency)
+
+
+def assert_a_killed_run_ends_alike(learn: Callable[[Any], Learned]) -> None:
+    """`learn` takes a saver, or None."""
+    undisturbed, killed = learn(None), Memory(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
-        learn_for_latency(killed)
-    resumed = learn_for_latency(killed)
+        learn(killed)
+    resumed = learn(killed)
     for axis in AXES:
         assert torch.equal(undisturbed.update.scale[axis], resumed.update.scale[axis])
         assert torch.equal(undisturbed.masks.score[axis], resumed.masks.score[axis])
         assert torch.equal(undisturbed.masks.keep[axis], resumed.masks.keep[axis])
+    assert undisturbed.update.channel_scale.keys() == resumed.update.channel_scale.keys()
+    for site, mean in undisturbed.update.channel_scale.items():
+        assert torch.equal(mean, resumed.update.channel_scale[site])
     assert undisturbed.curve == resumed.curve
 
 
@@ -189,19 +198,7 @@ def test_a_latency_goal_reaches_the_report_and_one_out_of_reach_is_refused_at_on
 
 @of_every_kind
 def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(options: GateOptions) -> None:
-    undisturbed = learn(options)
-    killed = Memory(stop_after=2)
-    with pytest.raises(KeyboardInterrupt):
-        learn(options, saver=killed)
-    resumed = learn(options, saver=killed)
-    for axis in AXES:
-        assert torch.equal(undisturbed.update.scale[axis], resumed.update.scale[axis])
-        assert torch.equal(undisturbed.masks.score[axis], resumed.masks.score[axis])
-        assert torch.equal(undisturbed.masks.keep[axis], resumed.masks.keep[axis])
-    assert undisturbed.update.channel_scale.keys() == resumed.update.channel_scale.keys()
-    for site, mean in undisturbed.update.channel_scale.items():
-        assert torch.equal(mean, resumed.update.channel_scale[site])
-    assert undisturbed.curve == resumed.curve
+    assert_a_killed_run_ends_alike(lambda saver: learn(options, saver=saver))
 
 
 @pytest.mark.parametrize("method", ["flap", "magnitude", "osscar"])
@@ -648,7 +645,7 @@ def test_gradient_checkpointing_learns_the_same_masks(options: GateOptions) -> N
     ("method", "axes"), [("flap", AXES), ("nothing", AXES), ("depth", ("intermediate",)), ("grasprune", AXES)]
 )
 def test_a_method_is_refused_axes_it_cannot_prune(method: str, axes: tuple) -> None:
-    request = MaskRequest(method, GRASPRUNE if method == "grasprune" else None, 0.2, axes)
+    request = MaskRequest(method, METHOD_OPTIONS.get(method, TvaOptions)(), 0.2, axes)
     with pytest.raises(ValueError, match=r"learn_masks\.(axes|method)"):
         check_request(request, Topology.of(tiny_model("llama").config))
 

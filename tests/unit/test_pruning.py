@@ -11,6 +11,7 @@ import tvaprune
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters
 from tvaprune.architecture.topology import Topology, UnsupportedModelError
+from tvaprune.options.baselines import FlapOptions
 from tvaprune.options.gates import GraspruneOptions, TvaOptions
 
 TEXTS = [
@@ -62,11 +63,20 @@ def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Pa
         ({"method": "wanda"}, "learn_masks.method = 'wanda': use one of tva, paper"),
         ({"windows": 10**6}, "texts"),
         ({"texts": TEXTS[0]}, "found one str; pass [text]"),
+        ({"options": FlapOptions()}, "'tva' takes TvaOptions, found FlapOptions"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(tokenizer, arguments: dict, named: str) -> None:
     with pytest.raises((TypeError, ValueError), match=re.escape(named)):
         tvaprune.prune(tiny_model("llama"), tokenizer, **{"texts": TEXTS, "windows": 8, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"), [(TvaOptions, "steps", 0), (FlapOptions, "windows", 0.5), (FlapOptions, "window", 8)]
+)
+def test_options_are_checked_where_they_are_made(kind: type, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\n{option}\n"):
+        kind(**{option: value})
 
 
 def test_a_checkpoint_is_cut_in_its_own_dtype_and_not_cut_again(tokenizer, tmp_path: Path) -> None:

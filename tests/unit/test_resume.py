@@ -56,12 +56,31 @@ def test_other_settings_inputs_or_stages_find_no_state(code: Path) -> None:
         assert run.load() == {"step": 2}
 
 
-def test_a_damaged_state_is_ignored(code: Path) -> None:
+def test_a_damaged_state_is_ignored_and_said(code: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = interrupted({}, code, {"step": 2})
     path = directory / "state.pt"
     path.write_bytes(path.read_bytes()[:50])
     with ResumableRun("stage", {}, [code]) as run:
         assert run.load() is None
+    assert f"{path}: damaged" in (said := capsys.readouterr().err)
+    assert "stage starts from the beginning" in said
+
+
+@pytest.mark.parametrize("error", [PermissionError("state.pt"), MemoryError(), RuntimeError("can't allocate memory")])
+def test_a_state_that_cannot_be_read_is_not_thrown_away(
+    code: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    interrupted({}, code, {"step": 2})
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        with pytest.raises(type(error)), ResumableRun("stage", {}, [code]) as run:
+            run.load()
+    with ResumableRun("stage", {}, [code]) as run:
+        assert run.load() == {"step": 2}
 
 
 def test_a_kill_while_saving_leaves_the_state_before(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:

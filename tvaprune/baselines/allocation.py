@@ -16,12 +16,10 @@ from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
     dense_unit_costs,
-    kept_decoder_parameters,
-    unit_costs,
 )
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_best, make_scores_match_mask, project
+from tvaprune.masks.projection import make_scores_match_mask, project
 from tvaprune.options.axes import AXES, Axis
 
 Keep = dict[Axis, Bool[Tensor, "..."]]  # True = keep
@@ -110,7 +108,11 @@ def uniform_widths(
 
 
 class Stages:
-    """Pruning in stages: dropped units stay dropped, and rank below those that a later stage drops."""
+    """Pruning in stages: dropped units rank below those that a later stage drops.
+
+    They stay dropped, unless a later stage's budget has room for more than is left: where its threshold stops at a
+    residual dimension or a head, which are worth many units. Then the best of them come back.
+    """
 
     def __init__(
         self, topology: Topology, axes: tuple[Axis, ...], protect_first: int = 0, protect_last: int = 0
@@ -125,15 +127,13 @@ class Stages:
 
         Scores are in [0, 2]; those of dropped units are not read.
         """
-        left = {axis: scores[axis].cpu().where(self.keep[axis], -torch.inf) for axis in self._score}
-        for axis in left:
+        # Dropped units have scores of at most 0, in the order in which they were dropped.
+        ranked = {axis: scores[axis].cpu().where(self.keep[axis], old - 1) for axis, old in self._score.items()}
+        for axis in ranked:
             if axis != "hidden":
-                left[axis][self._whole] = torch.inf
-        keep, shifted = _on_budget(self.topology, left, target_sparsity)
-        for axis, score in self._score.items():
-            # A stage's scores span less than 3, so that stages cannot overlap.
-            self._score[axis] = torch.where(self.keep[axis], shifted[axis].clamp_max(2), score - 3)
-        self.keep = keep
+                ranked[axis][self._whole] = torch.inf
+        self.keep, shifted = _on_budget(self.topology, ranked, target_sparsity)
+        self._score = {axis: score.clamp_max(2) for axis, score in shifted.items()}
 
     def prune_alike(self, scores: Scores, widths: dict[Axis, Int[Tensor, " layers"]], share: float) -> None:
         """Drop, in every layer, a share of what separates it from its last width, by the lowest scores.
@@ -171,23 +171,10 @@ def protected_layers(topology: Topology, first: int, last: int) -> Bool[Tensor, 
 
 
 def _on_budget(topology: Topology, scores: Scores, target_sparsity: float) -> tuple[Keep, Scores]:
-    """What to keep on every axis, and the scores shifted so that the threshold is 0; on the CPU.
-
-    `project`, and then the best dropped units of the cheapest axis, as many as the budget still has room for: where
-    the threshold stops at a residual dimension or a head, they are hundreds, more than `project` tries.
-    """
+    """What to keep on every axis, and the scores shifted so that the threshold is 0; on the CPU."""
     dense, given = Masks.dense(topology), {axis: score.float().cpu() for axis, score in scores.items()}
     masks = project(topology, Masks(dense.keep, {**dense.score, **given}), target_sparsity, tuple(given))
-    finest, widths = _finest(topology, given), masks.widths()
-    keep = masks.keep[finest]
-    room = (1 - target_sparsity) * dense_decoder_parameters(topology) - kept_decoder_parameters(topology, masks.keep)
-    cost = getattr(unit_costs(topology, *(widths[axis] for axis in AXES)), finest).max()
-    # A layer that lost all its units would bring back a norm too.
-    open_to_more = ~keep & given[finest].isfinite() & keep.any(-1, keepdim=True)
-    count = min(int(room / float(cost)), int(open_to_more.sum()))
-    candidates = masks.score[finest].masked_fill(~open_to_more, -torch.inf)
-    added = keep_best(candidates.flatten(), count).view_as(keep)
-    return {**masks.keep, finest: keep | added}, {axis: masks.score[axis] for axis in given}
+    return masks.keep, {axis: masks.score[axis] for axis in given}
 
 
 def _threshold(scores: Scores, shifted: Scores) -> float:

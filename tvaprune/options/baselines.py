@@ -1,12 +1,12 @@
 """Options of the baselines: one class a method, each field with its type, range, default and description."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from tvaprune.options.axes import UNIT_AXES, Axis
-from tvaprune.options.method import MethodOptions
+from tvaprune.options.method import FORBID_EXTRA, MethodOptions
 
 Objective = Literal["logits", "loss"]
 Allocation = Literal["adaptive", "uniform"]
@@ -18,39 +18,39 @@ Last = Annotated[int, Field(ge=0, description="Layers to leave whole at the end.
 LayersAtOnce = Annotated[Count | None, Field(description="Layers with gradients in memory; null = all.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class RandomOptions(MethodOptions):
     method = "random"
     protect_first: First = 4
     protect_last: Last = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class MagnitudeOptions(MethodOptions):
     method = "magnitude"
     protect_first: First = 4
     protect_last: Last = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class CalibratedOptions(MethodOptions):
     windows: Annotated[Count, Field(description="Calibration windows to use, spread evenly over those given.")] = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class ProtectingOptions(CalibratedOptions):
     protect_first: First = 0
     protect_last: Last = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class WandaSpOptions(CalibratedOptions):
     method = "wanda_sp"
     axes = UNIT_AXES
     sequential: Annotated[bool, Field(description="Score a layer where all before it are pruned; published.")] = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class FlapOptions(CalibratedOptions):
     method = "flap"
     axes = UNIT_AXES
@@ -59,7 +59,7 @@ class FlapOptions(CalibratedOptions):
     bias: Annotated[bool, Field(description="Add the mean of what dropped inputs contributed, as biases.")] = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class LlmPrunerOptions(ProtectingOptions):
     method = "llm_pruner"
     # As published: of 32 layers, the first four and the last two stay whole.
@@ -71,7 +71,7 @@ class LlmPrunerOptions(ProtectingOptions):
     layers_at_once: LayersAtOnce = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class NirvanaOptions(CalibratedOptions):
     method = "nirvana"
     objective: Annotated[Objective, Field(description="What is differentiated; logits is published.")] = "logits"
@@ -85,7 +85,7 @@ class NirvanaOptions(CalibratedOptions):
     layers_at_once: LayersAtOnce = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class BonsaiOptions(CalibratedOptions):
     method = "bonsai"
     axes = UNIT_AXES
@@ -101,7 +101,7 @@ class BonsaiOptions(CalibratedOptions):
     prior_windows: Annotated[Count, Field(description="Windows of the prior in each round; published 32.")] = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class LoraPruneOptions(CalibratedOptions):
     method = "loraprune"
     axes = UNIT_AXES
@@ -120,7 +120,7 @@ class LoraPruneOptions(CalibratedOptions):
     ] = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class OsscarOptions(CalibratedOptions):
     method = "osscar"
     axes = UNIT_AXES
@@ -131,7 +131,7 @@ class OsscarOptions(CalibratedOptions):
     heads_at_once: Annotated[Count, Field(description="Key-value heads that a layer drops in a round.")] = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class DepthOptions(CalibratedOptions):
     method = "depth"
     axes = UNIT_AXES

@@ -1,29 +1,28 @@
 """Options of the methods that train gates: `tva` with its ablations, `paper` and `grasprune`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from tvaprune.options.axes import UNIT_AXES
 from tvaprune.options.method import FORBID_EXTRA, MethodOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class PerAxis:
     """One number an axis."""
 
-    __pydantic_config__ = FORBID_EXTRA
     hidden: float
     intermediate: float
     kv_heads: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class LatencyGoal:
     """What gates are learned for where the budget is latency."""
 
-    __pydantic_config__ = FORBID_EXTRA
     phase: Annotated[
         Literal["prefill", "decode", "request"],
         Field(description="Whose latency; request: a prefill and profile_hardware.decode_tokens steps."),
@@ -31,7 +30,7 @@ class LatencyGoal:
     ratio: Annotated[float, Field(gt=0, lt=1, description="Share of the dense model's latency to stay below.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class TvaOptions(MethodOptions):
     """Gates under an exact budget: means by gradient, scores in closed form (`tvaprune.gates.closed_form`)."""
 
@@ -72,7 +71,7 @@ class TvaOptions(MethodOptions):
             raise ValueError("uniform_layers: true needs scores in closed form; set ablation: null")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class PaperOptions(MethodOptions):
     """The paper's own training: sampled noise, KL and a Lagrangian (`tvaprune.gates.paper`)."""
 
@@ -90,7 +89,7 @@ class PaperOptions(MethodOptions):
     clip: Annotated[float | None, Field(gt=0, description="Largest gradient norm; null: not clipped.")] = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class GraspruneOptions(MethodOptions):
     """GRASPrune: masks by straight-through scores, then scales (`tvaprune.gates.grasprune`)."""
 

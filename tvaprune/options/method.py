@@ -1,20 +1,22 @@
 """What the options of all methods have in common."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 from tvaprune.options.axes import AXES, Axis
 
 FORBID_EXTRA = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_EXTRA)
 class MethodOptions:
-    """Options of one way to find masks, in a section of its name; pydantic refuses unknown keys."""
+    """Options of one way to find masks, in a section of its name.
 
-    __pydantic_config__ = FORBID_EXTRA
+    Construction raises pydantic's ValidationError, a ValueError, for a value out of range and for an unknown key.
+    """
+
     method: ClassVar[str]  # value of learn_masks.method
     axes: ClassVar[tuple[Axis, ...]] = AXES  # those that it prunes; the others it leaves whole
     keeps_one_unit: ClassVar[bool] = False  # of each of those axes, in every layer

@@ -14,8 +14,6 @@ from filelock import FileLock, Timeout
 from tvaprune import states_directory
 from tvaprune.errors import clear_errors
 
-QUESTIONS = frozenset({"--help", "--estimate"})  # options with which a stage only prints
-
 
 class AnotherWriterError(BlockingIOError):
     """Another process runs the same stage in this workspace."""
@@ -43,7 +41,7 @@ def only_writer() -> Iterator[None]:
     """
     specification = sys.modules["__main__"].__spec__
     package, _, stage = (specification.name if specification else "").partition(".")
-    if package != "stages" or QUESTIONS & set(sys.argv) or os.environ.get("RANK", "0") != "0":
+    if package != "stages" or "--help" in sys.argv or os.environ.get("RANK", "0") != "0":
         yield
         return
     root = states_directory()

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tvaprune
-from stages._command import QUESTIONS, command
+from stages._command import command
 from tvaprune.architecture.sharding import to_process
 from tvaprune.device import keep_freed_memory, pick_device, pick_dtype
 from tvaprune.distributed import Process, join, launch, processes_asked, sharding_asked
@@ -41,7 +41,7 @@ class StageProcess(Process):
 def process_command(main: Callable[..., None]) -> Callable[..., None]:
     """`command` for a stage that runs in TVAPRUNE_NPROC processes if that is above 1."""
     specification = sys.modules["__main__"].__spec__
-    if main.__module__ == "__main__" and specification and not QUESTIONS & set(sys.argv):
+    if main.__module__ == "__main__" and specification and "--help" not in sys.argv:
         with clear_errors():
             if (processes := processes_asked()) > 1:
                 launch(specification.name, sys.argv[1:], processes)

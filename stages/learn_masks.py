@@ -14,7 +14,6 @@ from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.loading import load
 from tvaprune.device import require_trainable
 from tvaprune.distributed import ALONE
-from tvaprune.gates.memory import memory_table
 from tvaprune.masks.latency_table import read_table
 from tvaprune.masks.masks import write_masks
 from tvaprune.masks.update import write_update
@@ -28,7 +27,6 @@ from tvaprune.methods import (
     write_widths,
 )
 from tvaprune.params.learn_masks import LearnMasksParams
-from tvaprune.params.sample_calibration import SampleCalibrationParams
 
 
 @process_command
@@ -42,23 +40,14 @@ def main(
     curve: Curve = Path("metrics/mask_training.csv"),
     widths: Annotated[Path, Option(help="CSV of kept widths by layer to write.")] = Path("metrics/widths.csv"),
     params_file: ParamsFile = Path("params.yaml"),
-    estimate: Annotated[bool, Option("--estimate", help="Only print the memory that the gates take.")] = False,
 ) -> None:
     """Reads data/model, artifacts/calibration (input_ids, validation_ids), artifacts/learning_profile if the budget is
     latency, and params.yaml (learn_masks, sparsity, seed); writes artifacts/masks, artifacts/means, metrics/masks.json,
-    metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on where it was. With --estimate it
-    reads params.yaml and data/model/config.json alone, prints how much memory the gates' training takes, and writes
-    nothing.
+    metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on where it was.
     """
     params = LearnMasksParams.load(params_file)
     request = params.request()
     settings = params.used() | {"gradient_checkpointing": request.gradient_checkpointing}
-    if estimate:
-        if not request.trains_gates:
-            raise ValueError(f"learn_masks.method = {request.method}: --estimate is for methods that train gates")
-        seq_len = SampleCalibrationParams.load(params_file).seq_len
-        echo(memory_table(load_config(model), request.options, seq_len))
-        return
     topology = Topology.of(load_config(model))
     check_request(request, topology)
     table = read_table(profile, topology).rising() if request.latency else None

@@ -4,8 +4,9 @@ The model is built on the meta device from its published config, pruned to the t
 counted. Parameters and memory are close to those of a real run. Widths are not: a method chooses its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.params.profile_hardware import ProfileHardwareParams
 from tvaprune.params.sample_calibration import SampleCalibrationParams
+from tvaprune.progress import SHOWN_AFTER_S, Progress
 from tvaprune.recovery.memory import finetuning_memory
 
 PUBLISHED = Path("configs/models")  # of a clone
@@ -110,14 +112,16 @@ def sizes(params_file: Path, model: Path) -> Sizes:
 
 def memory(found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str = "cuda") -> dict[str, dict[str, int]]:
     """Bytes by stage and part, on one device: of gates where they are trained, of fine-tuning where it is enabled."""
-    request, windows, needed = found.request, found.windows, {}
+    request, windows = found.request, found.windows
+    counts: dict[str, Callable[[], dict[str, int]]] = {}
     if request.trains_gates:
         gates = (found.config, request.options, windows.seq_len)
-        needed["learn_masks"] = training_memory(*gates, dtype, device_type, request.gradient_checkpointing)
+        counts["learn_masks"] = partial(training_memory, *gates, dtype, device_type, request.gradient_checkpointing)
     if found.recover.enabled:
         models = (found.student, found.config, found.recover.options, windows.finetune_seq_len)
-        needed["finetune_lora"] = finetuning_memory(*models, dtype, device_type)
-    return needed
+        counts["finetune_lora"] = partial(finetuning_memory, *models, dtype, device_type)
+    bar = Progress(counts.items(), desc="count a step's memory", unit="stage", delay=SHOWN_AFTER_S)
+    return {stage: count() for stage, count in bar}
 
 
 def size_lines(found: Sizes) -> Iterator[str]:

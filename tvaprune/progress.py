@@ -6,6 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_EVERY_S = 30.0
+SHOWN_AFTER_S = 2.0  # `delay` of a bar that is often done before anyone could read it
 
 
 class Progress(tqdm):

@@ -90,21 +90,6 @@ def _open_gates(
     return gates, means, {"squares": squares}
 
 
-def memory_table(config: PreTrainedConfig, options: GateOptions, seq_len: int) -> str:
-    """What `training_memory` says for a CPU and a CUDA device, in bfloat16, with and without checkpointing."""
-    lines = [
-        f"learn_masks, {options.batch_size} x {seq_len} tokens a step on one process, weights in bfloat16; GB:",
-        f"{'device':8}{'gradient_checkpointing':>24}{'weights':>10}{'gates':>8}{'step':>8}{'total':>8}",
-    ]
-    for device_type in ("cpu", "cuda"):
-        for checkpointing in (False, True):
-            parts = training_memory(config, options, seq_len, torch.bfloat16, device_type, checkpointing)
-            shown = "".join(f"{parts[name] / 1e9:8.2f}" for name in ("gates", "step", "total"))
-            lines.append(f"{device_type:8}{str(checkpointing).lower():>24}{parts['weights'] / 1e9:10.2f}{shown}")
-    lines.append("Beside it: the process (0.5 GB; on CUDA about 0.5 GB of context) and the allocator's fragmentation.")
-    return "\n".join(lines)
-
-
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operations made and nobody has let go, and the most there were."""
 

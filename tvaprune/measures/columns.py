@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvaprune.masks.latency_table import PHASES
+from tvaprune.options.axes import AXES
 from tvaprune.options.inputs import TASK_METRICS, TASK_TITLES
 
 SavedRun = dict[str, Any]
 Value = float | str | None
-AXES = ("hidden", "intermediate", "kv_heads")
 
 
 @dataclass(frozen=True)

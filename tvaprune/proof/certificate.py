@@ -21,6 +21,7 @@ from torch import Tensor
 
 import tvaprune
 from tvaprune.artifacts import write_json
+from tvaprune.progress import SHOWN_AFTER_S, Progress
 
 # The reference is a safetensors file by another name, because loaders take *.safetensors for weights.
 CERTIFICATE, REFERENCE, GGUF = "parity.json", "parity.tensors", "model.gguf"
@@ -137,7 +138,7 @@ def read_certificate(directory: Path) -> Certificate:
 def hashes(directory: Path) -> dict[str, str]:
     """SHA-256 by file name, without the certificate itself, caches and hidden files."""
     found = {}
-    for path in sorted(directory.rglob("*")):
+    for path in Progress(sorted(directory.rglob("*")), desc=f"hash {directory.name}", unit="file", delay=SHOWN_AFTER_S):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != CERTIFICATE and not name.startswith(".") and "__pycache__" not in path.parts:
             with path.open("rb") as file:

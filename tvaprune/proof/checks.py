@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tvaprune
+from tvaprune.progress import Progress
 from tvaprune.proof import gguf_runtime, reload_script
 from tvaprune.proof.certificate import GGUF, Check, DamagedDirectoryError, Reference
 from tvaprune.proof.parity import compare, mean_kl, same_choices
@@ -103,13 +104,17 @@ def fresh_checks(directory: Path, reference: Reference, bound: float, *, trust_r
         DamagedDirectoryError: transformers or llama.cpp does not load it; the error is quoted.
     """
     beginnings, tokens = generation(directory, reference.input_ids)
-    found = reload_fresh(directory, reference.input_ids, beginnings, tokens, trust_remote_code)
-    checks = [
-        against_reference("reloaded in a fresh process", reference, found["logits"], bound),
-        _cache_check(beginnings, found, bound),
-    ]
-    if (directory / GGUF).is_file():
-        checks.append(_gguf_check(directory / GGUF, beginnings, found, bound))
+    has_gguf = (directory / GGUF).is_file()
+    with Progress(total=1 + has_gguf, desc=f"check {directory.name} in fresh processes", unit="process") as bar:
+        found = reload_fresh(directory, reference.input_ids, beginnings, tokens, trust_remote_code)
+        bar.update()
+        checks = [
+            against_reference("reloaded in a fresh process", reference, found["logits"], bound),
+            _cache_check(beginnings, found, bound),
+        ]
+        if has_gguf:
+            checks.append(_gguf_check(directory / GGUF, beginnings, found, bound))
+            bar.update()
     return checks
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tvaprune.checkpoint.loading import load
+from tvaprune.progress import Progress
 
 
 @torch.inference_mode()
@@ -26,7 +26,7 @@ def continuations(
     if not prompts:
         return {}
     found: dict[str, list[str]] = {}
-    with tqdm(total=len(models) * len(prompts), desc="generated text", unit="prompt", disable=None) as progress:
+    with Progress(total=len(models) * len(prompts), desc="generated text", unit="prompt") as progress:
         for name, path in models.items():
             model: Any = load(path, dtype, device)
             found[name] = []

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tvaprune.masks.latency_table import PHASES
-from tvaprune.options.inputs import TASK_TITLES
+from tvaprune.options.inputs import TASK_METRICS, TASK_TITLES
 from tvaprune.report import svg
 from tvaprune.report.page import Block, Figure, Report, Samples, Section, Table, Tile
 from tvaprune.report.run import MODELS, RunFiles, Widths
@@ -159,11 +159,11 @@ def quality(run: RunFiles) -> Iterator[Block]:
 
 
 def _zeroshot(run: RunFiles) -> tuple[Table, str]:
-    """By task, with its own metric: acc_norm for HellaSwag and ARC-challenge."""
+    """By task, with its own metric."""
     scores, models = run.metrics["zeroshot"], run.measured("zeroshot")
     rows, groups = [], {}
     for task in [*(name for name in scores["dense"] if name in TASK_TITLES), "mean"]:
-        metric = "mean" if task == "mean" else "acc_norm" if task in ("hellaswag", "arc_challenge") else "acc"
+        metric = TASK_METRICS.get(task, "mean")
         found = {model: scores[model] if task == "mean" else scores[model][task] for model in models}
         values = {model: (each[metric], each[f"{metric}_stderr"]) for model, each in found.items()}
         shown = [f"{value:.3f} ± {error:.3f}" for value, error in values.values()]

@@ -17,7 +17,7 @@ from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kep
 from tvaprune.architecture.topology import Topology
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.allocation import (
-    Stages,
+    StagedPruning,
     allocate_balanced,
     allocate_global,
     allocate_uniform,
@@ -292,7 +292,7 @@ def test_scores_that_match_the_mask_keep_their_ranking() -> None:
 def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
     topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=2, group_size=1, head_dim=4)
     generator = torch.Generator().manual_seed(0)
-    stages = Stages(topology, UNIT_AXES)
+    stages = StagedPruning(topology, UNIT_AXES)
     dropped: list[Tensor] = []
     for sparsity in (0.2, 0.4, 0.6):
         before = stages.keep["intermediate"].clone()
@@ -308,7 +308,7 @@ def test_stages_never_bring_back_and_rank_by_when_dropped() -> None:
 def test_units_of_an_earlier_stage_come_back_best_first() -> None:
     """Where a stage drops a head that is worth more units than the stage has left."""
     topology = Topology(layers=2, hidden=16, intermediate=12, kv_heads=2, group_size=4, head_dim=16)
-    stages = Stages(topology, UNIT_AXES)
+    stages = StagedPruning(topology, UNIT_AXES)
     order = torch.tensor([3, 9, 1, 7, 5, 11, 0, 8, 2, 10, 4, 6])
     scores = {"intermediate": torch.stack([order, order + 0.5]) / 13, "kv_heads": torch.full((2, 2), 1.5)}
     stages.prune(scores, 0.05)
@@ -823,7 +823,7 @@ def test_loraprune_drops_the_same_share_of_every_open_layer_and_trains_to_the_en
 def test_stages_that_prune_alike_never_bring_back() -> None:
     topology = Topology(layers=3, hidden=16, intermediate=60, kv_heads=4, group_size=1, head_dim=4)
     generator = torch.Generator().manual_seed(0)
-    stages = Stages(topology, UNIT_AXES, 1, 0)
+    stages = StagedPruning(topology, UNIT_AXES, 1, 0)
     widths = {"intermediate": torch.tensor([60, 31, 30]), "kv_heads": torch.tensor([4, 1, 1])}
     counts = []
     for share in (0.3, 0.6, 1.0):

@@ -17,7 +17,7 @@ from tvaprune.architecture.parameter_counts import (
     sparsity,
 )
 from tvaprune.architecture.topology import Topology
-from tvaprune.baselines.allocation import Stages, allocate_balanced
+from tvaprune.baselines.allocation import StagedPruning, allocate_balanced
 from tvaprune.baselines.bonsai import (
     Module,
     candidate_modules,
@@ -132,7 +132,7 @@ def test_bonsai_drops_the_published_units_and_what_else_the_budget_takes() -> No
     problem = problem_of(BONSAI)
     topology, share = problem.topology, BONSAI["settings"]["prune_frac"]
     modules = [module for _, module in bonsai_modules(problem)]
-    stages = Stages(topology, UNIT_AXES)
+    stages = StagedPruning(topology, UNIT_AXES)
     stages.prune(scores_of_round(prior_scores(problem), modules, bonsai_coefficients(problem)), share)
     official = {
         axis: torch.tensor([BONSAI["keep"][f"model.layers.{layer}.{block}"] for layer in range(topology.layers)]).bool()

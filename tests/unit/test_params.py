@@ -201,7 +201,7 @@ def test_a_latency_budget_refuses_what_it_cannot_be_combined_with(
 
 def test_osscar_is_refused_where_adaptation_would_cut_what_it_refitted(tmp_path: Path) -> None:
     osscar = {**LEARN, "method": "osscar", "axes": ["intermediate"]}
-    with pytest.raises(ParameterError, match=r"adapt_dimensions\.multiple: osscar .*; set it to 1"):
+    with pytest.raises(ParameterError, match=r"adapt_dimensions\.multiple = 32: osscar .*; set it to 1"):
         check_everything(written(tmp_path, learn_masks=osscar))
     one = {**CONTENT["adapt_dimensions"], "multiple": 1}
     check_everything(written(tmp_path, learn_masks=osscar, adapt_dimensions=one))

@@ -98,7 +98,7 @@ def allocate_uniform(
     return make_scores_match_mask(keep, shifted)
 
 
-def uniform_widths(
+def widths_of_uniform_share(
     topology: Topology, axes: tuple[Axis, ...], target_sparsity: float, protect_first: int = 0, protect_last: int = 0
 ) -> dict[Axis, Int[Tensor, "..."]]:
     """The widths that `allocate_uniform` leaves on the axes, as in `Masks.widths`. They do not depend on the scores."""
@@ -107,7 +107,7 @@ def uniform_widths(
     return {axis: widths[axis] for axis in axes}
 
 
-class Stages:
+class StagedPruning:
     """Pruning in stages: dropped units rank below those that a later stage drops.
 
     They stay dropped, unless a later stage's budget has room for more than is left: where its threshold stops at a

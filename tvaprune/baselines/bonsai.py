@@ -10,7 +10,7 @@ from torch import Tensor
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import layer_modules
 from tvaprune.baselines.activations import column_sums, input_statistics, per_unit
-from tvaprune.baselines.allocation import Keep, Scores, Stages, percentiles, percentiles_over_layers
+from tvaprune.baselines.allocation import Keep, Scores, StagedPruning, percentiles, percentiles_over_layers
 from tvaprune.baselines.bonsai_fit import fit_coefficients
 from tvaprune.baselines.problem import Problem, drop_units
 from tvaprune.gates.insertion import GatedModel
@@ -64,7 +64,7 @@ def bonsai(problem: Problem, options: BonsaiOptions) -> Masks:
     dense = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in problem.axes else torch.inf) for axis in AXES}
     solve_threshold(topology, dense, target)  # raises now if the target is out of reach
     generator = torch.Generator().manual_seed(problem.seed)
-    stages, done = Stages(topology, problem.axes), 0.0
+    stages, done = StagedPruning(topology, problem.axes), 0.0
     total = math.ceil(target / options.prune_frac) * submodels
     bar = Progress(total=total, desc="sub-models", disable=not problem.progress)
     with GatedModel(problem.model, topology).inserted() as gated, bar:

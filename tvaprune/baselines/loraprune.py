@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tvaprune.architecture.topology import cut
-from tvaprune.baselines.allocation import Scores, Stages, uniform_widths
+from tvaprune.baselines.allocation import Scores, StagedPruning, widths_of_uniform_share
 from tvaprune.baselines.gradients import Products, frozen, owned_weights, pool
 from tvaprune.baselines.problem import Problem, drop_units
 from tvaprune.gates.budget import cubic_ramp
@@ -79,8 +79,10 @@ def loraprune(problem: Problem, options: LoraPruneOptions) -> Masks:
     optimizer = torch.optim.AdamW(factors, options.lr, weight_decay=0.0)
     decay = LambdaLR(optimizer, lambda step: 1 - step / options.steps)
     average: Scores = {axis: torch.zeros(topology.gate_shape(axis)) for axis in axes}
-    stages = Stages(topology, axes, options.protect_first, options.protect_last)
-    widths = uniform_widths(topology, axes, problem.target_sparsity, options.protect_first, options.protect_last)
+    stages = StagedPruning(topology, axes, options.protect_first, options.protect_last)
+    widths = widths_of_uniform_share(
+        topology, axes, problem.target_sparsity, options.protect_first, options.protect_last
+    )
     windows = problem.windows.long().to(problem.device).split(1)
     end = max(math.ceil((1 - WARMUP) * options.steps), 1)
     with ExitStack() as hooks, GatedModel(model, topology).inserted() as gated, frozen(model), torch.enable_grad():

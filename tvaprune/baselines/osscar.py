@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tvaprune.architecture.topology import decoder_layers, layer_modules
 from tvaprune.baselines.activations import first_layer_inputs, readers
-from tvaprune.baselines.allocation import percentiles, uniform_widths
+from tvaprune.baselines.allocation import percentiles, widths_of_uniform_share
 from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import make_scores_match_mask
@@ -44,7 +44,7 @@ def osscar(problem: Problem, options: OsscarOptions) -> tuple[Masks, WeightUpdat
     Memory: the hidden states of all windows, and a layer's two matrices of squared inputs in float64.
     """
     topology, model = problem.topology, problem.model
-    widths = uniform_widths(topology, problem.axes, problem.target_sparsity)
+    widths = widths_of_uniform_share(topology, problem.axes, problem.target_sparsity)
     at_once = {"intermediate": options.units_at_once, "kv_heads": options.heads_at_once}
     keep = Masks.dense(topology).keep
     score = {axis: torch.ones(topology.gate_shape(axis)) for axis in problem.axes}

@@ -13,7 +13,7 @@ from tvaprune.baselines.activations import (
     input_statistics,
     per_unit,
 )
-from tvaprune.baselines.allocation import Scores, allocate_uniform, uniform_widths
+from tvaprune.baselines.allocation import Scores, allocate_uniform, widths_of_uniform_share
 from tvaprune.baselines.problem import Problem, drop_units
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.masks.masks import Masks
@@ -60,7 +60,7 @@ def sequential_wanda_scores(problem: Problem) -> Scores:
     Memory: the hidden states of all windows.
     """
     topology = problem.topology
-    widths = uniform_widths(topology, problem.axes, problem.target_sparsity)
+    widths = widths_of_uniform_share(topology, problem.axes, problem.target_sparsity)
     keep = Masks.dense(topology).keep
     scores: Scores = {axis: torch.zeros(topology.gate_shape(axis)) for axis in problem.axes}
     hidden, others = first_layer_inputs(problem)

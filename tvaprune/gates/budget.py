@@ -35,7 +35,7 @@ def cubic_ramp(progress: float, target: float, ramp: float) -> float:
 
 
 class RunningNorm:
-    """Clipping relative to the running mean of gradient norms, over some 20 steps because the model shrinks.
+    """Clipping relative to the root mean square of gradient norms, over some 20 steps because the model shrinks.
 
     In some windows the gradient of a pruned model explodes (docs/lab-log.md). Squared, one such draw of the curvature
     outweighs all before it together, and units that it did not touch are dropped for good.
@@ -47,7 +47,7 @@ class RunningNorm:
         self._mean_square, self._steps = 0.0, 0
 
     def clip(self, gradients: list[Tensor], ratio: float | None) -> tuple[float, float]:
-        """Scale gradients in place to at most `ratio` times the mean norm; returns the norm before, and the factor."""
+        """Scale gradients in place to at most `ratio` times that; returns the norm before, and the factor."""
         norm = float(torch.nn.utils.get_total_norm(gradients))
         factor = 1.0 if ratio is None else self.factor(norm**2, ratio)
         if factor < 1.0:

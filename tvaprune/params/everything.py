@@ -117,4 +117,5 @@ def _cut_refit(masks: LearnMasksParams, adapt: AdaptDimensionsParams) -> list[st
     """Adaptation drops units that OSSCAR's refitted matrices count on."""
     if masks.method != "osscar" or adapt.multiples() == (1, 1):
         return []
-    return [f"{adapt.section}.multiple: osscar refits matrices to the widths that it chooses; set it to 1"]
+    found = " and ".join(map(str, dict.fromkeys(adapt.multiples() or ["measured"])))
+    return [f"{adapt.section}.multiple = {found}: osscar refits matrices to the widths that it chooses; set it to 1"]

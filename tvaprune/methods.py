@@ -1,9 +1,7 @@
 """From a model and windows of text to masks, by any method, and the report of what it found."""
 
-import csv
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import Topology
+from tvaprune.artifacts import write_csv
 from tvaprune.baselines.allocation import protected_layers
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import score_baseline
@@ -227,19 +226,11 @@ def projection_warning(report: dict[str, Any]) -> str | None:
 
 def write_curve(path: Path, curve: list[Row]) -> None:
     """The training curve as CSV, one row a step."""
-    _write_csv(path, ROW, ([row[column] for column in ROW] for row in curve))
+    write_csv(path, ROW, ([row[column] for column in ROW] for row in curve))
 
 
 def write_widths(path: Path, masks: Masks) -> None:
     """Kept widths by layer as CSV."""
     widths = masks.widths()
     rows = zip(widths["intermediate"].tolist(), widths["kv_heads"].tolist(), strict=True)
-    _write_csv(path, ("layer", "intermediate_kept", "kv_heads_kept"), ([i, *row] for i, row in enumerate(rows)))
-
-
-def _write_csv(path: Path, columns: Iterable[str], rows: Iterable[list[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    write_csv(path, ("layer", "intermediate_kept", "kv_heads_kept"), ([i, *row] for i, row in enumerate(rows)))

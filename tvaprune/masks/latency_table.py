@@ -1,6 +1,6 @@
 """The latency table of one machine: the time of each block of a decoder layer at each width."""
 
-import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tvaprune.architecture.topology import Topology
-from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
+from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact, write_csv
 from tvaprune.masks.masks import Masks
 from tvaprune.options.axes import AXES
 
@@ -118,13 +118,12 @@ def profile_metrics(table: LatencyTable | None, topology: Topology) -> dict[str,
 
 def write_staircase(path: Path, table: LatencyTable | None) -> None:
     """metrics/profile.csv: an MLP's latency by intermediate width, at the dense hidden width; empty without a table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["intermediate", *(f"{phase}_{name}" for phase in PHASES for name in ("ms", "iqr_ms"))])
-        if table is not None:
-            columns = [times["mlp"][phase][-1].tolist() for phase in PHASES for times in (table.ms, table.iqr_ms)]
-            rows.writerows(zip(table.intermediate, *columns, strict=True))
+    columns = ["intermediate", *(f"{phase}_{name}" for phase in PHASES for name in ("ms", "iqr_ms"))]
+    values: list[Sequence[float]] = []
+    if table is not None:
+        measured = [times["mlp"][phase][-1].tolist() for phase in PHASES for times in (table.ms, table.iqr_ms)]
+        values = [table.intermediate, *measured]
+    write_csv(path, columns, zip(*values, strict=True))
 
 
 def write_table(directory: Path, table: LatencyTable | None) -> None:

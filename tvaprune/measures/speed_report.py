@@ -1,10 +1,10 @@
 """The benchmark's files: medians, ratios and limits as metrics, and every round as CSV."""
 
-import csv
 import statistics
 from pathlib import Path
 from typing import Any
 
+from tvaprune.artifacts import write_csv
 from tvaprune.measures.latency import Phase
 
 
@@ -19,15 +19,14 @@ def speed_metrics(phases: dict[int, tuple[Phase, Phase]]) -> dict[str, Any]:
 
 def write_rounds(path: Path, phases: dict[int, tuple[Phase, Phase]], labels: dict[str, str]) -> None:
     """Every measurement that counts, one row each, as CSV; `labels` are further columns, the same in every row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["repeat", "batch", "phase", "model", "latency_ms", *labels])
-        for batch, measured in phases.items():
-            for name, phase in zip(("prefill", "decode"), measured, strict=True):
-                for model, values in phase.latency_ms.items():
-                    for repeat, value in enumerate(values):
-                        writer.writerow([repeat, batch, name, model, value, *labels.values()])
+    rows = (
+        [repeat, batch, name, model, value, *labels.values()]
+        for batch, measured in phases.items()
+        for name, phase in zip(("prefill", "decode"), measured, strict=True)
+        for model, values in phase.latency_ms.items()
+        for repeat, value in enumerate(values)
+    )
+    write_csv(path, ["repeat", "batch", "phase", "model", "latency_ms", *labels], rows)
 
 
 def summarise(phase: Phase, work_name: str) -> dict[str, Any]:

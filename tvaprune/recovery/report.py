@@ -1,9 +1,10 @@
 """What fine-tuning reports: the losses by step, and how much of the quality that pruning lost came back."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tvaprune.artifacts import write_csv
 
 
 class CurveRow(NamedTuple):
@@ -19,12 +20,8 @@ class CurveRow(NamedTuple):
 
 
 def write_curve(path: Path, curve: Sequence[CurveRow]) -> None:
-    """CSV with a header; a value that was not measured is blank, which plots skip."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CurveRow._fields)
-        writer.writerows(curve)
+    """As CSV; a value that was not measured is blank."""
+    write_csv(path, CurveRow._fields, curve)
 
 
 def quality_metrics(curve: Sequence[CurveRow], nll_best: float, nll_teacher: float, seconds: float) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def row(found: dict[str, list[Times]], requests: int, new_tokens: int) -> list[s
     for times in found.values():
         rates = [requests * new_tokens / one["whole_s"] for one in times]
         first = median(one["first_s"] for one in times)
-        cells.append(f"{median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f}), {1e3 * first:.0f} ms")
+        cells.append(f"{median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}), {1e3 * first:.0f} ms")
     return cells
 
 
@@ -90,7 +90,7 @@ def table(measured: dict[str, Any]) -> str:
         f"Tokens a second, the median of {rounds} rounds (lowest-highest); and the time until all requests have their",
         f"first token. Prompts of {measured['prompt_tokens']} tokens, {measured['new_tokens']} new ones,",
         f"{measured['dtype']}, vLLM {measured['vllm']} on {measured['processors']} CPU cores. The pruned weights are",
-        f"{measured['weights_ratio']:.2f} of the dense. The load of other work at the start was",
+        f"{measured['weights_ratio']:.2f} of the dense. The load of the machine before the run was",
         f"{measured['busy_with_others']:.1f} processes.",
     ]
     return "\n\n".join([markdown.table(["requests", *next(iter(times.values()))], rows), " ".join(sentences)])

@@ -27,7 +27,7 @@ app = typer.Typer(
 ModelDirectory = Annotated[Path, Argument(metavar="MODEL", help="A model directory, dense or pruned.")]
 NewTokens = Annotated[int, Option("--new-tokens", min=1, help="The most tokens to write.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: the likeliest token each time; above: drawn at this one.")]
-TextField = Annotated[str, Option(help="Field of a row that holds the text, in .jsonl and .parquet files.")]
+TextField = Annotated[str, Option(help="Field of a row that holds the text, in .jsonl, .parquet and .arrow files.")]
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def init(
         str | None, Option(help="Model to prune: a directory, or a repository of the hub, such as owner/name.")
     ] = None,
     text: Annotated[
-        str | None, Option(help="Text to learn on: a .txt, .jsonl or .parquet file, a folder of them, or owner/name.")
+        str | None, Option(help="Text to learn on: .txt, .jsonl, .parquet or .arrow, a folder of them, or owner/name.")
     ] = None,
     heldout: Annotated[
         str | None, Option(help="Text to measure perplexity on. Default: five texts from the package index.")
@@ -103,7 +103,9 @@ def init(
 @app.command()
 def prune(
     model: Annotated[Path, Argument(metavar="MODEL", help="The dense model's directory.")],
-    text: Annotated[Path, Argument(metavar="TEXT", help="A .txt, .jsonl or .parquet file, or a folder of them.")],
+    text: Annotated[
+        Path, Argument(metavar="TEXT", help="A .txt, .jsonl, .parquet or .arrow file, or a folder of them.")
+    ],
     out: Annotated[Path, Argument(metavar="OUT", help="Directory to write the pruned model to.")],
     sparsity: Annotated[float, Option(help="Share of the decoder's parameters to remove.")] = 0.2,
     method: Annotated[str, Option(help="tva, paper or a baseline, such as flap; with its defaults.")] = "tva",
@@ -137,11 +139,11 @@ def prune(
 @app.command()
 def generate(
     model: ModelDirectory,
-    prompt: Annotated[str, Argument(metavar="PROMPT", help="What the text begins with.")],
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="The prompt.")],
     new_tokens: NewTokens = 100,
     temperature: Temperature = 0.0,
 ) -> None:
-    """Let a model go on with a text."""
+    """Generate a continuation of a prompt."""
     from tvaprune.conversation import Speaker
 
     Speaker(model, new_tokens, temperature).go_on(prompt)
@@ -195,7 +197,7 @@ def estimate(
         Path | None, Option(help="Directory with the model's config.json. Default: the local model, or configs/models.")
     ] = None,
 ) -> None:
-    """Print the parameters and memory that a file of parameters leads to, before anything is downloaded.
+    """Print the parameter count and the memory of a run with these parameters, before anything is downloaded.
 
     Scores are random, so the widths are an example of those that meet the target."""
     from tvaprune.estimate import report

@@ -1,4 +1,4 @@
-"""The parameters and memory that a file of parameters leads to, before anything is downloaded.
+"""The parameter count and the memory of a run, from its parameters, before anything is downloaded.
 
 The model is built on the meta device from its published config, pruned to the target by random scores, adapted and
 counted. Parameters and memory are close to those of a real run. Widths are not: a method chooses its own.

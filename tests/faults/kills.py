@@ -279,7 +279,7 @@ nothing is left to do. `different` counts the kills after which a file in data/ 
 was not that of the undisturbed run. `mended` counts those that cut off DVC's own dvc.lock or
 .dvc/tmp/rwlock, which `make repro` then mends (tools/mend_dvc.py). Signals that came after the end of a run are not
 counted. Processes are forked from one that has imported the libraries (tests/faults/warm.py), except those of the
-undisturbed run, which was made at commit {commit}. An interrupted series goes on at later commits.
+undisturbed run, which is of commit {commit}. A series that is interrupted continues at a later commit.
 
 """
 

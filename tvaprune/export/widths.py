@@ -13,9 +13,9 @@ from tvaprune.options.quantize import GROUPS, TORCHAO, FileType
 def check_types(types: Sequence[FileType]) -> None:
     """Raise ModuleNotFoundError where a package that writes or runs a type is not installed."""
     if set(types) & set(TORCHAO) and find_spec("torchao") is None:
-        raise ModuleNotFoundError("int8_wo needs torchao: pip install 'tvaprune[torchao]'")
+        raise ModuleNotFoundError("int8_wo needs torchao: pip install torchao")
     if set(types) - set(TORCHAO) and find_spec("xllamacpp") is None:
-        raise ModuleNotFoundError("GGUF types need llama.cpp: pip install 'tvaprune[gguf]' (the package xllamacpp)")
+        raise ModuleNotFoundError("GGUF types need llama.cpp: pip install xllamacpp")
 
 
 def check_group_multiples(types: Sequence[FileType], multiples: Mapping[str, int]) -> None:

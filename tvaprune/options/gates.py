@@ -49,9 +49,9 @@ class TvaOptions(MethodOptions):
         int | None,
         Field(ge=1, description="Tokens in a block whose gradients are summed before squaring; null: a whole window."),
     ] = 32
-    head_start: Annotated[PerAxis, Field(description="Added to the scores of an axis.")] = field(
-        default=PerAxis(hidden=3.0, intermediate=0.0, kv_heads=0.0)
-    )
+    head_start: Annotated[
+        PerAxis, Field(description="Added to the scores of an axis, in their standard deviations.")
+    ] = field(default=PerAxis(hidden=3.0, intermediate=0.0, kv_heads=0.0))
     mean_lr: Annotated[float, Field(ge=0, description="Learning rate of the means; 0 keeps them at 1.")] = 0.005
     channel_means: Annotated[
         bool, Field(description="Learn a mean per channel and layer where one gate multiplies several channels.")

@@ -17,7 +17,7 @@ class RecoveryOptions(LossOptions):
     As in `LossOptions`, construction raises ValidationError, also for options that contradict each other.
     """
 
-    seed: int = Field(ge=0, lt=2**31, description="Adapter initialisation, order of the windows, dropout.")
+    seed: int = Field(ge=0, lt=2**31, description="Seed of the adapter, of the order of windows and of dropout.")
     rank: int = Field(ge=1, description="LoRA rank r; may exceed a narrow layer's width.")
     alpha: float = Field(gt=0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(ge=0, lt=1, description="On the adapter's input.")

@@ -40,7 +40,7 @@ class AdaptDimensionsParams(StageParams):
         description="T: widths become multiples of it; one number, or one an axis; measured: by profile_hardware."
     )
     rounding: Literal["nearest", "budget"] = Field(
-        description="Each width by itself, or all within the target; nothing to `measured`."
+        description="Each width by itself, or all within the target; `measured` ignores it."
     )
     latency_phase: Literal["prefill", "decode", "request"] = Field(
         description="Whose latency `measured` looks at; request: a prefill and profile_hardware.decode_tokens steps."

@@ -16,7 +16,7 @@ class LearnMasksParams(StageParams):
     shared: ClassVar[tuple[str, ...]] = ("sparsity", "seed")
 
     sparsity: float = Field(description="Share of the decoder layers' parameters to remove.", gt=0, lt=1)
-    seed: int = Field(description="Of initialisation, noise and random scores.", ge=0)
+    seed: int = Field(description="Seed of initialisation, noise and random scores.", ge=0)
     method: Literal[
         "tva", "paper", "grasprune", "random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai",
         "loraprune", "osscar", "depth",

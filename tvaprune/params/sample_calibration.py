@@ -14,7 +14,7 @@ class SampleCalibrationParams(StageParams):
     section = "sample_calibration"
     shared: ClassVar[tuple[str, ...]] = ("seed",)
 
-    seed: int = Field(description="Of the documents in each set, and of the windows.", ge=0)
+    seed: int = Field(description="Seed of the choice of documents and windows.", ge=0)
     samples: int = Field(description="Windows to learn masks on.", ge=1)
     seq_len: int = Field(description="Tokens in each of these windows, and in the validation windows.", ge=2)
     validation_samples: int = Field(description="Windows to validate masks on.", ge=1)

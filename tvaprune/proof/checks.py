@@ -174,7 +174,7 @@ def _gguf_check(file: Path, beginnings: Tensor, found: dict[str, Tensor], bound:
     """
     name = "llama.cpp from model.gguf"
     if find_spec("xllamacpp") is None:
-        return Check(name, None, {"skipped": "xllamacpp is not installed (pip install 'tvaprune[gguf]')"}, {})
+        return Check(name, None, {"skipped": "xllamacpp is not installed (pip install xllamacpp)"}, {})
     expected = found["step_logits"]
     request = json.dumps([beginnings.tolist(), expected.shape[1], expected.shape[2]])
     # llama.cpp ends the process at a failed assertion, so it gets one of its own.

@@ -80,9 +80,7 @@ def start_server(file: Path, context: int, exact: bool = True, states: bool = Fa
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "running a GGUF file needs llama.cpp: pip install 'tvaprune[gguf]' (the package xllamacpp)"
-        ) from error
+        raise ModuleNotFoundError("running a GGUF file needs llama.cpp: pip install xllamacpp") from error
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx = settings.n_batch = settings.n_ubatch = context

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option, echo
+from typer import Option, echo, secho
 
 from stages._command import command
 from stages._options import Heldout, Marker, Metrics, ParamsFile, Windows, Zeroshot
 from tvaprune.artifacts import read_artifact, write_json
 from tvaprune.inputs.calibration import load_tokenizer
-from tvaprune.inputs.leaks import check_leaks, check_limit, declare_sources, evaluation_documents, report
+from tvaprune.inputs.leaks import check_leaks, check_limit, declare_sources, evaluation_documents, report, short_texts
 from tvaprune.params.check_leaks import CheckLeaksParams
 
 
@@ -33,6 +33,8 @@ def main(
     found = check_leaks(ids, load_tokenizer(model), evaluation_documents(heldout, zeroshot), params.ngram)
     write_json(metrics, report(found, params.ngram, declare_sources(meta["windows"], calibration, heldout)))
     check_limit(found, params.ngram, params.max_overlap)
+    for text in short_texts(found, params.ngram):
+        secho(f"warning: {text}", fg="yellow", err=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("no evaluation text is in the text that is learned from\n")
     echo(f"largest share of an evaluation set's {params.ngram}-grams in the windows: {found.largest:.2e}")

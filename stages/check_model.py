@@ -45,7 +45,11 @@ def main(
         "eval_perplexity.window": perplexity.window,
     }
     if quantised.enabled:
-        lengths |= {"quantize.window": quantised.window, "quantize.prefill_tokens": quantised.prefill_tokens}
+        lengths |= {
+            "quantize.window": quantised.window,
+            "quantize.prefill_tokens": quantised.prefill_tokens,
+            "2 x quantize.decode_tokens": 2 * quantised.decode_tokens,  # a prompt of as many
+        }
     check_context(config, lengths)
     topology = Topology.of(config)
     check_request(learn.request(), topology)

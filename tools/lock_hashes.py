@@ -94,10 +94,11 @@ def _fetch(address: str) -> dict[str, str]:
         page = Path(url2pathname(parts.path), "index.html")
         return files_on_page(page.read_text(encoding="utf-8"), is_json=False) if page.is_file() else {}
     user, at, host = parts.netloc.rpartition("@")
-    headers = {"Accept": f"{JSON}, text/html;q=0.1"}
-    headers |= {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"} if at else {}
+    request = Request(urlunsplit(parts._replace(netloc=host)), headers={"Accept": f"{JSON}, text/html;q=0.1"})
+    if at:  # a redirect can lead to another host
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(unquote(user).encode()).decode()}")
     try:
-        with urlopen(Request(urlunsplit(parts._replace(netloc=host)), headers=headers), timeout=60) as reply:
+        with urlopen(request, timeout=60) as reply:
             return files_on_page(reply.read().decode(), reply.headers.get_content_type() == JSON)
     except HTTPError as error:
         if error.code == 404:

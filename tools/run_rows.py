@@ -5,6 +5,7 @@ params.yaml is as before afterwards; `dvc repro` then brings the outputs back to
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,19 +132,19 @@ def params_restored() -> Iterator[None]:
     Raises BlockingIOError if rows run in this directory already.
     """
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    before = SCRATCH / "params-before-rows.yaml"
+    before, unfinished = SCRATCH / "params-before-rows.yaml", SCRATCH / "params-before-rows.unfinished"
     try:
         with FileLock(SCRATCH / "rows.lock", timeout=0):
             if before.is_file():
                 echo(f"{PARAMS} is restored: the last run of rows was killed", err=True)
-                PARAMS.write_bytes(before.read_bytes())
-            before.write_bytes(PARAMS.read_bytes())
+                before.replace(PARAMS)
+            shutil.copy2(PARAMS, unfinished)
+            unfinished.replace(before)  # whole: a kill while it is written leaves none
             usual = {each: signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ENDING}
             try:
                 yield
             finally:
-                PARAMS.write_bytes(before.read_bytes())
-                before.unlink()
+                before.replace(PARAMS)
                 for each, handler in usual.items():
                     signal.signal(each, handler)
     except Timeout:

@@ -5,6 +5,7 @@ table. A stage is up to date if its entry in dvc.lock has the current code, para
 every stage that it takes data from.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -63,11 +64,13 @@ class Run:
         read: a path's content, or None where there is no such file.
         commit: 40 digits.
         dirty: whether the code differed from that commit.
+        experiment: whether it is of `dvc exp`, which may have run on another machine.
     """
 
     read: Callable[[str], bytes | None]
     commit: str
     dirty: bool
+    experiment: bool = False
 
     @classmethod
     def of_workspace(cls) -> "Run":
@@ -91,7 +94,7 @@ class Run:
             command = ["git", "show", f"{ref}:{path}"]
             return subprocess.run(command, capture_output=True, check=True).stdout if path in files else None
 
-        return cls(read, commit, bool(git("diff", "--name-only", commit, ref, "--", *CODE)))
+        return cls(read, commit, bool(git("diff", "--name-only", commit, ref, "--", *CODE)), experiment=True)
 
     def yaml(self, path: str) -> dict[str, Any]:
         content = self.read(path)
@@ -188,7 +191,8 @@ def record(name: str, run: Run, measured: Iterable[str] = ()) -> tuple[dict[str,
         raise ValueError(f"{name}: no stage that measures is up to date: {', '.join(sorted(set(left_out.values())))}")
     keys = {key for stage in stages for key in pipeline.declared(stage)}
     params = _without_places(_selected(pipeline.params, keys - {"seed"}))
-    content = {"name": name, "commit": run.commit, **({"dirty": True} if run.dirty else {}), "machine": machine()}
+    content = {"name": name, "commit": run.commit, **({"dirty": True} if run.dirty else {})}
+    content["machine"] = machine() | (_benchmarked_on(run, metrics.get("speed")) if run.experiment else {})
     return content | {"seed": pipeline.params["seed"], "params": params, "metrics": metrics}, left_out
 
 
@@ -214,6 +218,16 @@ def machine() -> dict[str, Any]:
         "transformers": version("transformers"),
         "python": platform.python_version(),
     }
+
+
+def _benchmarked_on(run: Run, speed: dict[str, Any] | None) -> dict[str, Any]:
+    """What the files of an up-to-date benchmark say of its machine; nothing without them."""
+    rounds = run.read("metrics/speed.csv")
+    if speed is None or rounds is None:
+        return {}
+    row = next(csv.DictReader(rounds.decode().splitlines()), {})
+    found = {"processor": row.get("machine"), "threads": speed.get("threads"), "dtype": row.get("dtype")}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _selected(params: dict[str, Any], keys: set[str]) -> dict[str, Any]:

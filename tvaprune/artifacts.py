@@ -121,9 +121,13 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON that any reader accepts: NaN and infinity are refused. A kill leaves the old file or the new one."""
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: a figure is not finite: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    unfinished.write_text(text + "\n")
     unfinished.replace(path)
 
 
@@ -139,13 +143,17 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]])
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values of a .jsonl or .jsonl.gz file, one a line. Raises ArtifactError with the line that is not JSON."""
+    """The values of a .jsonl or .jsonl.gz file, one a line; empty lines and a byte order mark are skipped.
+
+    Raises ArtifactError with the line that is not JSON.
+    """
     number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+    with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as lines:
         try:
             for line in lines:
                 number += 1
-                yield json.loads(line.decode("utf-8"))
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    yield json.loads(text)
         except json.JSONDecodeError as error:
             raise ArtifactError(f"{path}, line {number}: not valid JSON: {error}") from error
         except UnicodeDecodeError as error:

@@ -73,7 +73,9 @@ def init(
     ] = None,
     text_field: TextField = "text",
     sparsity: Annotated[float | None, Option(help="Share of the decoder's parameters to remove. Default: 0.2.")] = None,
-    force: Annotated[bool, Option("--force", help="Replace files that are there, each kept as NAME.old.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Replace files that are there, each kept as NAME.old, NAME.old.1, ...")
+    ] = False,
     renew: Annotated[bool, Option("--renew", help="Only bring dvc.yaml to the installed version.")] = False,
 ) -> None:
     """Write a pipeline of your own: params.yaml, dvc.yaml and .gitignore, in a git and DVC repository.
@@ -115,25 +117,18 @@ def prune(
     """Prune a model in one go, without DVC, proofs and measurements."""
     import tempfile
 
-    from tvaprune.checkpoint.loading import load
-    from tvaprune.device import pick_device, pick_dtype
-    from tvaprune.inputs.calibration import load_tokenizer
     from tvaprune.inputs.sources import TextLocal
     from tvaprune.inputs.texts import read_documents
-    from tvaprune.pruning import prune as prune_model
-    from tvaprune.pruning import require_empty
+    from tvaprune.pruning import prune_directory, require_empty
     from tvaprune.resume import NoState
 
     require_empty(out)
-    device = pick_device()
     source = TextLocal.model_validate({"label": "texts", "kind": "own", "path": text, "text_field": text_field})
     with tempfile.TemporaryDirectory() as scratch:
         documents = read_documents(source, Path(scratch), NoState(Path(scratch)))
         texts = [document.text for document in documents]
-    dense, tokenizer = load(model, pick_dtype(device), device), load_tokenizer(model)
-    small = prune_model(dense, tokenizer, texts, sparsity, method, windows=windows, out=out, checkpoint=model)
-    before, after = (each.num_parameters() for each in (dense, small))
-    echo(f"{out}: {after:,} parameters of {before:,}")
+    size = prune_directory(model, texts, out, sparsity, method, windows)
+    echo(f"{out}: {size.parameters_kept:,} parameters of {size.parameters_dense:,}")
 
 
 @app.command()

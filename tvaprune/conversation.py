@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from tvaprune.checkpoint.loading import load
 from tvaprune.device import pick_device, pick_dtype
+from tvaprune.runtime.text import continuation
 
 
 class Speaker:
@@ -24,12 +23,7 @@ class Speaker:
         device = pick_device()
         self._model: PreTrainedModel = load(directory, pick_dtype(device), device)
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
-        padding = self._tokenizer.pad_token_id
-        padding = self._tokenizer.eos_token_id if padding is None else padding
-        self._options = {"max_new_tokens": new_tokens, "pad_token_id": padding, **sampling}
+        self._new_tokens, self._temperature = new_tokens, temperature
 
     def go_on(self, prompt: str) -> str:
         """Print the prompt and what the model writes after it; returns what it wrote."""
@@ -49,9 +43,6 @@ class Speaker:
             )
             messages.append({"role": "assistant", "content": self._answer(prompt)})
 
-    @torch.inference_mode()
-    def _answer(self, prompt: Any) -> str:
-        prompt = {name: prompt[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+    def _answer(self, prompt: BatchEncoding) -> str:
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        found = self._model.generate(**prompt, **self._options, streamer=streamer)
-        return str(self._tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+        return continuation(self._model, self._tokenizer, prompt, self._new_tokens, self._temperature, streamer)

@@ -9,12 +9,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.architecture.topology import Topology, check_family
-from tvaprune.checkpoint.cut import compact
+from tvaprune.checkpoint.cut import CheckpointSize, compact
 from tvaprune.checkpoint.loading import load
 from tvaprune.checkpoint.tensor_files import Checkpoint
-from tvaprune.inputs.calibration import WindowSet, sample_windows, tokenise
+from tvaprune.device import pick_device, pick_dtype
+from tvaprune.inputs.calibration import WindowSet, load_tokenizer, sample_windows, tokenise
 from tvaprune.inputs.documents import Document
 from tvaprune.masks.adapt import adapt
+from tvaprune.masks.masks import Masks
+from tvaprune.masks.update import WeightUpdate
 from tvaprune.methods import check_request, find_masks
 from tvaprune.options.masks import MaskRequest, method_options
 
@@ -30,7 +33,6 @@ def prune(
     options: Any = None,
     windows: int = 512,
     out: Path | str | None = None,
-    checkpoint: Path | str | None = None,
 ) -> PreTrainedModel:
     """Prune a causal LM on the given texts, and return the smaller model, ready for inference.
 
@@ -46,23 +48,57 @@ def prune(
         options: an instance of the method's class there; None: its defaults.
         windows: windows of text to learn on.
         out: new or empty directory to write the pruned model and the tokenizer to; None: they are not kept.
-        checkpoint: the directory that the model was loaded from. Its tensors are cut, in the dtype that they are stored
-            in; None: the model's own, in the dtype that it computes in.
 
     Raises:
-        FileNotFoundError: the checkpoint has no safetensors.
         FileExistsError: `out` is not empty.
-        TypeError: texts is a single string.
+        TypeError: texts is a single string; options are of another method.
         UnsupportedModelError: the model is pruned already, or of a family that is not supported.
         ValueError: an argument that is out of range, by its name in params.yaml; texts that are too short.
         UnreachableSparsityError: the axes in play cannot remove so much.
     """
-    if isinstance(texts, str):
-        raise TypeError("texts: expected several texts, found one str; pass [text]")
     if out is not None:
         require_empty(Path(out))
-    if checkpoint is not None:
-        Checkpoint.of(Path(checkpoint))
+    masks, update = _learn(model, tokenizer, texts, sparsity, method, options, windows)
+    with tempfile.TemporaryDirectory() as scratch:
+        dense, directory = Path(scratch, "dense"), Path(out) if out is not None else Path(scratch, "compact")
+        model.save_pretrained(dense)
+        compact(dense, masks, update, directory)
+        if out is not None:
+            tokenizer.save_pretrained(directory)
+        return load(directory, device=model.device)
+
+
+def prune_directory(
+    dense: Path, texts: Iterable[str], out: Path, sparsity: float = 0.2, method: str = "tva", windows: int = 512
+) -> CheckpointSize:
+    """Prune a model directory that has a tokenizer, as `prune` does a model.
+
+    Masks are learned in the dtype that suits the machine; the tensors are cut in the dtype that they are stored in.
+
+    Raises:
+        FileNotFoundError: the directory has no safetensors.
+        As `prune`.
+    """
+    require_empty(out)
+    Checkpoint.of(dense)
+    device = pick_device()
+    model, tokenizer = load(dense, pick_dtype(device), device), load_tokenizer(dense)
+    masks, update = _learn(model, tokenizer, texts, sparsity, method, None, windows)
+    return compact(dense, masks, update, out)
+
+
+def _learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    sparsity: float,
+    method: str,
+    options: Any,
+    windows: int,
+) -> tuple[Masks, WeightUpdate]:
+    """Adapted masks, and what to fold into the weights."""
+    if isinstance(texts, str):
+        raise TypeError("texts: expected several texts, found one str; pass [text]")
     check_family(model.config)
     topology = Topology.of(model.config)
     kind = method_options(method)
@@ -82,16 +118,7 @@ def prune(
     multiple = (math.gcd(MULTIPLE, topology.hidden), math.gcd(MULTIPLE, topology.intermediate))
     if found.update.weight:
         multiple = (1, 1)
-    masks = adapt(topology, found.masks, sparsity, "budget", *multiple)
-    with tempfile.TemporaryDirectory() as scratch:
-        dense = Path(checkpoint) if checkpoint is not None else Path(scratch, "dense")
-        if checkpoint is None:
-            model.save_pretrained(dense)
-        directory = Path(out) if out is not None else Path(scratch, "compact")
-        compact(dense, masks, found.update, directory)
-        if out is not None:
-            tokenizer.save_pretrained(directory)
-        return load(directory, device=model.device)
+    return adapt(topology, found.masks, sparsity, "budget", *multiple), found.update
 
 
 def require_empty(directory: Path) -> None:

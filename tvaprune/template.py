@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _PACKAGED = Path(__file__).with_name("pipeline")
 INSTALLED = _PACKAGED.is_dir()  # not a clone
 TEMPLATE = _PACKAGED if INSTALLED else Path(__file__).parents[1]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_DOCUMENTS = 20_000  # of a data set, which can be larger than any disk
 
 HEAD = """\
 # The pipeline of tvaprune {version}, written by `tvaprune init`. Every stage depends on {file}: another
@@ -80,7 +82,7 @@ def init(directory: Path, wishes: Wishes, force: bool = False) -> Iterator[str]:
     """Write the pipeline and set up git and DVC where they are not; yields what was done, a line each.
 
     Args:
-        force: replace files that are there; each is kept as NAME.old.
+        force: replace files that are there; each is kept as NAME.old, or under the next free name, NAME.old.1, ...
 
     Raises:
         FileExistsError: a file is there, without `force`.
@@ -96,7 +98,9 @@ def init(directory: Path, wishes: Wishes, force: bool = False) -> Iterator[str]:
     }
     if not force and (there := [name for name in contents if (directory / name).exists()]):
         raise FileExistsError(f"{directory} already has {', '.join(there)}; use --force, which keeps them as NAME.old")
-    check_content(YAML(typ="safe", pure=True).load(contents["params.yaml"]), directory / "params.yaml")
+    params = YAML(typ="safe", pure=True).load(contents["params.yaml"])
+    check_content(params, directory / "params.yaml")
+    yield from _of_the_hub(params["fetch_inputs"])
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
         yield _write(directory / name, text)
@@ -123,7 +127,8 @@ def _write(path: Path, text: str) -> str:
         return f"wrote {path}"
     if path.read_text(encoding="utf-8") == text:
         return f"left {path} as it was"
-    old = path.with_name(f"{path.name}.old")
+    names = (path.with_name(f"{path.name}.old{end}") for end in chain([""], (f".{number}" for number in count(1))))
+    old = next(name for name in names if not name.exists())
     path.replace(old)
     path.write_text(text, encoding="utf-8")
     return f"wrote {path}; what was there is in {old.name}"
@@ -173,13 +178,22 @@ def _text(name: str, label: str, text_field: str, directory: Path) -> dict[str, 
     if Path(name).exists():
         text_files(Path(name))  # raises where none is of a kind that can be read
         return {"source": "local", **described, "path": _seen_from(directory, Path(name))}
-    return {"source": "hub", **described, **_repository(name, "a file or a folder"), "split": "train"}
+    repository = _repository(name, "a file or a folder")
+    return {"source": "hub", **described, **repository, "split": "train", "documents": HUB_DOCUMENTS}
 
 
 def _repository(name: str, otherwise: str) -> dict[str, Any]:
     if Path(name).exists() or not HUB_NAME.fullmatch(name):
         raise InputError(f"{name}: neither {otherwise} nor the name of a repository, owner/name")
     return {"repo": name, "revision": "main"}
+
+
+def _of_the_hub(inputs: dict[str, Any]) -> Iterator[str]:
+    """A line for each repository: a path with a typing error can look like one."""
+    for source in (inputs["model"], *inputs["calibration"]["sources"], *inputs["heldout"]["sources"]):
+        if source["source"] == "hub":
+            limit = f"; {source['documents']:,} of its documents are sampled" if "documents" in source else ""
+            yield f"{source['repo']}: no such path here, so it is taken as a repository of the hub{limit}"
 
 
 def _seen_from(directory: Path, path: Path) -> str:

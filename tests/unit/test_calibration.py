@@ -91,6 +91,14 @@ def test_one_long_document_gives_all_sets() -> None:
     assert not train & validation
 
 
+def test_one_long_document_among_short_ones_gives_all_sets() -> None:
+    """Whole, it would go to one set, and starve the others."""
+    documents = [document(8000, "book"), *(document(20, f"note {number}") for number in range(30))]
+    sets = [replace(one, samples=20 * one.samples) for one in SETS]
+    windows = sample_windows({"texts": documents}, sets, packing="auto", eos_token_id=0, seed=0)
+    assert {name: len(rows) for name, rows in windows.items()} == {one.name: one.samples for one in sets}
+
+
 def test_windows_start_at_random_offsets() -> None:
     documents = [document(15, f"d{number}") for number in range(64)]
     windows = sample_windows({"a": documents}, [WindowSet("train", 64, 8)], packing="documents", eos_token_id=0, seed=0)

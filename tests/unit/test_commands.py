@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import typer
 from ruamel.yaml import YAML
+from tokenizers import processors
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.tiny_models import save_tiny_model, tiny_tokenizer
@@ -135,11 +137,14 @@ def test_paths_in_the_pipelines_folder_are_relative(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("files_alone")
 def test_a_name_that_is_no_path_is_a_repository_of_the_hub(inputs: Path, tmp_path: Path) -> None:
     asked = wishes(inputs, model="meta-llama/Llama-3.1-8B", heldout="someone/texts")
-    list(template.init(tmp_path / "mine", asked))
+    said = list(template.init(tmp_path / "mine", asked))
+    repository = "no such path here, so it is taken as a repository of the hub"
+    assert said[0] == f"meta-llama/Llama-3.1-8B: {repository}"
+    assert said[1] == f"someone/texts: {repository}; 20,000 of its documents are sampled"
     params = YAML(typ="safe").load(tmp_path / "mine" / "params.yaml")
     model, (heldout,) = params["fetch_inputs"]["model"], params["fetch_inputs"]["heldout"]["sources"]
     assert model == {"source": "hub", "repo": "meta-llama/Llama-3.1-8B", "revision": "main"}
-    assert (heldout["repo"], heldout["label"]) == ("someone/texts", "heldout")
+    assert (heldout["repo"], heldout["label"], heldout["documents"]) == ("someone/texts", "heldout", 20_000)
     assert set(params["eval_perplexity"]["test"]) == {"heldout"}
 
 
@@ -170,6 +175,9 @@ def test_files_that_are_there_stay(inputs: Path, tmp_path: Path) -> None:
     said = list(template.init(tmp_path, wishes(inputs), force=True))
     assert f"wrote {tmp_path / 'params.yaml'}; what was there is in params.yaml.old" in said
     assert (tmp_path / "params.yaml.old").read_text() == "mine: 1\n"
+    list(template.init(tmp_path, wishes(inputs, sparsity=0.3), force=True))
+    assert (tmp_path / "params.yaml.old").read_text() == "mine: 1\n"
+    assert "sparsity: 0.2" in (tmp_path / "params.yaml.old.1").read_text()
 
 
 @pytest.mark.usefixtures("files_alone")
@@ -199,3 +207,16 @@ def test_a_model_is_pruned_and_writes(inputs: Path, tmp_path: Path, monkeypatch:
     assert len(said) > len("The bank\n")
     assert invoke("generate", out, "The bank", "--new-tokens", "4").stdout == said
     assert invoke("chat", out, "--new-tokens", "2", text="The bank\n\n").stdout.startswith("The bank")
+
+
+def test_an_empty_prompt_without_a_token_that_begins_a_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TVAPRUNE_DEVICE", "cpu")
+    tiny_tokenizer(save_tiny_model("llama", tmp_path))
+    assert invoke("generate", tmp_path, "", "--new-tokens", "2").exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the prompt is empty: this model's tokenizer has no token that begins a text"):
+        invoke("generate", tmp_path, "")

@@ -26,6 +26,7 @@ import tvaprune.inputs.model
 from tests.pipeline.workspace import REPOSITORY
 from tests.tiny_models import tiny_model
 from tvaprune.architecture.topology import UnsupportedModelError, check_family
+from tvaprune.export.card import Base
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.model import fetch_model
 from tvaprune.inputs.packages import fetch_members
@@ -251,6 +252,43 @@ def test_a_hub_model_is_taken_at_its_revision(
     assert asked == [("owner/name", "abc123")]
     assert (meta["repo"], meta["revision"]) == ("owner/name", "abc123")
     assert_same_model(local_model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_hub_model_is_downloaded_where_it_is_trusted(
+    trusted: bool, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[str] = []
+
+    def snapshot_download(repo: str, *, allow_patterns: list[str], **_: object) -> str:
+        wanted.extend(allow_patterns)
+        return str(local_model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    source = ModelHub(repo="owner/name", revision="abc123", trust_remote_code=trusted)
+    fetch_model(source, tmp_path / "out", tmp_path / "work")
+    assert ("*.py" in wanted) is trusted
+    assert "README.md" in wanted
+
+
+@pytest.mark.parametrize(
+    ("readme", "stated", "license"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# A model\n", {}, "apache-2.0"),
+        ("---\nlicense: apache-2.0\n---\n# A model\n", {"license": "MIT"}, "mit"),
+        ("---\nlicense: [a, b]\n---\n", {}, None),
+        ("---\nlicense: {\n---\n", {}, None),
+        ("# A model\n", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_license_is_the_stated_one_or_that_of_the_models_readme(
+    readme: str | None, stated: dict[str, str], license: str | None, local_model: Path, tmp_path: Path
+) -> None:
+    if readme is not None:
+        (local_model / "README.md").write_text(readme)
+    fetch_model(ModelLocal(path=local_model, **stated), tmp_path / "out", tmp_path / "work")
+    assert Base.of(tmp_path / "out").license == license
 
 
 def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

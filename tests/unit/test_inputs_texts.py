@@ -1,6 +1,7 @@
 """Texts: cleaning, reading of every format, and what the held-out text keeps out."""
 
 import bz2
+import gzip
 import hashlib
 import json
 import zipfile
@@ -65,9 +66,10 @@ def test_local_files_of_all_formats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.jsonl", '{"body": "x"}\n', InputError, "a.jsonl row 0: no text in field 'text'; it has body"),
+        ("a.jsonl", '{"body": "x"}\n', InputError, "a.jsonl row 0: no field 'text'; it has body"),
+        ("a.jsonl", '{"text": 3}\n', InputError, "a.jsonl row 0: field 'text' is a int, not text"),
         ("a.jsonl", "{", ArtifactError, "a.jsonl, line 1: not valid JSON"),
-        ("a.csv", "x", InputError, "no file that ends in .txt, .jsonl, .parquet, .arrow"),
+        ("a.csv", "x", InputError, "no file that ends in .txt, .jsonl, .jsonl.gz, .parquet, .arrow"),
     ],
 )
 def test_unreadable_text_is_named(
@@ -78,10 +80,23 @@ def test_unreadable_text_is_named(
         read(tmp_path)
 
 
+def test_scraped_files_are_read(tmp_path: Path) -> None:
+    """Byte order marks, empty lines, null, half a surrogate pair, compressed files and suffixes in capitals."""
+    (tmp_path / "A.TXT").write_text("\ufeffHello", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('\ufeff{"text": "one \\ud83d"}\n\n{"text": null}\n', encoding="utf-8")
+    (tmp_path / "c.JSONL.gz").write_bytes(gzip.compress(b'{"text": "two", "title": " "}\n'))
+    assert [(each.text, each.title) for each in read(tmp_path)] == [
+        ("Hello", None),
+        ("one \ufffd", None),
+        ("", None),
+        ("two", None),
+    ]
+
+
 def test_several_fields_are_joined_by_an_empty_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"problem": "What is\\t2 + 2?", "solution": "4."}\n')
     assert read(tmp_path / "a.jsonl", ("problem", "solution")) == [Document("a/0", "What is 2 + 2?\n\n4.")]
-    with pytest.raises(InputError, match="no text in field 'answer'; it has problem, solution"):
+    with pytest.raises(InputError, match="no field 'answer'; it has problem, solution"):
         read(tmp_path / "a.jsonl", ("problem", "answer"))
 
 

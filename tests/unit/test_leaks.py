@@ -20,6 +20,7 @@ from tvaprune.inputs.leaks import (
     declare_sources,
     evaluation_documents,
     report,
+    short_texts,
     window_texts,
 )
 from tvaprune.inputs.sources import InputError
@@ -78,6 +79,23 @@ def test_each_share_is_of_the_sets_own_grams(tokenizer: Any) -> None:
     assert leaks.finetuning_in_calibration == 0
     numbers = report(leaks, 5, {})["sets"]["heldout"]
     assert numbers["in_calibration"] == {"ngram_share": grams[1] / sum(grams), "document_share": 1 / 3}
+
+
+@pytest.mark.parametrize(
+    "text", ["模型在训练时看到了这段文字所以测试没有意义", "これは学習に使われた文章です", "ข้อความนี้อยู่ในข้อมูลฝึก"]
+)
+def test_letters_are_words_in_scripts_without_spaces(text: str) -> None:
+    known = {"calibration": module.known_ngrams([f"Read this: {text}!"], 8)}
+    compared = module.compare([EvaluationDocument("page", [text])], known, 8)
+    assert compared.judged == 1
+    assert compared.share("calibration") == 1
+
+
+def test_sets_of_short_texts_are_told(tokenizer: Any) -> None:
+    assert short_texts(found(tokenizer, "x", "x", [PLANTED, "one"]), 5) == []
+    assert short_texts(found(tokenizer, "x", "x", ["one", "two", PLANTED]), 5) == [
+        "heldout: 2 of 3 documents have fewer than 5 words, so nothing was compared of them; lower check_leaks.ngram"
+    ]
 
 
 def test_validation_windows_count_as_learned_from(tokenizer: Any) -> None:

@@ -6,7 +6,11 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -137,6 +141,40 @@ def test_pips_own_configuration_says_where_to_look(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PIP_FIND_LINKS", "wheels")
     sources = Sources(("https://a.example/simple", "file:///b", "file:///c"), ("wheels",))
     assert configured_sources() == sources
+
+
+@contextmanager
+def served(redirect: str | None = None) -> Iterator[tuple[str, list[str | None]]]:
+    """A host with an empty page, or which redirects, and the credentials that it is asked with."""
+    seen: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.send_response(302 if redirect else 200)
+            if redirect:
+                self.send_header("Location", redirect)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}", seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_credentials_of_an_index_do_not_follow_a_redirect() -> None:
+    with served() as (other, seen_by_other), served(f"http://{other}/tiny/") as (index, seen):
+        with pytest.raises(ValueError, match="the configured indexes give no hash"):
+            hashes("tiny", "1.0", Sources((f"http://me:word@{index}/simple",)))
+        assert seen == ["Basic bWU6d29yZA=="]
+        assert seen_by_other == [None]
 
 
 def test_the_makefile_installs_each_lock_with_its_hashes(tmp_path: Path) -> None:

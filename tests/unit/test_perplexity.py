@@ -100,6 +100,13 @@ def test_a_single_window_has_no_standard_error() -> None:
     assert math.isnan(Perplexity.of(torch.tensor([2.0], dtype=torch.float64), 24).ppl_stderr)
 
 
+def test_a_loss_that_is_not_finite_is_named(windows: torch.Tensor) -> None:
+    broken = tiny_model("llama", layers=2)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="compact: the loss on test text b is not finite; set TVAPRUNE_DTYPE=float32"):
+        evaluate(broken, {"test": {"b": windows}}, 5, progress="compact")
+
+
 def test_texts_are_measured_together_as_they_are_alone(model: PreTrainedModel, windows: torch.Tensor) -> None:
     sets = {"validation": {"a": windows[:2]}, "test": {"b": windows[2:3], "a": windows[3:]}}
     together = evaluate(model, sets, batch_size=3)
@@ -125,8 +132,8 @@ def test_windows_are_spread_over_the_text(tokenizer: PreTrainedTokenizerFast) ->
     assert windows[:, 0].tolist() == [2 + 9 * i for i in (1, 3, 5, 7, 9)]
     with pytest.raises(ValueError, match=r"windows = 11 of window = 9 tokens: validation text x has 91 .* for 10"):
         windows_of([text], tokenizer, 9, validation=11, test=0, label="x")
-    with pytest.raises(ValueError, match=r"test text x, without validation documents, has 0 tokens, enough for 0"):
-        windows_of([text], tokenizer, 9, validation=1, test=1, label="x")
+    with pytest.raises(ValueError, match=r"test text x, without validation documents, has 1 tokens, enough for 0"):
+        windows_of([text], tokenizer, 9, validation=10, test=1, label="x")
 
 
 @given(
@@ -147,9 +154,29 @@ def test_no_document_is_in_both_validation_and_test(
         assert alone // window < validation + test or validation
         return
     assert (chosen.shape, tested.shape) == ((validation, window), (test, window))
-    assert set(chosen.flatten().tolist()) & set(tested.flatten().tolist()) <= {EOS}
+    owner = [number for number, length in enumerate(lengths) for _ in range(length + 1)]
+    starts = spread_evenly(len(owner) // window, validation) if validation else []
+    touched = {number for start in starts for number in owner[start * window : (start + 1) * window]}
+    if sum(number not in touched for number in owner) >= test * window:  # whole documents leave enough
+        assert set(chosen.flatten().tolist()) & set(tested.flatten().tolist()) <= {EOS}
     # Validation windows do not depend on the test windows.
     assert torch.equal(chosen, windows_of(texts, tokenizer, window, validation, 0)[0])
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_a_few_long_texts_have_room_for_validation_and_test(tokenizer: PreTrainedTokenizerFast, texts: int) -> None:
+    """Parts of them, none of which is in both sets."""
+    words = [f"w{number}" for number in range(2, 98)]
+    long = [" ".join(words[start::texts]) for start in range(texts)]
+    validation, test = windows_of(long, tokenizer, 4, 8, 6)
+    assert (validation.shape, test.shape) == ((8, 4), (6, 4))
+    assert set(validation.flatten().tolist()) & set(test.flatten().tolist()) <= {EOS}
+
+
+def test_text_that_spells_a_special_token_stays_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    end = tokenizer.eos_token_id
+    validation, _ = windows_of([f"w1 {tokenizer.eos_token} w2 w3", "w4 w5 w6"], tokenizer, 4, 2, 0)
+    assert int((validation == end).sum()) <= 2
 
 
 def test_windows_by_set_and_label(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,6 +13,7 @@ from tvaprune.architecture.parameter_counts import dense_decoder_parameters
 from tvaprune.architecture.topology import Topology, UnsupportedModelError
 from tvaprune.options.baselines import FlapOptions
 from tvaprune.options.gates import GraspruneOptions, TvaOptions
+from tvaprune.pruning import prune_directory
 
 TEXTS = [
     f"The bank's engineer number {number} thinks that they will pay {number * 7} of it. " * 12 for number in range(30)
@@ -79,17 +80,21 @@ def test_options_are_checked_where_they_are_made(kind: type, option: str, value:
         kind(**{option: value})
 
 
-def test_a_checkpoint_is_cut_in_its_own_dtype_and_not_cut_again(tokenizer, tmp_path: Path) -> None:
+def test_a_directory_is_cut_in_its_own_dtype_and_not_cut_again(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TVAPRUNE_DTYPE", "float32")
+    dense, out = tmp_path / "stored", tmp_path / "out"
     model = tiny_model("llama").to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "stored")
-    arguments = {"texts": TEXTS, "windows": 8, "method": "flap", "sparsity": 0.3}
-    pruned = tvaprune.prune(model.float(), tokenizer, **arguments, checkpoint=tmp_path / "stored", out=tmp_path / "out")
+    model.save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    size = prune_directory(dense, TEXTS, out, 0.3, "flap", 8)
+    pruned = tvaprune.load(out)
     assert {parameter.dtype for parameter in pruned.parameters()} == {torch.bfloat16}
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert size.parameters_kept == pruned.num_parameters() < size.parameters_dense == model.num_parameters()
+    assert (out / "tokenizer.json").is_file()
     with pytest.raises(UnsupportedModelError, match="is pruned already: prune the dense one"):
-        tvaprune.prune(pruned, tokenizer, **arguments)
-    with pytest.raises(FileNotFoundError, match="empty"):
-        tvaprune.prune(model, tokenizer, **arguments, checkpoint=tmp_path / "empty")
+        prune_directory(out, TEXTS, tmp_path / "again", 0.3, "flap", 8)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        prune_directory(tmp_path / "absent", TEXTS, tmp_path / "again")
 
 
 def test_a_directory_with_files_is_left_as_it_is(tokenizer, tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from tests.tiny_models import tiny_model
+from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from tools import report as tool
 from tvaprune.architecture.topology import Topology
+from tvaprune.checkpoint.loading import load
+from tvaprune.conversation import Speaker
 from tvaprune.masks.masks import Masks
 from tvaprune.options.axes import AXES, Axis
 from tvaprune.report import svg
+from tvaprune.report.generation import continuations
 from tvaprune.report.page import Report, html, markdown
 from tvaprune.report.run import CURVES, METRICS, RunFiles, Widths, read_json, read_rows, read_run
 from tvaprune.report.sections import report_of
@@ -135,6 +139,29 @@ def test_generated_text_is_text(whole: Report) -> None:
     assert "&lt;script&gt;" in page
     assert "<script" not in table
     assert r"a\|b" in table
+
+
+def test_each_token_is_the_likeliest_whatever_the_checkpoint_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer may also return token_type_ids, which the models do not take."""
+    monkeypatch.setenv("TVAPRUNE_DTYPE", "float32")
+    monkeypatch.setenv("TVAPRUNE_DEVICE", "cpu")
+    tiny_tokenizer(save_tiny_model("llama", tmp_path))
+    settings = {"repetition_penalty": 4.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path)
+    assert "token_type_ids" in tokenizer("The bank")
+    model, ids = load(tmp_path), tokenizer("The bank", return_tensors="pt").input_ids
+    length = ids.shape[1]
+    for _ in range(40):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    likeliest = tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    shown = continuations({"dense": tmp_path}, tokenizer, ["The bank"], 40, torch.float32, torch.device("cpu"))
+    assert shown == {"dense": [likeliest]}
+    assert Speaker(tmp_path, new_tokens=40, temperature=0).go_on("The bank") == likeliest
 
 
 def test_widths_and_kept_importance_are_those_of_the_masks(tmp_path: Path) -> None:

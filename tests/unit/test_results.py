@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -168,6 +169,18 @@ def test_changed_code_is_recorded_and_an_experiment_is_read_from_its_commit(pipe
     assert (content["commit"], content["dirty"]) == (base, True)
     with pytest.raises(ValueError, match="0 experiments have this name"):
         Run.of_experiment("other")
+
+
+def test_an_experiment_was_made_on_the_machine_that_its_benchmark_names(pipeline: Path) -> None:
+    base = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    Path("metrics/speed.csv").write_text("latency_ms,dtype,machine\n1.5,float16,Some processor\n")
+    Path("metrics/speed.json").write_text('{"threads": 77}')
+    write_lock("speed")
+    commit()
+    subprocess.run(["git", "update-ref", f"refs/exps/{base[:2]}/{base[2:]}/mine", "HEAD"], check=True)
+    made_on, here = (record("row", run)[0]["machine"] for run in (Run.of_experiment("mine"), Run.of_workspace()))
+    assert made_on == here | {"processor": "Some processor", "threads": 77, "dtype": "float16"}
+    assert here["processor"] != "Some processor"
 
 
 @pytest.mark.parametrize("name", ["default", "a/b", "", ".hidden"])
@@ -432,6 +445,19 @@ def test_params_are_restored_after_a_kill_at_the_next_start(documents: Path) -> 
     Path(".dvc/tmp").mkdir(parents=True)
     Path(".dvc/tmp/params-before-rows.yaml").write_bytes(before)
     Path("params.yaml").write_text("changed")
+    with run_rows.params_restored():
+        assert Path("params.yaml").read_bytes() == before
+
+
+def test_a_copy_of_params_that_was_cut_short_is_not_restored(documents: Path) -> None:
+    before = Path("params.yaml").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"), run_rows.params_restored():
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with run_rows.params_restored():
         assert Path("params.yaml").read_bytes() == before
 

@@ -19,8 +19,8 @@ from tvaprune.inputs.sources import InputError
 from tvaprune.options.inputs import Packing
 from tvaprune.progress import Progress
 
-# Fewer documents than this, such as one book, are cut into parts that stand for documents. A part has room for a few
-# windows, because what is left at its end is dropped.
+# Fewer documents than this, such as one book, are cut into parts that stand for documents. So are more documents, where
+# some are so long that a set gets too little. A part has room for a few windows: what is left at its end is dropped.
 _FEW_DOCUMENTS = 16
 _PARTS = 64
 _WINDOWS_A_PART = 4
@@ -96,19 +96,27 @@ def sample_windows(
     shares = {one.name: one.shares(sources) for one in sets}
     windows: dict[str, list[np.ndarray]] = {one.name: [] for one in sets}
     for source, documents in sources.items():
-        rng = np.random.default_rng(int.from_bytes(_hash(seed, source)))
-        ordered = _ordered(documents, seed, source, longest=max(one.seq_len for one in sets))
         demands = [replace(one, samples=shares[one.name][source]) for one in sets]
-        for demand, part in zip(demands, _deal(ordered, demands, packing), strict=True):
-            candidates = _candidates(part, demand.seq_len, packing, eos_token_id, rng)
-            if len(candidates) < demand.samples:
-                tokens = sum(len(document.tokens) for document in documents)
-                raise InputError(
-                    f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
-                    f"which has text for {len(candidates)} ({len(documents)} documents and {tokens} tokens for all "
-                    f"sets, packing {packing}); add text, ask for fewer windows, or give it less weight in the mix"
-                )
-            windows[demand.name] += [candidates[index] for index in rng.permutation(len(candidates))[: demand.samples]]
+        for cut in dict.fromkeys([len(documents) < _FEW_DOCUMENTS, True]):
+            rng = np.random.default_rng(int.from_bytes(_hash(seed, source)))
+            parts = _deal(_ordered(documents, seed, source, demands, cut), demands, packing)
+            drawn = {
+                demand.name: _draw(part, demand, packing, eos_token_id, rng)
+                for demand, part in zip(demands, parts, strict=True)
+            }
+            short = [demand for demand in demands if len(drawn[demand.name]) < demand.samples]
+            if not short:
+                break
+        if short:
+            demand = short[0]
+            tokens = sum(len(document.tokens) for document in documents)
+            raise InputError(
+                f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
+                f"which has text for {len(drawn[demand.name])} ({len(documents)} documents and {tokens} tokens for all "
+                f"sets, packing {packing}); add text, ask for fewer windows, or give it less weight in the mix"
+            )
+        for name, own in drawn.items():
+            windows[name] += own
     rng = np.random.default_rng(int.from_bytes(_hash(seed, "order")))
     result = {}
     for one in sets:
@@ -168,9 +176,12 @@ def _hash(seed: int, *parts: str) -> bytes:
     return hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
 
 
-def _ordered(documents: list[TokenDocument], seed: int, source: str, longest: int) -> list[TokenDocument]:
-    """By a seeded hash of their ids, so that the split does not depend on the order in the file."""
-    if len(documents) < _FEW_DOCUMENTS:
+def _ordered(
+    documents: list[TokenDocument], seed: int, source: str, sets: list[WindowSet], cut: bool
+) -> list[TokenDocument]:
+    """By a seeded hash of their ids, so that the split does not depend on the order in the file; whole, or in parts."""
+    if cut:
+        longest = max(one.seq_len for one in sets)
         counts = [max(1, min(_PARTS, len(document.tokens) // (_WINDOWS_A_PART * longest))) for document in documents]
         documents = [
             TokenDocument(f"{document.id}#{number}", part)
@@ -195,6 +206,14 @@ def _deal(documents: list[TokenDocument], demands: list[WindowSet], packing: Pac
         seq_len, tokens = demands[index].seq_len, len(document.tokens)
         sizes[index] += (tokens + 1) / seq_len if _is_packed(document, seq_len, packing) else tokens // seq_len
     return parts
+
+
+def _draw(
+    documents: list[TokenDocument], demand: WindowSet, packing: Packing, eos_token_id: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """As many of the candidates as the set needs, or all, in random order."""
+    candidates = _candidates(documents, demand.seq_len, packing, eos_token_id, rng)
+    return [candidates[index] for index in rng.permutation(len(candidates))[: demand.samples]]
 
 
 def _candidates(

@@ -20,7 +20,7 @@ class Document:
     title: str | None = None  # of an article, where the source has one
 
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 
 
 def text_files(path: Path, suffixes: Sequence[str] = TEXT_SUFFIXES) -> list[Path]:
@@ -28,21 +28,22 @@ def text_files(path: Path, suffixes: Sequence[str] = TEXT_SUFFIXES) -> list[Path
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    if not (files := [file for file in found if file.suffix in suffixes]):
+    if not (files := [file for file in found if file.name.lower().endswith(tuple(suffixes))]):
         raise InputError(f"{path}: no file that ends in {', '.join(suffixes)}")
     return files
 
 
 def read_rows(file: Path) -> Iterator[Any]:
     """The rows of a .jsonl, .jsonl.gz or .parquet file, or of an .arrow file as `datasets` saves it."""
-    if file.suffix not in (".parquet", ".arrow"):
+    kind = file.suffix.lower()
+    if kind not in (".parquet", ".arrow"):
         yield from read_json_lines(file)
         return
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     try:
-        if file.suffix == ".parquet":
+        if kind == ".parquet":
             for batch in parquet.ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
         else:
@@ -50,36 +51,44 @@ def read_rows(file: Path) -> Iterator[Any]:
                 for batch in pyarrow.ipc.open_stream(opened):
                     yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: damaged {file.suffix} file: {error}") from error
+        raise InputError(f"{file}: damaged {kind} file: {error}") from error
 
 
 def read_text(file: Path) -> str:
     """A file's text, UTF-8. Raises InputError, which names the file and the place, if it is not."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 at byte {error.start:,}; convert the file, or leave it out") from error
 
 
 def field_of(row: Any, text_field: TextField, where: str) -> str:
-    """The text in a field, or in several with an empty line between; an InputError that names the fields there are."""
+    """The text in a field, or in several with an empty line between; null is an empty text.
+
+    Raises InputError, which names the fields there are.
+    """
     if not isinstance(text_field, str):
         return "\n\n".join(field_of(row, one, where) for one in text_field)
-    if isinstance(row, dict) and isinstance(text := row.get(text_field), str):
-        return text
-    known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-    raise InputError(f"{where}: no text in field {text_field!r}; it has {known}")
+    if not isinstance(row, dict) or text_field not in row:
+        known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"{where}: no field {text_field!r}; it has {known}")
+    text = row[text_field]
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{where}: field {text_field!r} is a {type(text).__name__}, not text")
+    return text or ""
 
 
 def document_of(row: Any, text_field: TextField, where: str, default_id: str) -> Document:
     """A row's text, cleaned; its `id` and `title` where it has them."""
     text, title = field_of(row, text_field, where), row.get("title")
-    title = title if isinstance(title, str) else None
+    title = title if isinstance(title, str) and normalise_title(title) else None
     return Document(id=str(row.get("id", default_id)), text=clean(text), title=title)
 
 
 def clean(text: str) -> str:
     """Plain line ends, single spaces, at most one empty line in a row."""
+    # Half a surrogate pair, as scraped text has, becomes a replacement character: no file could hold it.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     text = re.sub(r"[^\S\n]+", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
     return re.sub(r" *\n *", "\n", re.sub(r"\n\s*\n", "\n\n", text)).strip()
 

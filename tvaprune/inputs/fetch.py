@@ -71,7 +71,10 @@ def _fetch_texts(
         name = source.label
         kept, same_title, repeated = drop_known(read_documents(source, temporary / name, state), titles, texts)
         if not kept:
-            raise InputError(f"{name}: the source gave no document with text")
+            raise InputError(
+                f"{name}: no document is left: {repeated} are empty or repeat another, and {same_title} have the title "
+                "of a held-out article (fetch_inputs.calibration.exclude_heldout)"
+            )
         write_documents(partial / f"{name}.jsonl", kept)
         written_titles |= {normalise_title(document.title) for document in kept if document.title is not None}
         counts = {"documents": len(kept), "characters": sum(len(document.text) for document in kept)}

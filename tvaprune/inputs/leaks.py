@@ -177,6 +177,16 @@ def check_limit(leaks: Leaks, n: int, max_overlap: float) -> None:
         )
 
 
+def short_texts(leaks: Leaks, n: int) -> list[str]:
+    """What to tell the user of sets whose documents are mostly too short to be compared."""
+    return [
+        f"{name}: {one.documents - one.judged} of {one.documents} documents have fewer than {n} words, so nothing was "
+        "compared of them; lower check_leaks.ngram"
+        for name, one in leaks.sets.items()
+        if one.judged < one.documents / 2
+    ]
+
+
 def report(leaks: Leaks, n: int, declared: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics, numbers alone; `declared` is from `declare_sources`."""
     sets: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import metadata_load
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.model_files import check_config, check_weights
 from tvaprune.inputs.packages import fetch_members
-from tvaprune.inputs.sources import InputError, ModelHub, ModelPackage, ModelSource, describe, hub_errors
+from tvaprune.inputs.sources import NOT_STATED, InputError, ModelHub, ModelPackage, ModelSource, describe, hub_errors
 
 
 def shorten_context(config: PreTrainedConfig) -> None:
@@ -49,6 +50,8 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
     else:
         folder = _download(source) if isinstance(source, ModelHub) else source.path
         model, tokenizer = _from_directory(folder, source.trust_remote_code)
+        if source.license == NOT_STATED:
+            source = source.model_copy(update={"license": _readme_license(folder)})
     check_family(model.config)
     shorten_context(model.config)
     _check_tokenizer(tokenizer, model.config.vocab_size)
@@ -61,6 +64,17 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
     record = {**describe(source), "parameters": sum(parameter.numel() for parameter in model.parameters())}
     write_json(directory / SOURCE_FILE, record)
     return record
+
+
+def _readme_license(directory: Path) -> str | None:
+    """The Hub's identifier, as the directory's own model card names it; None where it names none."""
+    path = directory / "README.md"
+    try:
+        license = (metadata_load(path) or {}).get("license") if path.is_file() else None
+    except Exception as error:  # a damaged header raises almost anything
+        print(f"{path}: its header cannot be read, so no license is taken from it: {error}", flush=True)
+        return None
+    return license if isinstance(license, str) else None
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -109,7 +123,8 @@ def _download(source: ModelHub) -> Path:
     from huggingface_hub import snapshot_download
 
     print(f"downloading {source} from the hub", flush=True)
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+    wanted += ["*.py"] if source.trust_remote_code else []
     copies = ["original/*", "consolidated*"]  # the same weights in another format
     with hub_errors(source):
         folder = snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=copies)

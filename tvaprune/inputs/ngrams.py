@@ -8,7 +8,12 @@ from functools import cache
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
-_WORD = re.compile(r"[^\W_]+")
+# Thai, Lao, Myanmar, Khmer, Japanese and Chinese have no spaces between words: each of their letters counts as a word.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 # Odd, so that two n-grams that differ in one word never collide; the digits are the golden ratio's.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -22,8 +27,7 @@ def hash_ngrams(
     span two pieces. With 64 bits, a billion n-grams match one of a million others by chance with probability 5e-5.
 
     Departure: n is fixed. The paper takes 8 to 13 by data set, so that short examples have n-grams too; here a text
-    with fewer words has none. Words are runs of letters and digits: whole clauses in scripts without spaces, where
-    fewer overlaps are found than there are.
+    with fewer words has none. Words are runs of letters and digits, and single letters in scripts without spaces.
     """
     pieces = [(index, _WORD.findall(piece.lower())) for index, document in enumerate(documents) for piece in document]
     piece_of = np.repeat(np.arange(len(pieces)), [len(words) for _, words in pieces])

@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from tvaprune.options.secrets import has_secret, without_secrets
 
+NOT_STATED = "not stated"
+
 
 class InputError(ValueError):
     """An input cannot be fetched, is not the expected one, or cannot be read."""
@@ -59,7 +61,7 @@ class HubSource(Record):
 
     source: Literal["hub"] = "hub"
     revision: str = Field(description="Commit, tag or branch; a commit is reproducible.", min_length=1)
-    license: str = Field("not stated", description="Written to the output's description.")
+    license: str = Field(NOT_STATED, description="Written to the output's description.")
 
 
 class LocalSource(Record):
@@ -67,7 +69,7 @@ class LocalSource(Record):
 
     source: Literal["local"] = "local"
     path: Path = Field(description="Directory or file, relative to the repository root.")
-    license: str = Field("not stated", description="Written to the output's description.")
+    license: str = Field(NOT_STATED, description="Written to the output's description.")
 
     @property
     def name(self) -> str:

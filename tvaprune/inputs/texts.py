@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.artifacts import read_json_lines
-from tvaprune.inputs.documents import Document, clean, document_of, field_of, read_rows, read_text, text_files
+from tvaprune.inputs.documents import (
+    TEXT_SUFFIXES,
+    Document,
+    clean,
+    document_of,
+    field_of,
+    read_rows,
+    read_text,
+    text_files,
+)
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import InputError, TextField, TextHub, TextLocal, TextPackage, TextSource, hub_errors
 from tvaprune.inputs.wikipedia import read_dump
@@ -77,8 +86,8 @@ def _read_files(path: Path, text_field: TextField) -> Iterator[Document]:
     """Documents of a file, or of all files below a directory, in name order."""
     for file in text_files(path):
         name = file.name if file == path else file.relative_to(path).as_posix()
-        if file.suffix == ".txt":
-            yield Document(id=name.removesuffix(".txt"), text=clean(read_text(file)))
+        if file.suffix.lower() == ".txt":
+            yield Document(id=name[: -len(".txt")], text=clean(read_text(file)))
             continue
         for number, row in enumerate(read_rows(file)):
             yield document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")
@@ -117,7 +126,7 @@ def open_stream(source: TextHub | TextLocal, files: list[Path]) -> Any:
     else:
         from datasets import load_dataset
 
-        kinds = {file.suffix for file in files}
+        kinds = {next(suffix for suffix in TEXT_SUFFIXES if file.name.lower().endswith(suffix)) for file in files}
         if kinds not in ({".jsonl"}, {".parquet"}):
             raise InputError(
                 f"{source}: documents = {source.documents} samples rows of .jsonl or of .parquet, but there is "

@@ -90,9 +90,9 @@ def value_at(content: dict[str, Any], key: str, default: Any = None) -> Any:
 
 
 def _validation(run: SavedRun, model: str) -> Value:
-    """The perplexity on the validation text; there is one."""
+    """The perplexity on the validation text; of several texts the geometric mean."""
     texts = value_at(run["metrics"], f"perplexity.{model}.validation")
-    return next(iter(texts.values()))["ppl"] if texts else None
+    return statistics.geometric_mean(text["ppl"] for text in texts.values()) if texts else None
 
 
 def _ratio(run: SavedRun, model: str, part: str) -> Value:
@@ -134,7 +134,7 @@ def _rate(phase: str) -> Callable[[SavedRun, str], Value]:
 
     def value(run: SavedRun, model: str) -> Value:
         rate, dense = (value_at(run["metrics"], f"speed.{phase}.{each}.tokens_per_s") for each in (model, "dense"))
-        return f"{rate:.0f} ({rate / dense:.2f}×)" if rate and dense else None
+        return f"{rate:.{0 if rate >= 10 else 2}f} ({rate / dense:.2f}×)" if rate and dense else None
 
     return value
 

@@ -85,21 +85,29 @@ def windows_of(
     """int64 windows without overlap, spread evenly over the texts; the only special token ends each text.
 
     Validation windows are spread over all texts. Test windows are spread over the texts of which no token is in a
-    validation window.
+    validation window. Where that leaves too little, as with a single long text, texts are cut into parts of four
+    windows, or of one, which count as texts.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end-of-sequence token to join documents with")
-    # verbose=False: no warning of documents longer than the model's context, which are cut below.
-    documents = [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-    stream = torch.tensor([token for document in documents for token in document])
-    owner = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(document) for document in documents]))
+    # Text that spells a special token stays text. verbose=False: no warning of texts longer than the model's context.
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    stream = torch.tensor([token for document in ids for token in [*document, end]])
     chosen = _spread(len(stream), window, validation, f"validation text {label}")
-    touched = owner[chosen].unique()
-    others = stream[~torch.isin(owner, touched)]
+    for part in (len(stream), 4 * window, window):
+        lengths = [size for document in ids for size in _part_sizes(len(document) + 1, part)]
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        others = stream[~torch.isin(owner, owner[chosen].unique())]
+        if len(others) >= test * window:
+            break
     return stream[chosen], others[
         _spread(len(others), window, test, f"test text {label}, without validation documents,")
     ]
+
+
+def _part_sizes(tokens: int, part: int) -> list[int]:
+    return [min(part, tokens - start) for start in range(0, tokens, part)]
 
 
 def _spread(tokens: int, window: int, windows: int, name: str) -> Int[Tensor, "windows window"]:
@@ -126,6 +134,10 @@ def evaluate(
     nll = nll_by_window(model, together, batch_size, progress, world).split([len(own) for *_, own in parts])
     found: dict[str, dict[str, Perplexity]] = {name: {} for name in windows}
     for (name, label, _), own in zip(parts, nll, strict=True):
+        if not own.isfinite().all():
+            raise ValueError(
+                f"{progress or 'perplexity'}: the loss on {name} text {label} is not finite; set TVAPRUNE_DTYPE=float32"
+            )
         found[name][label] = Perplexity.of(own, together.shape[1])
     return found
 

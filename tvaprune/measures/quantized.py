@@ -132,7 +132,8 @@ def time_files(
     GGUF files in llama.cpp, model directories in transformers as they are stored, eagerly.
     """
     own = Benchmark(options.prefill_tokens, options.decode_tokens, options.decode_tokens, options.repeats, MAX_WARMUP)
-    prompt = torch.randint(vocabulary, (options.prefill_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    longest = max(options.prefill_tokens, options.decode_tokens)
+    prompt = torch.randint(vocabulary, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
     probes: dict[str, dict[str, Callable[[], float]]] = {"prefill": {}, "decode": {}}
     for name, file in files.items():
         if file.is_dir():
@@ -140,7 +141,8 @@ def time_files(
             probes["prefill"][name] = prefill_probe(model, 1, own, "eager")
             probes["decode"][name] = decode_probe(model, 1, own, "eager")
             continue
-        read, generate = timed(file, prompt, 1), timed(file, prompt[: options.decode_tokens], options.decode_tokens)
+        read = timed(file, prompt[: options.prefill_tokens], 1)
+        generate = timed(file, prompt[: options.decode_tokens], options.decode_tokens)
         probes["prefill"][name] = lambda read=read: read().prefill_ms  # type: ignore[misc]
         probes["decode"][name] = lambda generate=generate: generate().decode_ms  # type: ignore[misc]
     with without_garbage_collection(), torch.inference_mode():

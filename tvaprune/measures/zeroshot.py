@@ -1,6 +1,6 @@
 """Zero-shot accuracy on six tasks: lm-eval (EleutherAI) with its built-in prompts, on local rows.
 
-`acc` takes the choice with the largest log-likelihood, `acc_norm` the one with the largest per byte of its text.
+`acc` takes the choice with the largest log-likelihood, `acc_norm` the one with the largest per character of its text.
 """
 
 import json
@@ -182,7 +182,7 @@ class _LanguageModel(HFLM):
             owners, states, targets = [], [], []
             for row, tokens in enumerate(batch):
                 for index in sharing[tokens]:
-                    continuation = requests[index][2]
+                    continuation = requests[index][2][-len(tokens) :]  # what the context has room for
                     owners.append(index)
                     states.append(hidden[row, len(tokens) - len(continuation) : len(tokens)])
                     targets.append(torch.tensor(continuation))

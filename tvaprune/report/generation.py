@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tvaprune.checkpoint.loading import load
 from tvaprune.progress import Progress
+from tvaprune.runtime.text import continuation
 
 
-@torch.inference_mode()
 def continuations(
     models: dict[str, Path],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     tokens: int,
     dtype: torch.dtype,
@@ -28,11 +28,10 @@ def continuations(
     found: dict[str, list[str]] = {}
     with Progress(total=len(models) * len(prompts), desc="generated text", unit="prompt") as progress:
         for name, path in models.items():
-            model: Any = load(path, dtype, device)
+            model = load(path, dtype, device)
             found[name] = []
             for prompt in prompts:
-                ids = tokenizer(prompt, return_tensors="pt").to(device)
-                out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-                found[name].append(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
+                encoded = tokenizer(prompt, return_tensors="pt")
+                found[name].append(continuation(model, tokenizer, encoded, tokens))
                 progress.update()
     return found

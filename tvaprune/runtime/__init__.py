@@ -1,1 +1,1 @@
-"""How a model runs for inference: packed weights, single tokens, timed passes."""
+"""How a model runs for inference: packed weights, single tokens, timed passes, text."""

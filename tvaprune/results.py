@@ -68,7 +68,8 @@ def sentences(kind: str, runs: list[SavedRun]) -> Iterator[str]:
     if kind == "sizes" and (compact := metrics.get("compact")):
         decoder, model = compact["sparsity_decoder"], compact["sparsity_model"]
         yield f"{decoder:.1%} of the decoder removed ({model:.1%} of the model)."
-        yield f"Masked = compact to {compact['max_abs_logit_diff']:.0e} in logits."
+        difference = f"{compact['max_abs_logit_diff']:.0e}"
+        yield f"The compact model's logits differ from the masked model's by at most {difference}."
     if kind == "texts" and isinstance(tokens := value_at(metrics, "perplexity.tokens"), dict):
         counts = [f"{sum(tokens[part].values()):,} {part} tokens" for part in ("validation", "test") if part in tokens]
         yield f"Perplexity on {' and '.join(counts)} in windows of {metrics['perplexity']['window']}."

@@ -190,12 +190,8 @@ def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
         score("nirvana", options=NirvanaOptions(candidates=7))
     with pytest.raises(UnreachableSparsityError):
         score("bonsai", sparsity=0.9, axes=("intermediate",))
-    with pytest.raises(ValueError, match="submodels = 12"):
-        score("bonsai", options=BonsaiOptions(submodels=12))
     with pytest.raises(ValueError, match="bias"):
         score("flap", "llama_bias", options=FlapOptions())
-    with pytest.raises(ValueError, match=r"learn_masks\.bonsai\.windows = 0"):
-        score("bonsai", options=BonsaiOptions(windows=0))
     with pytest.raises(ValueError, match="no windows"):
         score("depth", windows=WINDOWS[:0])
     with pytest.raises(ValueError, match="two or more"):

@@ -117,7 +117,7 @@ def test_a_second_run_writes_the_same_bytes_and_nothing_else(inputs: Path) -> No
 def test_a_failure_leaves_no_half_written_directory(inputs: Path) -> None:
     result = run(inputs)  # the second source repeats the first, so nothing of it is left
     assert result.exit_code == 1
-    assert "second: the source gave no document with text" in result.output
+    assert "second: no document is left: 2 empty, repeated or held out, and 1 with the title of" in result.output
     assert sorted(path.name for path in (inputs / "data").iterdir()) == ["heldout", "model"]
 
 

@@ -67,7 +67,7 @@ def test_local_files_of_all_formats(tmp_path: Path) -> None:
     ("name", "content", "error", "message"),
     [
         ("a.jsonl", '{"body": "x"}\n', InputError, "a.jsonl row 0: no field 'text'; it has body"),
-        ("a.jsonl", '{"text": 3}\n', InputError, "a.jsonl row 0: field 'text' is a int, not text"),
+        ("a.jsonl", '{"text": 3}\n', InputError, "a.jsonl row 0: field 'text' is of type int, not text"),
         ("a.jsonl", "{", ArtifactError, "a.jsonl, line 1: not valid JSON"),
         ("a.csv", "x", InputError, "no file that ends in .txt, .jsonl, .jsonl.gz, .parquet, .arrow"),
     ],

@@ -145,12 +145,12 @@ def test_a_process_that_is_killed_is_not_blamed_on_its_last_message(tmp_path: Pa
 
 def test_a_row_of_speeds() -> None:
     times = [{"first_s": 0.1, "whole_s": 1.0}, {"first_s": 0.3, "whole_s": 2.0}, {"first_s": 0.2, "whole_s": 4.0}]
-    assert row({"dense": times}, requests=8, new_tokens=10) == ["8", "40 (20-80), 200 ms"]
+    assert row({"dense": times}, requests=8, new_tokens=10) == ["8", "40.0 (20.0-80.0), 200 ms"]
     measured = {"vllm": "1.2", "processors": 2, "busy_with_others": 3.14, "dtype": "bfloat16", "weights_ratio": 0.8421}
     measured |= {"prompt_tokens": 128, "new_tokens": 10, "times": {"8": {"dense": times, "pruned": times[:1] * 3}}}
     printed = table(measured)
     assert "| requests | dense | pruned |" in printed
-    assert "| 8 | 40 (20-80), 200 ms | 80 (80-80), 100 ms |" in printed
+    assert "| 8 | 40.0 (20.0-80.0), 200 ms | 80.0 (80.0-80.0), 100 ms |" in printed
     assert all(
         said in printed for said in ("median of 3 rounds", "vLLM 1.2 on 2 CPU cores", "0.84", "was 3.1 processes")
     )

@@ -56,10 +56,6 @@ def bonsai(problem: Problem, options: BonsaiOptions) -> Masks:
     - A sub-model is masks on the model, not another model; utilities are those of windows drawn for each round.
     """
     submodels = options.submodels
-    if submodels < 10 or submodels % 10:
-        raise ValueError(
-            f"learn_masks: bonsai's submodels = {submodels}: five folds of whole pairs need a multiple of 10"
-        )
     topology, target = problem.topology, problem.target_sparsity
     dense = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in problem.axes else torch.inf) for axis in AXES}
     solve_threshold(topology, dense, target)  # raises now if the target is out of reach

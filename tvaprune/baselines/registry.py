@@ -50,8 +50,6 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
     if not available:
         raise ValueError("calibration: no windows")
     wanted = getattr(options, "windows", 1)
-    if wanted < 1:
-        raise ValueError(f"learn_masks.{method}.windows = {wanted}: at least 1")
     spread = torch.linspace(0, available - 1, min(wanted, available)).long()
     axes = tuple(axis for axis in AXES if axis in problem.axes)
     found = _METHODS[method](replace(problem, windows=problem.windows[spread], axes=axes), options)

@@ -69,12 +69,13 @@ def field_of(row: Any, text_field: TextField, where: str) -> str:
     """
     if not isinstance(text_field, str):
         return "\n\n".join(field_of(row, one, where) for one in text_field)
-    if not isinstance(row, dict) or text_field not in row:
-        known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where}: no field {text_field!r}; it has {known}")
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: of type {type(row).__name__}, not an object with the field {text_field!r}")
+    if text_field not in row:
+        raise InputError(f"{where}: no field {text_field!r}; it has {', '.join(sorted(row))}")
     text = row[text_field]
     if text is not None and not isinstance(text, str):
-        raise InputError(f"{where}: field {text_field!r} is a {type(text).__name__}, not text")
+        raise InputError(f"{where}: field {text_field!r} is of type {type(text).__name__}, not text")
     return text or ""
 
 

@@ -72,8 +72,8 @@ def _fetch_texts(
         kept, same_title, repeated = drop_known(read_documents(source, temporary / name, state), titles, texts)
         if not kept:
             raise InputError(
-                f"{name}: no document is left: {repeated} are empty or repeat another, and {same_title} have the title "
-                "of a held-out article (fetch_inputs.calibration.exclude_heldout)"
+                f"{name}: no document is left: {repeated} empty, repeated or held out, and {same_title} with the title "
+                "of a held-out article; see fetch_inputs.calibration.exclude_heldout"
             )
         write_documents(partial / f"{name}.jsonl", kept)
         written_titles |= {normalise_title(document.title) for document in kept if document.title is not None}

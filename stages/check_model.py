@@ -1,15 +1,17 @@
-"""Check the parameters that only a model's sizes can judge, before anything is learned."""
+"""Check the parameters that only the model and the held-out text can judge, before anything is learned."""
 
 from pathlib import Path
 
 from typer import secho
 
 from stages._command import command
-from stages._options import Config, Marker, ParamsFile
+from stages._options import Heldout, Marker, Model, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import check_context, load_config
 from tvaprune.export.widths import check_group_multiples, check_types, check_widths
+from tvaprune.inputs.calibration import load_tokenizer
 from tvaprune.masks.adapt import check_multiples
+from tvaprune.measures.perplexity import heldout_windows, read_texts
 from tvaprune.methods import check_request
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
@@ -22,14 +24,16 @@ from tvaprune.params.sample_calibration import SampleCalibrationParams
 
 @command
 def main(
-    model: Config = Path("data/model"),
+    model: Model = Path("data/model"),
+    heldout: Heldout = Path("data/heldout"),
     out: Marker = Path("artifacts/model.ok"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Reads data/model/config.json and params.yaml (learn_masks, adapt_dimensions, sparsity, seed, quantize, and the
-    lengths of windows and prompts); writes artifacts/model.ok. A sparsity that no mask reaches, axes that the method
-    cannot prune, a multiple that does not divide a width or does not fit a quantised type, or a length beyond the
-    model's context stops `dvc repro` here, not after the learning.
+    """Reads the config and the tokenizer of data/model, data/heldout and params.yaml (learn_masks, adapt_dimensions,
+    sparsity, seed, quantize, the lengths of windows and prompts, and the windows of eval_perplexity); writes
+    artifacts/model.ok. A sparsity that no mask reaches, axes that the method cannot prune, a multiple that does not
+    divide a width or does not fit a quantised type, a length beyond the model's context, or too little held-out text
+    stops `dvc repro` here, not after the learning.
     """
     learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
     windows, cut = SampleCalibrationParams.load(params_file), CompactParams.load(params_file)
@@ -67,5 +71,9 @@ def main(
             fg="yellow",
             err=True,
         )
+    # Raises where the text is too short.
+    heldout_windows(
+        read_texts(heldout), load_tokenizer(model), perplexity.window, perplexity.validation, perplexity.test
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("the parameters fit the model\n")

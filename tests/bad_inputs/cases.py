@@ -236,6 +236,8 @@ def _against_the_model() -> list[Case]:
               "sample_calibration.finetune_seq_len"),
         _fits("evaluation windows longer than the context", param("eval_perplexity.window", 512),
               "eval_perplexity.window"),
+        _fits("more evaluation windows than there is text", param("eval_perplexity.test.stories", 10**6),
+              "test text stories"),
         _fits("prompts longer than the context", param("compact.prompt_tokens", 512), "compact.prompt_tokens"),
         _fits("a prefill longer than the context", param("benchmark_speed.prefill_tokens", 512), "prefill_tokens"),
     ]  # fmt: skip

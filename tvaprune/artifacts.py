@@ -9,6 +9,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,25 +121,29 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that any reader accepts: NaN and infinity are refused. A kill leaves the old file or the new one."""
+    """Write JSON that any reader accepts: NaN and infinity are refused. As `_whole_file`."""
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path}: a figure is not finite: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text + "\n")
-    unfinished.replace(path)
+    with _whole_file(path) as unfinished:
+        unfinished.write_text(text + "\n")
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write CSV with a header; None is blank, which plots skip. A kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    """Write CSV with a header; None is blank, which plots skip. As `_whole_file`."""
+    with _whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """What to write in place of `path`, which replaces it at the end: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    yield unfinished
     unfinished.replace(path)
 
 

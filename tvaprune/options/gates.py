@@ -50,7 +50,8 @@ class TvaOptions(MethodOptions):
         Field(ge=1, description="Tokens in a block whose gradients are summed before squaring; null: a whole window."),
     ] = 32
     head_start: Annotated[
-        PerAxis, Field(description="Added to the scores of an axis, in their standard deviations.")
+        PerAxis,
+        Field(description="Added to the scores of an axis, in standard deviations of the intermediate scores."),
     ] = field(default=PerAxis(hidden=3.0, intermediate=0.0, kv_heads=0.0))
     mean_lr: Annotated[float, Field(ge=0, description="Learning rate of the means; 0 keeps them at 1.")] = 0.005
     channel_means: Annotated[

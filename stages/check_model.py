@@ -10,8 +10,9 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import check_context, load_config
 from tvaprune.export.widths import check_group_multiples, check_types, check_widths
 from tvaprune.inputs.calibration import load_tokenizer
+from tvaprune.inputs.documents import load_texts
 from tvaprune.masks.adapt import check_multiples
-from tvaprune.measures.perplexity import heldout_windows, read_texts
+from tvaprune.measures.perplexity import heldout_windows
 from tvaprune.methods import check_request
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
@@ -73,7 +74,7 @@ def main(
         )
     # Raises where the text is too short.
     heldout_windows(
-        read_texts(heldout), load_tokenizer(model), perplexity.window, perplexity.validation, perplexity.test
+        load_texts(heldout), load_tokenizer(model), perplexity.window, perplexity.validation, perplexity.test
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("the parameters fit the model\n")

@@ -9,8 +9,9 @@ from typer import Option, echo
 from stages._launch import join_processes, process_command
 from stages._options import Heldout, Model, ParamsFile
 from tvaprune.checkpoint.loading import load
+from tvaprune.inputs.documents import load_texts
 from tvaprune.measures.comparison import write_reference
-from tvaprune.measures.perplexity import evaluate, heldout_windows, plain, read_texts
+from tvaprune.measures.perplexity import evaluate, heldout_windows, plain
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
 
@@ -26,7 +27,7 @@ def main(
     """
     params = EvalPerplexityParams.load(params_file)
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    windows = heldout_windows(read_texts(heldout), tokenizer, params.window, params.validation, params.test)
+    windows = heldout_windows(load_texts(heldout), tokenizer, params.window, params.validation, params.test)
     with join_processes() as process:
         model = process.put(load(dense, process.dtype))
         found = evaluate(model, windows, params.batch_size, "dense", process.world)

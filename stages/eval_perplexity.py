@@ -9,8 +9,9 @@ from stages._launch import join_processes, process_command
 from stages._options import Compact, Finetuned, Heldout, Metrics, Model, ParamsFile, Reference
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
+from tvaprune.inputs.documents import load_texts
 from tvaprune.measures.comparison import present_models, read_reference
-from tvaprune.measures.perplexity import describe, evaluate, from_plain, heldout_windows, read_texts, report
+from tvaprune.measures.perplexity import describe, evaluate, from_plain, heldout_windows, report
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
 
@@ -30,7 +31,7 @@ def main(
     params = EvalPerplexityParams.load(params_file)
     models = present_models(dense, compact, finetuned)
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    windows = heldout_windows(read_texts(heldout), tokenizer, params.window, params.validation, params.test)
+    windows = heldout_windows(load_texts(heldout), tokenizer, params.window, params.validation, params.test)
     results = {}
     with join_processes() as process:
         for name, path in models.items():

@@ -13,8 +13,9 @@ from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.config import load_config
 from tvaprune.export.quantized import certified, write_files
 from tvaprune.export.seal import require
+from tvaprune.inputs.documents import load_texts
 from tvaprune.measures.comparison import present_models
-from tvaprune.measures.perplexity import heldout_windows, read_texts
+from tvaprune.measures.perplexity import heldout_windows
 from tvaprune.measures.quantized import STORED, describe, measure_files, quantized_metrics, time_files
 from tvaprune.params.quantize import QuantizeParams
 from tvaprune.proof.quantized import kl_check, write_quantized
@@ -44,7 +45,7 @@ def main(
         echo("quantize.enabled is false: nothing was quantised")
         return
     models, tokenizer = present_models(dense, compact, finetuned), AutoTokenizer.from_pretrained(dense)
-    windows = heldout_windows(read_texts(heldout), tokenizer, params.window, params.validation, params.test)
+    windows = heldout_windows(load_texts(heldout), tokenizer, params.window, params.validation, params.test)
     written = write_files(models, params.types, quantized)
     found = {name: measure_files(models[name], own, windows, name) for name, own in written.files.items()}
     names = {f"{name}-{STORED}": directory for name, directory in models.items()}

@@ -26,6 +26,7 @@ from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
 from tvaprune.device import DTYPES
+from tvaprune.inputs.documents import load_texts
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
 from tvaprune.masks.masks import Masks, read_masks
@@ -33,7 +34,7 @@ from tvaprune.masks.measured import adapt_measured
 from tvaprune.masks.update import WeightUpdate, read_update
 from tvaprune.measures import markdown
 from tvaprune.measures.latency import Benchmark
-from tvaprune.measures.perplexity import evaluate, heldout_windows, read_texts
+from tvaprune.measures.perplexity import evaluate, heldout_windows
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
@@ -62,7 +63,7 @@ def perplexities(
 ) -> dict[str, float]:
     """By name, of the compact models before fine-tuning; geometric mean over the validation texts."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    windows = heldout_windows(read_texts(texts), tokenizer, params.window, params.validation, {})
+    windows = heldout_windows(load_texts(texts), tokenizer, params.window, params.validation, {})
     found = {}
     for name, each in masks.items():
         with tempfile.TemporaryDirectory() as work:

@@ -111,8 +111,6 @@ def find_masks(
             model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
         gates = _gates(topology, request, table, device)
         learned = learn_gates(model, input_ids, gates, saver, progress and world.is_main, world)
-        if isinstance(request.options, TvaOptions) and request.options.ablation == "vtrans":
-            learned = Learned(learned.masks, WeightUpdate.none(topology), learned.curve)
     else:
         problem = Problem(model, topology, input_ids, request.sparsity, request.axes, request.seed, progress)
         learned = Learned(*score_baseline(request.method, problem, request.options), [])

@@ -38,7 +38,9 @@ seeds = st.integers(0, 2**16)
 
 def dearest_unit(topology: Topology) -> float:
     """The parameters of the most expensive unit, its block's norm included."""
-    return max(float(cost.max()) for cost in dense_unit_costs(topology)) + topology.hidden + 2 * topology.head_dim
+    return (
+        max(float(cost.max()) for cost in dense_unit_costs(topology).values()) + topology.hidden + 2 * topology.head_dim
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -118,8 +118,8 @@ class Memory:
 def test_the_budget_is_met_at_every_step_and_at_the_end(family: str, options: TvaOptions) -> None:
     topology = Topology.of(tiny_model(family).config)
     learned = learn(options, 0.4, family)
-    dearest = max(float(cost.max()) for cost in dense_unit_costs(topology)) + 2 * topology.hidden  # and its norms
-    dearest /= dense_decoder_parameters(topology)
+    unit = max(float(cost.max()) for cost in dense_unit_costs(topology).values())
+    dearest = (unit + 2 * topology.hidden) / dense_decoder_parameters(topology)  # and its norms
     for row in learned.curve:
         assert row["target"] - 1e-9 <= row["sparsity"] <= row["target"] + dearest
     assert sparsity(topology, learned.masks.widths()) == pytest.approx(0.4, abs=0.002)
@@ -240,8 +240,12 @@ def test_grasprune_pays_in_the_end_for_the_units_that_every_layer_keeps(family: 
     topology = Topology.of(tiny_model(family).config)
     learned = learn(GRASPRUNE, target, family, UNIT_AXES)
     cost = dense_unit_costs(topology)
-    forced = topology.layers * float(cost.intermediate.max() + cost.kv_heads.max()) / dense_decoder_parameters(topology)
-    dearest = float(cost.kv_heads.max()) / dense_decoder_parameters(topology)
+    forced = (
+        topology.layers
+        * float(cost["intermediate"].max() + cost["kv_heads"].max())
+        / dense_decoder_parameters(topology)
+    )
+    dearest = float(cost["kv_heads"].max()) / dense_decoder_parameters(topology)
     for row in learned.curve[: GRASPRUNE.mask_steps]:
         assert target - forced <= row["sparsity"] <= target + dearest
     reached = sparsity(topology, learned.masks.widths())
@@ -408,16 +412,15 @@ def test_scores_are_log_alpha_where_noise_and_kl_balance() -> None:
     curvature = {axis: 1e5 * (1 + torch.rand(topology.gate_shape(axis))) for axis in AXES}
     mean = {axis: torch.full(topology.gate_shape(axis), 1.3) for axis in AXES}
     found = importance(topology, mean, curvature)
-    for axis, cost in zip(AXES, dense_unit_costs(topology), strict=True):
-        price = cost.float() if axis == "hidden" else cost.float()[:, None]
-        log_var = torch.log(price / curvature[axis]).requires_grad_()
+    for axis, cost in dense_unit_costs(topology).items():
+        log_var = torch.log(cost.float() / curvature[axis]).requires_grad_()
         torch.testing.assert_close(log_alpha(mean[axis], log_var), found[axis])
         cost_of_noise = (0.5 * curvature[axis] * log_var.exp()).sum()
         (by_noise,) = torch.autograd.grad(cost_of_noise, log_var)
         (by_kl,) = torch.autograd.grad(kl(mean[axis], log_var), log_var)
         # KL's own slope is -½·mean² / (mean² + sigma²), which is -½ where noise is small.
         share = mean[axis].square() / (mean[axis].square() + log_var.detach().exp())
-        torch.testing.assert_close(by_noise, -price * by_kl / share, rtol=1e-4, atol=0)
+        torch.testing.assert_close(by_noise, -cost.float() * by_kl / share, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tvaprune.artifacts import ArtifactError
-from tvaprune.inputs.documents import Document, clean, drop_known, load_documents, write_documents
+from tvaprune.inputs.documents import Document, clean, drop_known, load_documents, load_texts, write_documents
 from tvaprune.inputs.sources import InputError, TextField, TextLocal, TextPackage
 from tvaprune.inputs.texts import clean_transcript, read_documents
 from tvaprune.inputs.wikipedia import plain_text, read_dump
@@ -165,6 +165,11 @@ def test_documents_survive_a_round_trip(tmp_path: Path) -> None:
     assert load_documents(tmp_path) == {"name": documents}
     with pytest.raises(InputError, match=r"no .jsonl file; run the fetch_inputs stage"):
         load_documents(tmp_path / "empty")
+    write_documents(tmp_path / "a.jsonl", [Document("1", "one")])
+    assert load_texts(tmp_path) == {"a": ["one"], "name": [document.text for document in documents]}
+    (tmp_path / "a.jsonl").write_text('{"id": "1", "text": "one"}\n{"id": "2"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl, document 2: no field 'text'"):
+        load_texts(tmp_path)
 
 
 ARTICLE = """{{Infobox|name=x}}

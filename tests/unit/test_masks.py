@@ -59,9 +59,9 @@ def test_unit_costs_are_what_one_unit_more_adds() -> None:
     costs = unit_costs(TOPOLOGY, h, m, k)
     base = decoder_parameters(TOPOLOGY, h, m, k)
     one = torch.tensor([0, 1, 0, 0])
-    assert costs.hidden == decoder_parameters(TOPOLOGY, h + 1, m, k) - base
-    assert costs.intermediate[1] == decoder_parameters(TOPOLOGY, h, m + one, k) - base
-    assert costs.kv_heads[1] == decoder_parameters(TOPOLOGY, h, m, k + one) - base
+    assert costs["hidden"] == decoder_parameters(TOPOLOGY, h + 1, m, k) - base
+    assert costs["intermediate"][1] == decoder_parameters(TOPOLOGY, h, m + one, k) - base
+    assert costs["kv_heads"][1] == decoder_parameters(TOPOLOGY, h, m, k + one) - base
 
 
 def test_keep_is_strictly_above_the_threshold() -> None:

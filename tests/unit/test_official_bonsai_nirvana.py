@@ -208,7 +208,7 @@ def grasprune_gates(run: dict[str, Any]) -> tuple[PreTrainedModel, GraspruneGate
     )  # fmt: skip
     # The published share is of the parameters that units own.
     costs = dense_unit_costs(topology)
-    owned = sum(float((getattr(costs, axis) * topology.width(axis)).sum()) for axis in UNIT_AXES)
+    owned = sum(float((costs[axis] * topology.width(axis)).sum()) for axis in UNIT_AXES)
     removed = (1 - settings["keep_ratio"]) * owned / dense_decoder_parameters(topology)
     gates = GraspruneGates(topology, options, removed, UNIT_AXES, torch.device("cpu"))
     for axis in UNIT_AXES:

@@ -1,21 +1,12 @@
 """Parameter counts of a pruned decoder: exact for whole units, differentiable for soft counts."""
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tvaprune.architecture.topology import Topology
 from tvaprune.options.axes import AXES, Axis
-
-
-class UnitCosts(NamedTuple):
-    """Parameters that one unit of each axis owns while the other axes are as they are."""
-
-    hidden: Tensor  # float64 [], the same for every residual dimension
-    intermediate: Tensor  # float64 [layers]
-    kv_heads: Tensor  # float64 [layers]
 
 
 def decoder_parameters(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_heads: Tensor) -> Tensor:
@@ -43,11 +34,15 @@ def decoder_parameters(topology: Topology, hidden: Tensor, intermediate: Tensor,
     return (attention + mlp).sum()
 
 
-def unit_costs(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_heads: Tensor) -> UnitCosts:
-    """The parameters that each unit owns: the derivative of `decoder_parameters` with respect to the counts."""
+def unit_costs(topology: Topology, hidden: Tensor, intermediate: Tensor, kv_heads: Tensor) -> dict[Axis, Tensor]:
+    """The parameters that a unit owns at these counts: the derivative of `decoder_parameters` with respect to them.
+
+    Returns float64, to multiply gates of `Topology.gate_shape` with: [] for hidden, else [layers, 1].
+    """
     with torch.enable_grad():
         counts = [count.detach().double().requires_grad_() for count in (hidden, intermediate, kv_heads)]
-        return UnitCosts(*torch.autograd.grad(decoder_parameters(topology, *counts), counts))
+        costs = torch.autograd.grad(decoder_parameters(topology, *counts), counts)
+    return {axis: cost[..., None] if cost.dim() else cost for axis, cost in zip(AXES, costs, strict=True)}
 
 
 @cache
@@ -58,8 +53,8 @@ def dense_decoder_parameters(topology: Topology) -> int:
 
 
 @cache
-def dense_unit_costs(topology: Topology) -> UnitCosts:
-    """The parameters that each unit owns in the model before pruning."""
+def dense_unit_costs(topology: Topology) -> dict[Axis, Tensor]:
+    """The parameters that each unit owns in the model before pruning, as `unit_costs`."""
     every = [torch.tensor(topology.layers * [topology.width(axis)]) for axis in AXES[1:]]
     return unit_costs(topology, torch.tensor(topology.hidden), *every)
 

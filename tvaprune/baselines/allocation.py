@@ -184,7 +184,7 @@ def _threshold(scores: Scores, shifted: Scores) -> float:
 
 def _finest(topology: Topology, scores: Scores) -> Axis:
     """The axis in play whose units own the fewest parameters."""
-    return min(scores, key=lambda axis: float(getattr(dense_unit_costs(topology), axis).min()))
+    return min(scores, key=lambda axis: float(dense_unit_costs(topology)[axis].min()))
 
 
 def _rounded_counts(

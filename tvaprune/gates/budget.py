@@ -189,7 +189,9 @@ class BudgetGates:
         return project(self.topology, masks, self.target, self.axes), self.learned_means()
 
     def learned_means(self) -> WeightUpdate:
-        """The means per unit and per channel, on the CPU."""
+        """The means per unit and per channel, on the CPU; none with the ablation `vtrans`."""
+        if self.options.ablation == "vtrans":
+            return WeightUpdate.none(self.topology)
         means = {axis: mean.cpu() for axis, mean in self.mean.items()}
         return WeightUpdate(means, {}, {site: mean.cpu() for site, mean in self.channel_mean.items()})
 

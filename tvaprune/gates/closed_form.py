@@ -35,8 +35,7 @@ def importance(
     """
     found = {}
     for axis in AXES:
-        parameters = getattr(dense_unit_costs(topology), axis).float().to(curvature[axis].device)
-        parameters = parameters if axis == "hidden" else parameters[:, None]
+        parameters = dense_unit_costs(topology)[axis].float().to(curvature[axis].device)
         found[axis] = torch.log(mean[axis].square() + EPSILON) - (
             torch.log(parameters) - torch.log(curvature[axis] + 1e-12)
         )

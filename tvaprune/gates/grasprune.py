@@ -92,7 +92,7 @@ class GraspruneGates:
         probability = self._probability(self.score)
         ranked = torch.cat(list(probability.values()), -1)
         costs = dense_unit_costs(self.topology)
-        by_axis = [getattr(costs, axis)[:, None].expand(-1, self.topology.width(axis)) for axis in self.axes]
+        by_axis = [costs[axis].expand(-1, self.topology.width(axis)) for axis in self.axes]
         price = torch.cat(by_axis, -1).to(ranked.device)
         budget = float(price.sum()) - self.target_sparsity * dense_decoder_parameters(self.topology)
         order = torch.sort(ranked.flatten(), descending=True, stable=True).indices

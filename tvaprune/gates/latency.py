@@ -52,12 +52,11 @@ class LatencyGates(ClosedFormGates):
 
     def _worth(self) -> dict[Axis, Float[Tensor, "..."]]:
         """What a unit's score says that it is worth in all, in place of by parameter: float64 on the CPU."""
-        found = {}
-        for axis, score in self.score.items():
-            parameters = getattr(dense_unit_costs(self.topology), axis)
-            parameters = parameters if axis == "hidden" else parameters[:, None]
-            found[axis] = parameters * (score.cpu().double() * self._scale + self._centre).exp()
-        return found
+        parameters = dense_unit_costs(self.topology)
+        return {
+            axis: parameters[axis] * (score.cpu().double() * self._scale + self._centre).exp()
+            for axis, score in self.score.items()
+        }
 
     def _ranks(self) -> dict[Axis, Tensor]:
         """Each unit's place in its vector by score, from 0, ties to the lower index."""

@@ -35,8 +35,7 @@ def tangent_to_budget(
     costs = unit_costs(topology, *(keep[axis].sum(-1) for axis in AXES))
     along, across = {}, {}
     for axis in AXES:
-        cost = getattr(costs, axis).float()
-        along[axis] = (cost if axis == "hidden" else cost[:, None]) * surrogate[axis]
+        along[axis] = costs[axis].float() * surrogate[axis]
         across[axis] = mask_gradient[axis] * surrogate[axis]
     product = sum(float((across[axis] * along[axis]).sum()) for axis in AXES)
     norm = sum(float(along[axis].square().sum()) for axis in AXES)

@@ -124,11 +124,22 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
 
 
 def load_documents(directory: Path) -> dict[str, list[Document]]:
-    """What `write_documents` wrote: source name (the file's stem) -> its documents. Raises InputError without files."""
+    """What `write_documents` wrote: source name (the file's stem) -> its documents.
+
+    Raises InputError: there are no files, or a line has no text.
+    """
     if not (files := sorted(directory.glob("*.jsonl"))):
         raise InputError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
     fields = ("id", "text")
     return {
-        file.stem: [Document(*(field_of(row, name, file.name) for name in fields)) for row in read_json_lines(file)]
+        file.stem: [
+            Document(*(field_of(row, name, f"{file}, document {number}") for name in fields))
+            for number, row in enumerate(read_json_lines(file), start=1)
+        ]
         for file in files
     }
+
+
+def load_texts(directory: Path) -> dict[str, list[str]]:
+    """As `load_documents`, the texts alone."""
+    return {name: [document.text for document in own] for name, own in load_documents(directory).items()}

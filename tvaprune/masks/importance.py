@@ -24,7 +24,7 @@ def lost_by_width(
     A unit counts its parameters times exp(steepness · score). With steepness 1 that is its importance, as the score is
     the logarithm of importance per parameter. One row for hidden, one a layer for the others.
     """
-    parameters = getattr(dense_unit_costs(topology), axis).view(-1, 1)
+    parameters = dense_unit_costs(topology)[axis].view(-1, 1)
     score = masks.score[axis].double().clamp(max=_HIGHEST).view(-1, topology.width(axis))
     lost = torch.sort(parameters * (steepness * score).exp(), dim=-1).values
     return torch.cat([torch.zeros_like(lost[:, :1]), lost.cumsum(-1)], dim=-1).flip(-1)

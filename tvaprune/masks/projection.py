@@ -168,7 +168,7 @@ def _fill(
         for index in (~keep[axis]).flatten().nonzero().flatten().tolist()
     ]
     counts = (keep["hidden"].sum(), keep["intermediate"].sum(-1), keep["kv_heads"].sum(-1))
-    cheapest = min(float(cost.min()) for cost in unit_costs(topology, *counts))
+    cheapest = min(float(cost.min()) for cost in unit_costs(topology, *counts).values())
     room = budget - kept_decoder_parameters(topology, keep)
     for _, axis_index, index in sorted(dropped):
         if room < cheapest:

@@ -6,7 +6,6 @@ Validation windows are those that decisions may look at. Test windows are of doc
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,12 +15,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.architecture.topology import hidden_states
-from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
-from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
+from tvaprune.measures.comparison import POSITIONS_AT_ONCE, spread_evenly
 from tvaprune.progress import Progress
 
-# "validation" and "test" -> source label -> what there is of that text.
 SETS: tuple[Literal["validation"], Literal["test"]] = ("validation", "test")
 
 
@@ -42,19 +39,9 @@ class Perplexity:
         return cls(math.exp(mean), mean, math.exp(mean) * stderr, tokens=len(window_nll) * (window - 1))
 
 
-def read_texts(directory: Path) -> dict[str, list[str]]:
-    """Source label (the file's stem) -> its texts. Raises ArtifactError: no .jsonl file, or a row without text."""
-    files = sorted(directory.glob("*.jsonl"))
-    if not files:
-        raise ArtifactError(f"{directory}: no .jsonl file; run the fetch_inputs stage")
-    texts: dict[str, list[str]] = {}
-    for file in files:
-        texts[file.stem] = []
-        for number, row in enumerate(read_rows(file), start=1):
-            if not isinstance(row.get("text"), str):
-                raise ArtifactError(f"{file}, line {number}: no text in it; run the fetch_inputs stage")
-            texts[file.stem].append(row["text"])
-    return texts
+# By set, "validation" and "test", and by source label: the windows of a text, and a model's results on it.
+Windows = Mapping[str, Mapping[str, Int[Tensor, "_ window"]]]
+Results = dict[str, dict[str, Perplexity]]
 
 
 def heldout_windows(
@@ -63,7 +50,7 @@ def heldout_windows(
     window: int,
     validation: Mapping[str, int],
     test: Mapping[str, int],
-) -> dict[str, dict[str, Int[Tensor, "windows window"]]]:
+) -> Windows:
     """The windows of each set by source label, as many as `validation` and `test` say; see `windows_of`.
 
     Raises ValueError if a label has no text, the tokenizer has no end-of-sequence token, or a text is too short.
@@ -122,23 +109,30 @@ def _spread(tokens: int, window: int, windows: int, name: str) -> Int[Tensor, "w
 
 
 def evaluate(
-    model: PreTrainedModel,
-    windows: Mapping[str, Mapping[str, Int[Tensor, "_ window"]]],
-    batch_size: int,
-    progress: str | None = None,
-    world: World = ALONE,
-) -> dict[str, dict[str, Perplexity]]:
+    model: PreTrainedModel, windows: Windows, batch_size: int, progress: str | None = None, world: World = ALONE
+) -> Results:
     """Perplexity of a causal model on every text of every set, from `heldout_windows`, in one pass."""
-    parts = [(name, label, own) for name, texts in windows.items() for label, own in texts.items()]
-    together = torch.cat([own for *_, own in parts])
-    nll = nll_by_window(model, together, batch_size, progress, world).split([len(own) for *_, own in parts])
-    found: dict[str, dict[str, Perplexity]] = {name: {} for name in windows}
-    for (name, label, _), own in zip(parts, nll, strict=True):
-        if not own.isfinite().all():
-            raise ValueError(
-                f"{progress or 'perplexity'}: the loss on {name} text {label} is not finite; set TVAPRUNE_DTYPE=float32"
-            )
-        found[name][label] = Perplexity.of(own, together.shape[1])
+    nll = nll_by_window(model, all_windows(windows), batch_size, progress, world)
+    return by_text(windows, nll, progress or "perplexity")
+
+
+def all_windows(windows: Windows) -> Int[Tensor, "windows window"]:
+    """Those of every text of every set, in the order that `by_text` takes their losses in."""
+    return torch.cat([own for texts in windows.values() for own in texts.values()])
+
+
+def by_text(windows: Windows, window_nll: Float64[Tensor, " windows"], model: str) -> Results:
+    """Results from the mean loss of each of `all_windows`. Raises ValueError, which names the model and the text, where
+    it is not finite.
+    """
+    found: Results = {name: {} for name in windows}
+    rest = window_nll
+    for name, texts in windows.items():
+        for label, own in texts.items():
+            nll, rest = rest[: len(own)], rest[len(own) :]
+            if not nll.isfinite().all():
+                raise ValueError(f"{model}: the loss on {name} text {label} is not finite; set TVAPRUNE_DTYPE=float32")
+            found[name][label] = Perplexity.of(nll, own.shape[1])
     return found
 
 
@@ -189,17 +183,23 @@ def token_nll(
     return torch.cat(parts).view(input_ids.shape[0], -1)
 
 
-def plain(results: Mapping[str, Mapping[str, Perplexity]]) -> dict[str, Any]:
+def ratios_to_dense(texts: Mapping[str, Perplexity], dense: Mapping[str, Perplexity]) -> tuple[dict[str, float], float]:
+    """A model's perplexity over the dense model's, for each text of a set, and the geometric mean of these."""
+    logs = {label: one.nll_per_token - dense[label].nll_per_token for label, one in texts.items()}
+    return {label: math.exp(log) for label, log in logs.items()}, math.exp(sum(logs.values()) / len(logs))
+
+
+def plain(results: Results) -> dict[str, Any]:
     """One model's results as JSON holds them."""
     return {name: {label: asdict(one) for label, one in texts.items()} for name, texts in results.items()}
 
 
-def from_plain(content: Mapping[str, Any]) -> dict[str, dict[str, Perplexity]]:
+def from_plain(content: Mapping[str, Any]) -> Results:
     return {name: {label: Perplexity(**one) for label, one in texts.items()} for name, texts in content.items()}
 
 
-def report(results: Mapping[str, Mapping[str, Mapping[str, Perplexity]]], window: int) -> dict[str, Any]:
-    """The metrics file, from the results of each model: perplexity by set and text, and ratios to the dense model's.
+def report(results: Mapping[str, Results], window: int) -> dict[str, Any]:
+    """The metrics file, from the results of each model: perplexity by set and text, and `ratios_to_dense`.
 
     `validation_ratio` and `test_ratio` are the geometric means of the ratios of that set's texts.
     """
@@ -214,10 +214,9 @@ def report(results: Mapping[str, Mapping[str, Mapping[str, Perplexity]]], window
                 for label, one in texts.items()
             }
             if model != "dense" and texts:
-                logs = [one.nll_per_token - dense[name][label].nll_per_token for label, one in texts.items()]
-                for label, log in zip(texts, logs, strict=True):
-                    metrics[model][name][label]["ratio_to_dense"] = math.exp(log)
-                metrics[model][f"{name}_ratio"] = math.exp(sum(logs) / len(logs))
+                ratios, metrics[model][f"{name}_ratio"] = ratios_to_dense(texts, dense[name])
+                for label, ratio in ratios.items():
+                    metrics[model][name][label]["ratio_to_dense"] = ratio
     return metrics
 
 

@@ -4,7 +4,6 @@ GGUF files run in llama.cpp: it computes every layer and the final norm, and the
 dequantised, in float32. Model directories run in transformers, in the dtype that they are stored in.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -28,34 +27,34 @@ from tvaprune.measures.latency import (
     prefill_probe,
     without_garbage_collection,
 )
-from tvaprune.measures.perplexity import Perplexity
+from tvaprune.measures.perplexity import Results, Windows, all_windows, by_text, ratios_to_dense
 from tvaprune.options.quantize import QuantizeOptions
 from tvaprune.progress import Progress
 from tvaprune.proof.gguf_runtime import final_states, timed
 
 STORED = "stored"  # the name of the unquantised model among the types
 MAX_WARMUP = 3  # rounds
-Sets = Mapping[str, Mapping[str, Int[Tensor, "_ window"]]]
 
 
 class Measured(NamedTuple):
     """One model in one type."""
 
     size: int  # bytes
-    perplexity: dict[str, dict[str, Perplexity]]  # by set and text
+    perplexity: Results
     mean_kl: float  # nats a token from the unquantised model, over the first window
 
 
-def measure_files(directory: Path, files: Mapping[str, Path], windows: Sets, name: str = "") -> dict[str, Measured]:
+def measure_files(directory: Path, files: Mapping[str, Path], windows: Windows, name: str = "") -> dict[str, Measured]:
     """Measure a model directory and what it was quantised to, files or directories: by type, STORED first.
 
     `name` is the model's, for progress. Raises what `tvaprune.proof.gguf_runtime.greedy_steps` raises.
     """
-    together = torch.cat([own for texts in windows.values() for own in texts.values()])
+    together = all_windows(windows)
     model = load(directory, torch.float32)
     head = lm_head(model).weight.float()
-    nll, first = _run(_torch_states(model, together), head, together, f"{name} {STORED}")
-    found = {STORED: Measured(checkpoint_bytes(directory), _by_text(windows, nll), 0.0)}
+    label = f"{name} {STORED}"
+    nll, first = _run(_torch_states(model, together), head, together, label)
+    found = {STORED: Measured(checkpoint_bytes(directory), by_text(windows, nll, label), 0.0)}
     del model
     for kind, path in files.items():
         if path.is_dir():
@@ -64,8 +63,9 @@ def measure_files(directory: Path, files: Mapping[str, Path], windows: Sets, nam
         else:
             own, computed = output_matrix(path), final_states(path, together)
         size = checkpoint_bytes(path) if path.is_dir() else path.stat().st_size
-        nll, states = _run(computed, own, together, f"{name} {kind}")
-        found[kind] = Measured(size, _by_text(windows, nll), mean_kl(first, head, states, own))
+        label = f"{name} {kind}"
+        nll, states = _run(computed, own, together, label)
+        found[kind] = Measured(size, by_text(windows, nll, label), mean_kl(first, head, states, own))
     return found
 
 
@@ -116,14 +116,6 @@ def output_matrix(file: Path) -> Float[Tensor, "vocab hidden"]:
     return torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
 
 
-def _by_text(windows: Sets, nll: Tensor) -> dict[str, dict[str, Perplexity]]:
-    parts = [(name, label, own) for name, texts in windows.items() for label, own in texts.items()]
-    found: dict[str, dict[str, Perplexity]] = {name: {} for name in windows}
-    for (name, label, own), each in zip(parts, nll.split([len(own) for *_, own in parts]), strict=True):
-        found[name][label] = Perplexity.of(each, own.shape[1])
-    return found
-
-
 def time_files(
     files: Mapping[str, Path], vocabulary: int, options: QuantizeOptions
 ) -> dict[str, dict[str, list[float]]]:
@@ -162,8 +154,7 @@ def quantized_metrics(
         for name, texts in one.perplexity.items():
             figures[name] = {label: {"ppl": each.ppl} for label, each in texts.items()}
             if texts:
-                logs = [each.nll_per_token - dense[name][label].nll_per_token for label, each in texts.items()]
-                figures[f"{name}_ratio"] = math.exp(sum(logs) / len(logs))
+                figures[f"{name}_ratio"] = ratios_to_dense(texts, dense[name])[1]
         for phase, measured in times.items():
             if values := measured.get(f"{model}-{kind}"):
                 median, tokens = statistics.median(values), prefill_tokens if phase == "prefill" else 1

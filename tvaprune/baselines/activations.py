@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tvaprune.architecture.topology import LayerModules, Topology, decoder_layers, layer_modules
 from tvaprune.baselines.problem import Problem
 from tvaprune.options.axes import Axis
+from tvaprune.progress import Progress
 
 Inputs = Float[Tensor, "layers inputs"]
 
@@ -140,6 +141,25 @@ def first_layer_inputs(problem: Problem) -> tuple[list[Float[Tensor, "1 seq hidd
     finally:
         handle.remove()
     return hidden, others
+
+
+@torch.no_grad()
+def layer_by_layer(problem: Problem) -> Iterator[tuple[int, LayerModules, Callable[[], None]]]:
+    """Each decoder layer: its index, its modules, and a function that passes all windows through it.
+
+    What enters a layer comes through the layers before it, as the caller left them. Memory: the hidden states of all
+    windows.
+    """
+    hidden, others = first_layer_inputs(problem)
+    layers = Progress(list(layer_modules(problem.model)), desc="layers", disable=not problem.progress)
+    for index, (modules, block) in enumerate(zip(layers, decoder_layers(problem.model), strict=True)):
+
+        def pass_windows(block: nn.Module = block, hidden: list[Tensor] = hidden) -> None:
+            for states in hidden:
+                block(states, **others)
+
+        yield index, modules, pass_windows
+        hidden = [block(states, **others) for states in hidden]
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import decoder_layers, layer_modules
-from tvaprune.baselines.activations import first_layer_inputs, readers
+from tvaprune.baselines.activations import layer_by_layer, readers
 from tvaprune.baselines.allocation import percentiles, widths_of_uniform_share
 from tvaprune.baselines.problem import Problem
 from tvaprune.masks.masks import Masks
@@ -17,7 +16,6 @@ from tvaprune.masks.projection import make_scores_match_mask
 from tvaprune.masks.update import WeightUpdate, replaced
 from tvaprune.options.axes import Axis
 from tvaprune.options.baselines import OsscarOptions
-from tvaprune.progress import Progress
 
 
 class Refitted(NamedTuple):
@@ -50,15 +48,11 @@ def osscar(problem: Problem, options: OsscarOptions) -> tuple[Masks, WeightUpdat
     score = {axis: torch.ones(topology.gate_shape(axis)) for axis in problem.axes}
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     update = WeightUpdate.none(topology)
-    hidden, others = first_layer_inputs(problem)
-    blocks = decoder_layers(model)
     with ExitStack() as pruned:
-        layers = Progress(list(layer_modules(model)), desc="layers", disable=not problem.progress)
-        for index, modules in enumerate(layers):
+        for index, modules, pass_windows in layer_by_layer(problem):
             matrices = {axis: module for axis, module in readers(modules).items() if axis in problem.axes}
             with _squared_inputs(matrices) as squares:
-                for states in hidden:
-                    blocks[index](states, **others)
+                pass_windows()
             refitted = {}
             for axis, module in matrices.items():
                 units, kept = topology.width(axis), int(widths[axis][index])
@@ -67,7 +61,6 @@ def osscar(problem: Problem, options: OsscarOptions) -> tuple[Masks, WeightUpdat
                 score[axis][index] = percentiles(found.error) - (1 - kept / units)
                 refitted[names[module]] = found.weight.to(module.weight.dtype)
             pruned.enter_context(replaced(model, WeightUpdate.none(topology, weight=refitted)))
-            hidden = [blocks[index](states, **others) for states in hidden]
             update.weight.update({name: weight.cpu() for name, weight in refitted.items()})
     return make_scores_match_mask(keep, score), update
 

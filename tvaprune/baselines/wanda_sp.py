@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-from tvaprune.architecture.topology import LayerModules, decoder_layers, layer_modules
+from tvaprune.architecture.topology import LayerModules, layer_modules
 from tvaprune.baselines.activations import (
     Collector,
     InputStatistics,
     column_sums,
-    first_layer_inputs,
     input_statistics,
+    layer_by_layer,
     per_unit,
 )
 from tvaprune.baselines.allocation import Scores, allocate_uniform, widths_of_uniform_share
@@ -20,7 +20,6 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_best
 from tvaprune.options.axes import Axis
 from tvaprune.options.baselines import WandaSpOptions
-from tvaprune.progress import Progress
 
 
 def wanda_sp(problem: Problem, options: WandaSpOptions) -> Masks:
@@ -63,18 +62,13 @@ def sequential_wanda_scores(problem: Problem) -> Scores:
     widths = widths_of_uniform_share(topology, problem.axes, problem.target_sparsity)
     keep = Masks.dense(topology).keep
     scores: Scores = {axis: torch.zeros(topology.gate_shape(axis)) for axis in problem.axes}
-    hidden, others = first_layer_inputs(problem)
-    blocks = decoder_layers(problem.model)
     with GatedModel(problem.model, topology).inserted() as gated:
-        layers = Progress(list(layer_modules(problem.model)), desc="layers", disable=not problem.progress)
-        for index, modules in enumerate(layers):
+        for index, modules, pass_windows in layer_by_layer(problem):
             collector = Collector([modules])
             with collector.attached():
-                for states in hidden:
-                    blocks[index](states, **others)
+                pass_windows()
             for axis, found in wanda_scores(problem, collector.statistics(), [modules]).items():
                 scores[axis][index] = found[0].cpu()
                 keep[axis][index] = keep_best(scores[axis][index], int(widths[axis][index]))
             drop_units(gated, keep)
-            hidden = [blocks[index](states, **others) for states in hidden]
     return scores

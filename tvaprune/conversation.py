@@ -31,17 +31,27 @@ class Speaker:
         return self._answer(self._tokenizer(prompt, return_tensors="pt"))
 
     def converse(self, lines: Iterable[str]) -> None:
-        """Answer each line, with all before it as context; of a model without a chat template each is continued."""
+        """Answer each line, with what came before it as context; without a chat template each line is continued.
+
+        The oldest lines and answers are left out where the model's context has no room for all and an answer.
+        """
         messages: list[dict[str, str]] = []
         for line in lines:
             if self._tokenizer.chat_template is None:
                 self.go_on(line)
                 continue
             messages.append({"role": "user", "content": line})
-            prompt = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            while not self._fits(prompt := self._chat(messages)) and len(messages) > 1:
+                messages = messages[2:]
             messages.append({"role": "assistant", "content": self._answer(prompt)})
+
+    def _chat(self, messages: list[dict[str, str]]) -> BatchEncoding:
+        return self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    def _fits(self, prompt: BatchEncoding) -> bool:
+        return prompt["input_ids"].shape[1] + self._new_tokens <= self._model.config.max_position_embeddings
 
     def _answer(self, prompt: BatchEncoding) -> str:
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -250,6 +250,16 @@ def test_every_round_is_a_row(tmp_path: Path) -> None:
     assert len(lines) == 1 + 2 * 2 * 2
 
 
+def test_each_core_comes_once_before_any_comes_twice(tmp_path: Path) -> None:
+    """Packages number their cores alike; of processor 9 the system says nothing."""
+    for processor, package, core in ((0, 0, 0), (1, 0, 0), (2, 0, 1), (3, 1, 0), (4, 0, 1)):
+        directory = tmp_path / f"cpu{processor}" / "topology"
+        directory.mkdir(parents=True)
+        (directory / "physical_package_id").write_text(f"{package}\n")
+        (directory / "core_id").write_text(f"{core}\n")
+    assert machine.one_a_core({4, 3, 2, 1, 0, 9}, tmp_path) == [0, 2, 3, 9, 1, 4]
+
+
 def test_the_machine_is_numbers_and_a_name() -> None:
     numbers = machine.machine_numbers(torch.device("cpu"))
     assert numbers["threads"] == torch.get_num_threads()

@@ -164,6 +164,34 @@ def test_each_token_is_the_likeliest_whatever_the_checkpoint_says(
     assert Speaker(tmp_path, new_tokens=40, temperature=0).go_on("The bank") == likeliest
 
 
+def test_a_conversation_leaves_out_its_oldest_lines_where_the_context_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TVAPRUNE_DEVICE", "cpu")
+    tiny_tokenizer(save_tiny_model("llama", tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    context = load(tmp_path).config.max_position_embeddings
+    line = "the bank of the river and "
+    tokens = len(tokenizer(line)["input_ids"])
+    seen: list[int] = []
+
+    def watched(model: Any, tokenizer: Any, prompt: Any, new_tokens: int, *rest: Any) -> str:
+        seen.append(prompt["input_ids"].shape[1])
+        return line
+
+    speaker = Speaker(tmp_path, new_tokens=8, temperature=0)
+    monkeypatch.setattr("tvaprune.conversation.continuation", watched)
+    speaker.converse([line] * (context // tokens))
+    assert seen[0] < seen[1] < context
+    assert max(seen) + 8 <= context < max(seen) + 8 + 4 * tokens
+    monkeypatch.undo()
+    monkeypatch.setenv("TVAPRUNE_DEVICE", "cpu")
+    with pytest.raises(ValueError, match=rf"the prompt has \d+ tokens, and the model's context {context}; shorten the"):
+        speaker.go_on(line * context)
+
+
 def test_widths_and_kept_importance_are_those_of_the_masks(tmp_path: Path) -> None:
     topology = Topology.of(tiny_model("llama").config)
     masks = Masks.dense(topology)

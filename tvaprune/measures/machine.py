@@ -5,6 +5,8 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,8 +18,23 @@ def pin_threads(threads: int | None) -> None:
         return
     torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):  # Linux
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, allowed[:threads])
+        os.sched_setaffinity(0, one_a_core(os.sched_getaffinity(0))[:threads])
+
+
+def one_a_core(processors: Iterable[int], topology: Path = Path("/sys/devices/system/cpu")) -> list[int]:
+    """The first hardware thread of every core in ascending order, then the second ones, and so on.
+
+    Two hardware threads share a core's units. Where the system does not say, every processor counts as a core.
+    """
+    before: Counter[tuple[str, str]] = Counter()
+    places = []
+    for processor in sorted(processors):
+        package, core = (topology / f"cpu{processor}/topology" / name for name in ("physical_package_id", "core_id"))
+        known = package.is_file() and core.is_file()
+        owner = (package.read_text(), core.read_text()) if known else ("", str(processor))
+        places.append((before[owner], processor))
+        before[owner] += 1
+    return [processor for _, processor in sorted(places)]
 
 
 def machine_name(device: torch.device) -> str:

@@ -44,7 +44,7 @@ class Found:
     masks: Masks  # projected onto the target
     update: WeightUpdate
     curve: list[Row]  # one row a step; empty for methods without steps
-    seconds: float  # wall time, of this process alone when a run was resumed
+    seconds: float  # wall time, of a resumed run all its processes'
     peak_memory_bytes: int  # of the process (device memory on CUDA)
     validation_nll: dict[str, float]  # as `validation_nll`
 
@@ -125,7 +125,7 @@ def find_masks(
         masks=learned.masks,
         update=learned.update,
         curve=learned.curve,
-        seconds=time.perf_counter() - started,
+        seconds=learned.seconds_before + time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(device),
         validation_nll=validation_nll(model, topology, learned.masks, learned.update, validation_ids, world),
     )

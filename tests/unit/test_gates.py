@@ -176,6 +176,7 @@ def assert_a_killed_run_ends_alike(learn: Callable[[Any], Learned]) -> None:
     for site, mean in undisturbed.update.channel_scale.items():
         assert torch.equal(mean, resumed.update.channel_scale[site])
     assert undisturbed.curve == resumed.curve
+    assert undisturbed.seconds_before == 0 < resumed.seconds_before
 
 
 def test_a_latency_goal_reaches_the_report_and_one_out_of_reach_is_refused_at_once() -> None:

@@ -1,6 +1,7 @@
 """Train gates over frozen weights, until the target sparsity is met."""
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Learned:
     masks: Masks  # projected onto the target; kept above score 0
     update: WeightUpdate  # the gates' means
     curve: list[Row]  # one row a step, with the keys of `objective.ROW`
+    seconds_before: float = 0.0  # wall time of the processes that the run was resumed from, up to what they saved
 
 
 def new_gates(
@@ -83,11 +85,12 @@ def learn_gates(
     own_windows = range(options.batch_size)[world.part(options.batch_size, f"learn_masks.{options.method}.batch_size")]
     device = next(model.parameters()).device
     curve: list[Row] = []
+    started, seconds_before = time.perf_counter(), 0.0
     state = saver.load() if saver is not None else None
     with GatedModel(model, gates.topology).inserted() as gated:
         if state is not None:
             gates.load_state_dict(state["gates"])
-            curve = state["curve"]
+            curve, seconds_before = state["curve"], state["seconds"]
         else:
             gates.start(gated, input_ids, world, progress)
         steps = range(len(curve), options.steps)
@@ -106,5 +109,6 @@ def learn_gates(
             curve.append({"step": step + 1, **row})
             bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "sparsity", "target")}, refresh=False)
             if saver is not None and world.is_main and (step + 1) % SAVE_EVERY == 0:
-                saver.save({"gates": gates.state_dict(), "curve": curve})
-    return Learned(*gates.learned(), curve)
+                seconds = seconds_before + time.perf_counter() - started
+                saver.save({"gates": gates.state_dict(), "curve": curve, "seconds": seconds})
+    return Learned(*gates.learned(), curve, seconds_before)

@@ -26,8 +26,10 @@ class StageProcess(Process):
     dtype: torch.dtype
 
     def saved(self, stage: str, settings: dict[str, Any], inputs: list[Path]) -> ResumableRun:
-        """State that a killed run of the stage left, identified by settings, inputs, code, device and dtype."""
+        """State that a killed run of the stage left, identified by settings, inputs, code and where it computes."""
         kind: dict[str, Any] = {"device": self.device.type, "dtype": str(self.dtype)}
+        if self.device.type == "cpu":
+            kind["threads"] = torch.get_num_threads()  # sums of other parts round differently
         kind |= {"processes": self.world.size, "sharded": self.sharded}
         code = [*Path(tvaprune.__file__).parent.rglob("*.py"), Path(__file__).with_name(f"{stage}.py")]
         alone = self.world.size == 1

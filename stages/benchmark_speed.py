@@ -13,7 +13,7 @@ from tvaprune.checkpoint.loading import load
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.measures.comparison import present_models
-from tvaprune.measures.latency import Benchmark, checkpoint_bytes, compare, load_timed
+from tvaprune.measures.latency import Benchmark, checkpoint_bytes, compare, load_timed, together
 from tvaprune.measures.machine import machine_name, machine_numbers, pin_threads
 from tvaprune.measures.speed_report import speed_metrics, write_rounds
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
@@ -38,8 +38,14 @@ def main(
     dtype = pick_dtype(device, params.dtype)
     pin_threads(params.threads)
     runtime = pick_runtime(params.runtime, device)
-    models, load_s = load_timed({name: partial(load, path, dtype, device) for name, path in directories.items()})
-    phases = compare(models, params.batch_sizes, Benchmark.of(params), runtime)
+    groups = [directories] if params.interleave else [{name: path} for name, path in directories.items()]
+    parts, load_s = [], dict[str, float]()
+    for group in groups:
+        models, seconds = load_timed({name: partial(load, path, dtype, device) for name, path in group.items()})
+        parts.append(compare(models, params.batch_sizes, Benchmark.of(params), runtime))
+        load_s |= seconds
+        del models  # before the next one is loaded
+    phases = together(parts)
     speeds = speed_metrics(phases)
     sizes = {name: {"load_s": load_s[name], "bytes": checkpoint_bytes(path)} for name, path in directories.items()}
     conditions = {

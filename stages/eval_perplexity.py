@@ -38,8 +38,10 @@ def main(
             if name == "dense" and (figures := read_reference(reference, process.dtype)):
                 results[name] = from_plain(figures)
             else:
-                model = process.put(load(path, process.dtype))
-                results[name] = evaluate(model, windows, params.batch_size, name, process.world)
+                # Without a name of its own a model is freed before the next one is loaded.
+                results[name] = evaluate(
+                    process.put(load(path, process.dtype)), windows, params.batch_size, name, process.world
+                )
         if not process.world.is_main:
             return
     measured = report(results, params.window)

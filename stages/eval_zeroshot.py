@@ -36,8 +36,10 @@ def main(
         for name, path in models.items():
             scores = read_reference(reference, process.dtype) if name == "dense" else None
             if scores is None:
-                model = process.put(load(path, process.dtype))
-                scores = evaluate(model, tokenizer, rows, params.batch_size, name, process.world)
+                # Without a name of its own a model is freed before the next one is loaded.
+                scores = evaluate(
+                    process.put(load(path, process.dtype)), tokenizer, rows, params.batch_size, name, process.world
+                )
             results[name] = summarise(scores, params.mean_of)
         if not process.world.is_main:
             return

@@ -15,6 +15,7 @@ from tvaprune.device import require_trainable
 from tvaprune.export.seal import OWN_FILES, certify_retrained, require
 from tvaprune.params.finetune_lora import FinetuneLoraParams
 from tvaprune.proof.certificate import read_certificate
+from tvaprune.proof.parity import model_logits
 from tvaprune.recovery.lora import merge_adapter, save_adapter, save_like
 from tvaprune.recovery.report import write_curve
 from tvaprune.recovery.training import finetune
@@ -59,11 +60,14 @@ def main(
             if not process.world.is_main:
                 return
             save_adapter(result.model, lora, base_model=compact.as_posix())
-            # Merged into the weights as stored on disk, not as rounded for this device.
-            merged = merge_adapter(load(compact), lora)
-            save_like(merged, compact, finetuned, leave=OWN_FILES)
             write_json(metrics, {"enabled": 1, **result.metrics})
             write_curve(curve, result.curve)
             nll = result.metrics["validation"]
-            require(finetuned, certify_retrained(finetuned, merged, compact, params.used(), nll))
+            del student, teacher, result  # the checks load the model in float32, in a process of their own
+            # Merged into the weights as stored on disk, not as rounded for this device.
+            merged = merge_adapter(load(compact), lora)
+            save_like(merged, compact, finetuned, leave=OWN_FILES)
+            logits = model_logits(merged.float(), read_certificate(compact).reference.input_ids)
+            del merged
+            require(finetuned, certify_retrained(finetuned, logits, compact, params.used(), nll))
     echo(f"validation nll {nll['nll_start']:.3f} -> {nll['nll_best']:.3f}, dense {nll['nll_teacher']:.3f}")

@@ -9,12 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.architecture.topology import Topology, check_family
+from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import CheckpointSize, compact
 from tvaprune.checkpoint.loading import load
-from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.inputs.calibration import WindowSet, load_tokenizer, sample_windows, tokenise
 from tvaprune.inputs.documents import Document
+from tvaprune.inputs.model_files import check_config, check_weights
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
@@ -34,7 +35,7 @@ def prune(
     windows: int = 512,
     out: Path | str | None = None,
 ) -> PreTrainedModel:
-    """Prune a causal LM on the given texts, and return the smaller model, ready for inference.
+    """Prune a causal LM on the given texts, and return the smaller model, ready for inference, on the CPU.
 
     Seed 0, windows of 512 tokens or the model's context if that is shorter. Widths are in multiples of 32 where the
     model's are, but not of a method that refits matrices, which count on every unit that it keeps. The pipeline (`dvc
@@ -59,13 +60,17 @@ def prune(
     if out is not None:
         require_empty(Path(out))
     masks, update = _learn(model, tokenizer, texts, sparsity, method, options, windows)
-    with tempfile.TemporaryDirectory() as scratch:
+    # Beside `out`, because a system's own directory for temporary files can be in memory.
+    parent = None if out is None else Path(out).absolute().parent
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as scratch:
         dense, directory = Path(scratch, "dense"), Path(out) if out is not None else Path(scratch, "compact")
         model.save_pretrained(dense)
         compact(dense, masks, update, directory)
         if out is not None:
             tokenizer.save_pretrained(directory)
-        return load(directory, device=model.device)
+        return load(directory)
 
 
 def prune_directory(
@@ -76,11 +81,15 @@ def prune_directory(
     Masks are learned in the dtype that suits the machine; the tensors are cut in the dtype that they are stored in.
 
     Raises:
-        FileNotFoundError: the directory has no safetensors.
+        FileNotFoundError: there is no model.
+        InputError: the model is not complete, or its weights are not in safetensors.
         As `prune`.
     """
     require_empty(out)
-    Checkpoint.of(dense)
+    config = load_config(dense)
+    check_family(config)
+    check_config(dense, trust_remote_code=False)
+    check_weights(dense, config)
     device = pick_device()
     model, tokenizer = load(dense, pick_dtype(device), device), load_tokenizer(dense)
     masks, update = _learn(model, tokenizer, texts, sparsity, method, None, windows)

@@ -98,8 +98,7 @@ class ResumableRun:
         waits: bool = True,
     ) -> None:
         root = states_directory()
-        environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        identity = json.dumps([stage, settings, environment, hash_files(inputs)], sort_keys=True)
+        identity = json.dumps([stage, settings, torch.__version__, hash_files(inputs)], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]
         root.mkdir(parents=True, exist_ok=True)
         self.directory = root / f"{stage}-{key}"

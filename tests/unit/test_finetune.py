@@ -284,6 +284,8 @@ def test_cached_states_are_the_online_ones_and_are_computed_once(tmp_path, monke
     model, ids = tiny(), windows(6, 1)
     online = Teacher(model, ids)
     cached = CachedTeacher(online, {4, 1, 2}, 2, tmp_path / "states.bin", Process(CPU))
+    allocated = (tmp_path / "states.bin").stat()
+    assert allocated.st_blocks * 512 >= allocated.st_size, "no room was reserved: a full disk would end the process"
     torch.testing.assert_close(cached.hidden([2, 4]), online.hidden([2, 4]))
     torch.testing.assert_close(online.hidden([4]) @ online.head.T, model(ids[[4]].long()).logits[0])
     monkeypatch.setattr(online, "hidden", lambda windows: pytest.fail("computed again"))

@@ -172,6 +172,31 @@ def test_documents_survive_a_round_trip(tmp_path: Path) -> None:
         load_texts(tmp_path)
 
 
+def test_lines_of_wikitext_become_articles(tmp_path: Path) -> None:
+    lines = [
+        "",
+        " = Valkyria = \n",
+        "",
+        " It is a game . \n",
+        " = = Plot = = \n",
+        " War . \n",
+        "",
+        " = 1 = 2 = \n",
+        " A sum . \n",
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    source = TextLocal(label="x", kind="wikipedia", path=file, format="wikitext")
+    with ResumableRun("fetch_inputs", {}, []) as state:
+        articles = list(read_documents(source, tmp_path / "unused", state))
+    assert articles == [
+        Document("0", "= Valkyria =\nIt is a game .\n= = Plot = =\nWar .", "Valkyria"),
+        Document("1", "= 1 = 2 =\nA sum .", "1 = 2"),
+    ]
+    with pytest.raises(ValueError, match="documents = 5 samples rows, which are lines in wikitext"):
+        TextLocal(label="x", kind="wikipedia", path=file, format="wikitext", documents=5)
+
+
 ARTICLE = """{{Infobox|name=x}}
 [[File:Map.png|thumb|A map of [[somewhere]]]]
 '''Plain''' ({{IPA|x}}; , {{y}}) is a [[Text (literary theory)|text]] that stays about {{convert|10|km|mi}} long \

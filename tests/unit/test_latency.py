@@ -205,6 +205,20 @@ def test_comparison_is_finite_numbers_under_the_documented_keys() -> None:
         assert metrics[phase]["compact"]["latency_ms"] > 0
 
 
+def test_models_that_were_timed_apart_have_the_same_figures() -> None:
+    """The order of rounds differs, not what is counted."""
+    models, benchmark = {"dense": build(), "compact": build_uneven()}, latency.Benchmark(12, 5, 3, 3, 2)
+    at_once = speed_report.speed_metrics(latency.compare(models, [2, 1], benchmark))
+    alone = latency.together(latency.compare({name: model}, [2, 1], benchmark) for name, model in models.items())
+    apart = speed_report.speed_metrics(alone)
+    for phase, work in (("prefill", "flops"), ("decode", "bytes_read")):
+        for name in models:
+            assert apart[phase][name][work] == at_once[phase][name][work]
+            assert apart[phase][name]["latency_ms"] > 0
+        assert apart[phase]["limit"] == at_once[phase]["limit"]
+        assert apart[phase]["speedup_paired"] > 0
+
+
 def test_checkpoint_size_counts_weights_alone(tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import tvaprune
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters
 from tvaprune.architecture.topology import Topology, UnsupportedModelError
+from tvaprune.checkpoint.tensor_files import Checkpoint
+from tvaprune.inputs.sources import InputError
 from tvaprune.options.baselines import FlapOptions
 from tvaprune.options.gates import GraspruneOptions, TvaOptions
 from tvaprune.pruning import prune_directory
@@ -100,3 +103,15 @@ def test_a_directory_is_cut_in_its_own_dtype_and_not_cut_again(tokenizer, tmp_pa
 def test_a_directory_with_files_is_left_as_it_is(tokenizer, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is there and not empty"):
         tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, windows=8, out=tmp_path)
+
+
+def test_a_second_copy_of_the_weights_is_not_read_and_a_missing_tensor_is_seen_first(tokenizer, tmp_path: Path) -> None:
+    """A hub's snapshot can hold the same weights under other names, as consolidated.safetensors."""
+    dense = tmp_path / "dense"
+    save_file({"layers.0.attention.wk.weight": torch.zeros(2, 2)}, dense / "consolidated.safetensors")
+    assert "layers.0.attention.wk.weight" not in Checkpoint.of(dense).info
+    weights = load_file(dense / "model.safetensors")
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is missing"):
+        prune_directory(dense, ["never read"], tmp_path / "out")

@@ -57,7 +57,7 @@ class Checkpoint:
             FileNotFoundError: the directory has no safetensors.
             ValueError: a damaged file, or a dtype that is not floating point of at least 16 bits.
         """
-        shards = sorted(directory.glob("*.safetensors"))
+        shards = _shards(directory)
         if not shards:
             raise FileNotFoundError(f"{directory}: no .safetensors file; convert the checkpoint to safetensors first")
         info: dict[str, TensorInfo] = {}
@@ -88,6 +88,16 @@ class Checkpoint:
         for start in range(0, rows, step):
             with safe_open(self._files[name], framework="pt") as file:
                 yield start, file.get_slice(name)[start : start + step]
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The files that transformers reads: a directory can hold the same weights a second time, under other names."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(directory.glob("*.safetensors"))
 
 
 def plan_shards(tensors: dict[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:

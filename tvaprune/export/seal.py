@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from jaxtyping import Float
+from torch import Tensor
 
 from tvaprune.checkpoint.cut import MODELING_FILE
 from tvaprune.export.card import PROVENANCE, Provenance, write_card
@@ -19,7 +20,6 @@ from tvaprune.proof.certificate import (
     write_certificate,
 )
 from tvaprune.proof.checks import fresh_checks
-from tvaprune.proof.parity import model_logits
 
 # Files that describe the weights beside them, or hold a copy; they are not to be copied to other weights.
 OWN_FILES = (CERTIFICATE, REFERENCE, PROVENANCE, GGUF, "README.md")
@@ -43,12 +43,16 @@ def certify(
 
 
 def certify_retrained(
-    directory: Path, model: PreTrainedModel, original: Path, used: dict[str, Any], nll: dict[str, float]
+    directory: Path,
+    logits: Float[Tensor, "prompts tokens vocab"],
+    original: Path,
+    used: dict[str, Any],
+    nll: dict[str, float],
 ) -> list[Check]:
     """Certify a model that was trained from a certified one; with a GGUF file where that has one.
 
     Args:
-        model: that of the directory, in memory; converted to float32 in place.
+        logits: of the model in float32, as it was in memory, on the prompts of the original's certificate.
         used: parameters of the training, by stage.
         nll: nats per token for the card: nll_start, nll_best and nll_teacher.
 
@@ -58,8 +62,7 @@ def certify_retrained(
     certificate, made = read_certificate(original), Provenance.read(original)
     if made.made_with["compact"]["gguf"]:
         write_gguf(directory, directory / GGUF, made.made_with["compact"]["gguf"])
-    input_ids = certificate.reference.input_ids
-    reference = Reference("the model in memory", input_ids, model_logits(model.float(), input_ids))
+    reference = Reference("the model in memory", certificate.reference.input_ids, logits)
     figures = made.figures | {f"finetuned_{name}": value for name, value in nll.items()}
     made = replace(made, made_with=made.made_with | used, figures=figures)
     return certify(directory, reference, certificate.bound, made)

@@ -130,6 +130,15 @@ class _Text(Record):
 class _SampledText(_Text):
     documents: int = Field(0, description="Rows to sample; 0: all, in their order.", ge=0)
     seed: int = Field(0, description="Of the sample; its own, so that another seed of training fetches nothing.", ge=0)
+    format: Literal["rows", "wikitext"] = Field(
+        "rows", description="rows: a document a row; wikitext: rows are lines, and a line = Title = begins a document."
+    )
+
+    @model_validator(mode="after")
+    def _sample_has_whole_documents(self) -> "_SampledText":
+        if self.documents and self.format == "wikitext":
+            raise ValueError(f"documents = {self.documents} samples rows, which are lines in wikitext; leave it out")
+        return self
 
 
 class TextPackage(_Text, PackageSource):

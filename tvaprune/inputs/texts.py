@@ -8,7 +8,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _SHARDS_AT_ONCE = 10
 # A transcriber's marks in square brackets: [Applause], [see APP Note], [At this point, ...].
 _MARKS = "applause|laughter|inaudible|see app note|members of|there was|at this point|(?:as )?delivered"
 _MARK = re.compile(rf"\s*\[\s*(?:{_MARKS})[^\]]*\]", re.IGNORECASE)
+_WIKITEXT_TITLE = re.compile(r"= (?!=)(.+)(?<!=) =")
 _CORRECTION = re.compile(r"\[([^\];]*); White House correction\]")
 
 
@@ -48,7 +49,22 @@ def read_documents(source: TextSource, folder: Path, state: SavedState) -> Itera
         return _read_package(source, folder)
     if source.documents:
         return sample(source, state)
-    return _read_hub(source) if isinstance(source, TextHub) else _read_files(source.path, source.text_field)
+    rows = _read_hub(source) if isinstance(source, TextHub) else _read_files(source.path, source.text_field)
+    return _articles(rows) if source.format == "wikitext" else rows
+
+
+def _articles(lines: Iterable[Document]) -> Iterator[Document]:
+    """WikiText's articles: from a line "= Title =" to the next; sections have more signs. Empty lines are left out."""
+    number, title, own = 0, None, list[str]()
+    for line in lines:
+        if heading := _WIKITEXT_TITLE.fullmatch(line.text):
+            if own:
+                yield Document(str(number), "\n".join(own), title)
+                number += 1
+            title, own = heading[1], []
+        own += [line.text] if line.text else []
+    if own:
+        yield Document(str(number), "\n".join(own), title)
 
 
 def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:

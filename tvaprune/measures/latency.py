@@ -5,7 +5,7 @@ Each round times every model, in an order that rotates, so that other load on th
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -179,6 +179,17 @@ def compare(
         )
         for batch, (flops, bytes_read) in work.items()
     }
+
+
+def together(parts: Iterable[dict[int, tuple[Phase, Phase]]]) -> dict[int, tuple[Phase, Phase]]:
+    """What `compare` gave for some models and for others, as if they had been timed in turn."""
+    first, *others = parts
+    for part in others:
+        for batch, phases in part.items():
+            for phase, more in zip(first[batch], phases, strict=True):
+                phase.latency_ms.update(more.latency_ms)
+                phase.work.update(more.work)
+    return first
 
 
 def prefill_probe(model: PreTrainedModel, batch: int, benchmark: Benchmark, runtime: Runtime) -> Callable[[], float]:

@@ -61,6 +61,7 @@ class CachedTeacher:
         complete = done.exists()
         if not complete:
             path.unlink(missing_ok=True)
+            _reserve(path, math.prod(shape) * self.head.dtype.itemsize)
         states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.head.dtype)
         self._states = states.view(shape)
         starts = range(0, len(self._row), batch_size)
@@ -83,3 +84,10 @@ class CachedTeacher:
         """In the teacher's dtype, on its head's device."""
         rows = [self._row[window] for window in windows]
         return self._states[rows].to(self.head.device).flatten(0, 1)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Allocate a file's bytes: where a disk fills up under a mapped file, the process ends without a message."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)

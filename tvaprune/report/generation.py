@@ -34,4 +34,5 @@ def continuations(
                 encoded = tokenizer(prompt, return_tensors="pt")
                 found[name].append(continuation(model, tokenizer, encoded, tokens))
                 progress.update()
+            del model  # before the next one is loaded
     return found

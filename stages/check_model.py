@@ -72,9 +72,8 @@ def main(
             fg="yellow",
             err=True,
         )
-    # Raises where the text is too short.
-    heldout_windows(
-        load_texts(heldout), load_tokenizer(model), perplexity.window, perplexity.validation, perplexity.test
-    )
+    texts, tokenizer = load_texts(heldout), load_tokenizer(model)
+    for measured in (perplexity, quantised) if quantised.enabled else (perplexity,):
+        heldout_windows(texts, tokenizer, measured.window, measured.validation, measured.test)  # raises if too short
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("the parameters fit the model\n")

@@ -5,6 +5,7 @@ Nothing else in the core knows typer. A stage has a command line of its own, `py
 
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,9 +97,10 @@ def init(
     )
     for line in template.init(directory, wishes, force):
         echo(line)
-    echo(f"\nNext:\n  cd {directory}")
+    echo(f"\nNext:\n  cd {shlex.quote(str(directory))}")
     if not template.INSTALLED:
-        echo(f"  pip install {template.TEMPLATE}    # the stages run from the package, which is not installed here")
+        install = f"pip install {shlex.quote(str(template.TEMPLATE))}"
+        echo(f"  {install}    # the stages run from the package, which is not installed here")
     echo("  dvc repro    # params.yaml has every parameter; commit before dvc exp run")
 
 
@@ -210,7 +212,8 @@ def import_masks(
 ) -> None:
     """Turn the masks that the paper's authors published into a masks artifact; nothing in the pickle is executed.
 
-    Adaptation, weight update and compaction then run on the artifact as on any.
+    Write them over artifacts/masks and artifacts/means, then `dvc commit -f learn_masks`: `dvc repro` then adapts and
+    compacts them, where without the commit it brings the learned masks back. metrics/masks.json stays as it was.
     """
     from tvaprune.architecture.parameter_counts import sparsity
     from tvaprune.architecture.topology import Topology

@@ -96,14 +96,17 @@ def init(directory: Path, wishes: Wishes, force: bool = False) -> Iterator[str]:
         ".gitignore": IGNORED,
         ".dvcignore": DVC_IGNORED,
     }
-    if not force and (there := [name for name in contents if (directory / name).exists()]):
+    appended = (".gitignore", ".dvcignore")
+    for name in appended:
+        contents[name] = _with_lines(directory / name, contents[name])
+    if not force and (there := [name for name in contents if name not in appended and (directory / name).exists()]):
         raise FileExistsError(f"{directory} already has {', '.join(there)}; use --force, which keeps them as NAME.old")
     params = YAML(typ="safe", pure=True).load(contents["params.yaml"])
     check_content(params, directory / "params.yaml")
     yield from _of_the_hub(params["fetch_inputs"])
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
-        yield _write(directory / name, text)
+        yield _write(directory / name, text, keep_old=name not in appended)
     yield from _repositories(directory)
 
 
@@ -121,8 +124,15 @@ def renew(directory: Path) -> Iterator[str]:
     check_everything(directory / "params.yaml")
 
 
-def _write(path: Path, text: str) -> str:
-    if not path.exists():
+def _with_lines(path: Path, lines: str) -> str:
+    """A file's text and those of the lines that it lacks; a user's own lines stay."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    missing = [line for line in lines.splitlines() if line not in text.splitlines()]
+    return text + ("\n" if text and not text.endswith("\n") else "") + "".join(f"{line}\n" for line in missing)
+
+
+def _write(path: Path, text: str, keep_old: bool = True) -> str:
+    if not path.exists() or (not keep_old and path.read_text(encoding="utf-8") != text):
         path.write_text(text, encoding="utf-8")
         return f"wrote {path}"
     if path.read_text(encoding="utf-8") == text:
@@ -210,7 +220,7 @@ def _repositories(directory: Path) -> Iterator[str]:
         yield f"ran git init in {directory}"
     if not (directory / ".dvc").is_dir():
         inside_another = top is not None and Path(top.strip()).resolve() != directory.resolve()
-        _run(directory, sys.executable, "-m", "dvc", "init", "--quiet", *(["--subdir"] if inside_another else []))
+        _run(directory, sys.executable, "-m", "dvc", "init", *(["--subdir"] if inside_another else []))
         (directory / ".dvc" / "config").write_text(DVC_CONFIG)
         yield f"ran dvc init in {directory}"
 

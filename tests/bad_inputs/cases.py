@@ -45,6 +45,8 @@ def _parameters() -> list[Case]:
         _check("params.yaml names a key twice", write("params.yaml", "seed: 0\nseed: 1\n"), "params.yaml"),
         _check("params.yaml is a list", write("params.yaml", "- seed\n"), "params.yaml"),
         _check("a misspelt key", param("sparcity", 0.2), "sparcity"),
+        _check("a model where fetch_inputs writes", param("fetch_inputs.model.path", "data/model"),
+               "fetch_inputs.model.path = data/model"),
         _check("a section is missing", param("compact", ...), "compact"),
         _check("a section is a number", param("compact", 3), "compact"),
         _check("sparsity of 1", param("sparsity", 1.0), "sparsity"),

@@ -1,6 +1,7 @@
 """The command line of the package: verbs, help, errors, and the pipelines that `init` writes."""
 
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,26 @@ def test_files_that_are_there_stay(inputs: Path, tmp_path: Path) -> None:
     list(template.init(tmp_path, wishes(inputs, sparsity=0.3), force=True))
     assert (tmp_path / "params.yaml.old").read_text() == "mine: 1\n"
     assert "sparsity: 0.2" in (tmp_path / "params.yaml.old.1").read_text()
+
+
+@pytest.mark.usefixtures("files_alone")
+def test_what_git_ignored_already_stays_ignored(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("secret.txt\n/data/")
+    list(template.init(tmp_path, wishes(inputs)))
+    lines = (tmp_path / ".gitignore").read_text().splitlines()
+    assert lines[:2] == ["secret.txt", "/data/"]
+    assert sorted(lines) == sorted({"secret.txt", *template.IGNORED.splitlines()})
+
+
+@pytest.mark.parametrize("place", ["data/model", "data/model/mine", "data/heldout", "data/../data/zeroshot"])
+def test_a_source_that_dvc_would_empty_is_refused_before_anything_is_written(
+    place: str, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    shutil.copytree(inputs / "model", tmp_path / "mine" / place)
+    with pytest.raises(ParameterError, match="DVC empties it first, so your files would be lost"):
+        list(template.init(tmp_path / "mine", wishes(inputs, model=str(tmp_path / "mine" / place))))
+    assert not (tmp_path / "mine" / "params.yaml").exists()
 
 
 @pytest.mark.usefixtures("files_alone")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tvaprune.inputs.sources import LocalSource
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.params.check_leaks import CheckLeaksParams
@@ -59,6 +60,7 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     texts, sampling, masks = (loaded.get(name) for name in ("fetch_inputs", "sample_calibration", "learn_masks"))
     measured = [loaded[name] for name in ("eval_perplexity", "quantize") if name in loaded]
     measured = [each for each in measured if getattr(each, "enabled", True)]
+    problems += _emptied_sources(texts, path.parent) if texts else []
     problems += _unknown_sources(texts, sampling) if texts and sampling else []
     problems += [problem for each in measured for problem in _unknown_texts(texts, each)] if texts else []
     problems += _broken_blocks(masks, sampling) if masks and sampling else []
@@ -67,6 +69,22 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     problems += _cut_refit(masks, adapt) if masks and adapt else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
+
+
+def _emptied_sources(texts: FetchInputsParams, directory: Path) -> list[str]:
+    """DVC empties what a stage writes before the stage runs, so whatever lies there would be lost."""
+    written = {(directory / "data" / name).resolve() for name in ("model", "calibration", "heldout", "zeroshot")}
+    sources: dict[str, Any] = {"model": texts.model, "zeroshot": texts.zeroshot}
+    for name, kind in (("calibration", texts.calibration), ("heldout", texts.heldout)):
+        sources |= {f"{name}.sources.{index}": source for index, source in enumerate(kind.sources)}
+    return [
+        f"{texts.section}.{name}.path = {source.path}: fetch_inputs writes there, and DVC empties it first, so your "
+        "files would be lost; move them to another folder"
+        for name, source in sources.items()
+        if isinstance(source, LocalSource)
+        for where in [(directory / source.path).resolve()]
+        if written & {where, *where.parents}
+    ]
 
 
 def _unknown_sources(texts: FetchInputsParams, sampling: SampleCalibrationParams) -> list[str]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from tvaprune.inputs.sources import LocalSource
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.params.check_leaks import CheckLeaksParams
@@ -74,15 +73,11 @@ def check_content(content: dict[str, Any], path: Path) -> None:
 def _emptied_sources(texts: FetchInputsParams, directory: Path) -> list[str]:
     """DVC empties what a stage writes before the stage runs, so whatever lies there would be lost."""
     written = {(directory / "data" / name).resolve() for name in ("model", "calibration", "heldout", "zeroshot")}
-    sources: dict[str, Any] = {"model": texts.model, "zeroshot": texts.zeroshot}
-    for name, kind in (("calibration", texts.calibration), ("heldout", texts.heldout)):
-        sources |= {f"{name}.sources.{index}": source for index, source in enumerate(kind.sources)}
     return [
-        f"{texts.section}.{name}.path = {source.path}: fetch_inputs writes there, and DVC empties it first, so your "
-        "files would be lost; move them to another folder"
-        for name, source in sources.items()
-        if isinstance(source, LocalSource)
-        for where in [(directory / source.path).resolve()]
+        f"{texts.section}.{name}.path = {path}: fetch_inputs writes there, and DVC empties it first, so your files would "
+        "be lost; move them to another folder"
+        for name, path in texts.local_paths().items()
+        for where in [(directory / path).resolve()]
         if written & {where, *where.parents}
     ]
 

@@ -1,10 +1,11 @@
 """Parameters of the fetch_inputs stage."""
 
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from tvaprune.inputs.sources import ModelSource, Record, TaskSource, TextSource
+from tvaprune.inputs.sources import LocalSource, ModelSource, Record, TaskSource, TextSource
 from tvaprune.params.loading import StageParams
 
 _KINDS = ("package", "hub", "local")
@@ -32,6 +33,13 @@ class FetchInputsParams(StageParams):
     calibration: CalibrationTexts = Field(description="Text to learn masks and to fine-tune on.")
     heldout: Texts = Field(description="Text to measure perplexity on.")
     zeroshot: TaskSource = Field(description="The six zero-shot tasks.")
+
+    def local_paths(self) -> dict[str, Path]:
+        """The path of every local source, by its key in the section."""
+        sources: dict[str, Any] = {"model": self.model, "zeroshot": self.zeroshot}
+        for name, texts in (("calibration", self.calibration), ("heldout", self.heldout)):
+            sources |= {f"{name}.sources.{index}": source for index, source in enumerate(texts.sources)}
+        return {name: source.path for name, source in sources.items() if isinstance(source, LocalSource)}
 
     @classmethod
     def _describe(cls, problem: Any) -> str:

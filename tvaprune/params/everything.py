@@ -74,8 +74,8 @@ def _emptied_sources(texts: FetchInputsParams, directory: Path) -> list[str]:
     """DVC empties what a stage writes before the stage runs, so whatever lies there would be lost."""
     written = {(directory / "data" / name).resolve() for name in ("model", "calibration", "heldout", "zeroshot")}
     return [
-        f"{texts.section}.{name}.path = {path}: fetch_inputs writes there, and DVC empties it first, so your files would "
-        "be lost; move them to another folder"
+        f"{texts.section}.{name}.path = {path}: fetch_inputs writes there, and DVC empties it first, so your files "
+        "would be lost; move them to another folder"
         for name, path in texts.local_paths().items()
         for where in [(directory / path).resolve()]
         if written & {where, *where.parents}

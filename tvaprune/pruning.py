@@ -55,7 +55,7 @@ def prune(
         TypeError: texts is a single string; options are of another method.
         UnsupportedModelError: the model is pruned already, or of a family that is not supported.
         ValueError: an argument that is out of range, by its name in params.yaml; texts that are too short.
-        UnreachableSparsityError: the axes in play cannot remove so much.
+        UnreachableSparsityError: the pruned axes cannot remove so much.
     """
     if out is not None:
         require_empty(Path(out))

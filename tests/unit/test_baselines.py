@@ -106,7 +106,7 @@ def weight_gradients(model: PreTrainedModel, objective: Tensor) -> dict[str, Ten
 
 
 def one_unit(topology: Topology, axes: tuple[Axis, ...]) -> float:
-    """Parameters of the cheapest unit in play in the dense model, with a norm that may go with it."""
+    """Parameters of the cheapest unit of the pruned axes in the dense model, with a norm that may go with it."""
     full = [torch.tensor(topology.hidden), *(torch.full((topology.layers,), topology.width(a)) for a in UNIT_AXES)]
     costs = unit_costs(topology, *full)
     return min(float(costs[axis].max()) for axis in axes) + topology.hidden

@@ -180,7 +180,7 @@ def test_streamed_files_hold_what_was_written(
     directory = tmp_path_factory.mktemp("files")
     tensors = {f"t{i}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
     described = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    save_file(tensors, directory / "whole.safetensors")
+    save_file(tensors, directory / "model.safetensors")
     source = Checkpoint.of(directory)
     out = directory / "out"
     out.mkdir()
@@ -215,7 +215,7 @@ def test_a_tensor_that_was_announced_has_to_come(tmp_path: Path) -> None:
 
 
 def test_a_damaged_or_quantised_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
         Checkpoint.of(tmp_path)
     save_file({"w": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: w is stored as I8"):

@@ -84,7 +84,7 @@ def test_at_least_one_hidden_dimension_stays_and_it_is_the_best() -> None:
 
 def test_an_unreachable_sparsity_names_it_and_what_is_reachable() -> None:
     masks = random_masks(TOPOLOGY, seed=0)
-    with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9: the axes in play reach 0\.4\d\d at most"):
+    with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9: the pruned axes reach 0\.4\d\d at most"):
         project(TOPOLOGY, masks, 0.9, axes=("kv_heads",))
 
 

@@ -4,7 +4,7 @@
     balanced   one ranking per axis over all layers; the same share is dropped on every axis
     global     one threshold on the scores as they are, over all layers and axes (`tvaprune.masks.projection.project`)
 
-Scores are given for the axes in play; the other axes stay whole. The masks' scores keep the method's ranking within
+Scores are given for the pruned axes; the other axes stay whole. The masks' scores keep the method's ranking within
 a layer, and are above 0 exactly where a unit is kept.
 """
 
@@ -23,7 +23,7 @@ from tvaprune.masks.projection import make_scores_match_mask, project
 from tvaprune.options.axes import AXES, Axis
 
 Keep = dict[Axis, Bool[Tensor, "..."]]  # True = keep
-# float32 for the axes in play, shapes of `Topology.gate_shape`; higher = keep.
+# float32 for the pruned axes, shapes of `Topology.gate_shape`; higher = keep.
 Scores = dict[Axis, Float[Tensor, "..."]]
 
 
@@ -71,7 +71,7 @@ def allocate_balanced(
 def allocate_uniform(
     topology: Topology, scores: Scores, target_sparsity: float, protect_first: int = 0, protect_last: int = 0
 ) -> Masks:
-    """Keep the same share of units in every layer and on every axis in play.
+    """Keep the same share of units in every layer and on every pruned axis.
 
     The share is solved for. Every axis keeps that share rounded to whole units (at least one); then the axis whose
     units are the cheapest makes up for the rounding. Units that do not divide evenly go to the first layers. Protected
@@ -142,7 +142,7 @@ class StagedPruning:
 
         Args:
             scores: those of dropped units are not read.
-            widths: units to be left after the last stage, by axis in play.
+            widths: units to be left after the last stage, by pruned axis.
         """
         for axis, score in self._score.items():
             width = self.topology.width(axis)
@@ -183,14 +183,14 @@ def _threshold(scores: Scores, shifted: Scores) -> float:
 
 
 def _finest(topology: Topology, scores: Scores) -> Axis:
-    """The axis in play whose units own the fewest parameters."""
+    """The pruned axis whose units own the fewest parameters."""
     return min(scores, key=lambda axis: float(dense_unit_costs(topology)[axis].min()))
 
 
 def _rounded_counts(
     topology: Topology, target_sparsity: float, axes: tuple[Axis, ...], whole: Bool[Tensor, " layers"]
 ) -> dict[Axis, int]:
-    """The share of units that meets the budget, by bisection, in whole units per axis in play."""
+    """The share of units that meets the budget, by bisection, in whole units per pruned axis."""
     budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
 
     def parameters(share: float) -> float:

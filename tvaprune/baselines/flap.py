@@ -45,7 +45,7 @@ def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
 
 
 def flap_scores(problem: Problem, statistics: dict[Axis, InputStatistics]) -> Scores:
-    """float32 [layers, units] per axis in play, mean 0 over a layer."""
+    """float32 [layers, units] per pruned axis, mean 0 over a layer."""
     layers = list(layer_modules(problem.model))
     scores: Scores = {}
     for axis in problem.axes:

@@ -139,7 +139,7 @@ def absolute_products(problem: Problem, objective: Objective, layers_at_once: in
 
 
 def pool(problem: Problem, products: Products) -> Scores:
-    """Sum what each unit owns over rows, columns and matrices: float32 per axis in play, shapes of gates."""
+    """Sum what each unit owns over rows, columns and matrices: float32 per pruned axis, shapes of gates."""
     topology = problem.topology
     scores: Scores = {axis: torch.zeros(topology.gate_shape(axis)) for axis in problem.axes}
     for (name, dim), values in products.items():

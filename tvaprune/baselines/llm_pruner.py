@@ -25,7 +25,7 @@ def llm_pruner(problem: Problem, options: LlmPrunerOptions) -> Masks:
 
 
 def llm_pruner_scores(problem: Problem, options: LlmPrunerOptions) -> Scores:
-    """float32 per axis in play, shapes of `Topology.gate_shape`, >= 0."""
+    """float32 per pruned axis, shapes of `Topology.gate_shape`, >= 0."""
     if options.importance == "param_first":
         return pool(problem, absolute_products(problem, "loss", options.layers_at_once))
     return pool(problem, {key: values.abs() for key, values in signed_products(problem).items()})

@@ -39,7 +39,7 @@ def magnitude(problem: Problem, options: MagnitudeOptions) -> Masks:
 
 @torch.no_grad()
 def magnitude_scores(model: nn.Module, topology: Topology, axes: tuple[Axis, ...]) -> Scores:
-    """float32 per axis in play, shapes of `Topology.gate_shape`, >= 0; on the CPU."""
+    """float32 per pruned axis, shapes of `Topology.gate_shape`, >= 0; on the CPU."""
     scores: Scores = {axis: torch.zeros(topology.gate_shape(axis)) for axis in axes}
     # A tied head is one parameter with the embedding, and is listed once.
     for name, parameter in model.named_parameters():

@@ -47,7 +47,7 @@ def nirvana(problem: Problem, options: NirvanaOptions) -> Masks:
 
 
 def nirvana_scores(problem: Problem, options: NirvanaOptions) -> Scores:
-    """float32 per axis in play, shapes of `Topology.gate_shape`, >= 0."""
+    """float32 per pruned axis, shapes of `Topology.gate_shape`, >= 0."""
     return pool(problem, absolute_products(problem, options.objective, options.layers_at_once))
 
 

@@ -22,7 +22,7 @@ class Problem:
     topology: Topology
     windows: Int[Tensor, "windows seq"]  # calibration, int32 or int64
     target_sparsity: float  # share of the decoder layers' parameters to remove, in [0, 1)
-    axes: tuple[Axis, ...]  # axes in play; the others stay whole
+    axes: tuple[Axis, ...]  # pruned axes; the others stay whole
     seed: int = 0  # of random scores, sub-models and initialisation
     progress: bool = True
 

@@ -29,7 +29,7 @@ _METHODS: dict[str, Callable[[Problem, Any], Any]] = {function.__name__: functio
 def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, WeightUpdate]:
     """Masks of a published method on the axes, at the parameter budget, and its biases and matrices, if any.
 
-    The parameters kept never exceed the budget, and are below it by less than one unit of the cheapest axis in play.
+    The parameters kept never exceed the budget, and are below it by less than one unit of the cheapest pruned axis.
     Units are kept iff their score is above 0; scores rank a layer's units as the method does.
 
     Args:
@@ -38,7 +38,7 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
 
     Raises:
         ValueError: names the parameter that is out of range, or the axes the method cannot prune.
-        UnreachableSparsityError: the axes in play cannot remove so much.
+        UnreachableSparsityError: the pruned axes cannot remove so much.
     """
     if method not in BASELINE_OPTIONS:
         raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINE_OPTIONS)}")

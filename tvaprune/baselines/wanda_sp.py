@@ -42,7 +42,7 @@ def wanda_sp(problem: Problem, options: WandaSpOptions) -> Masks:
 def wanda_scores(
     problem: Problem, statistics: dict[Axis, InputStatistics], layers: Sequence[LayerModules] | None = None
 ) -> Scores:
-    """float32 [layers, units] per axis in play, >= 0, of the layers that the statistics are of; None = all."""
+    """float32 [layers, units] per pruned axis, >= 0, of the layers that the statistics are of; None = all."""
     layers = list(layer_modules(problem.model)) if layers is None else layers
     scores: Scores = {}
     for axis in problem.axes:

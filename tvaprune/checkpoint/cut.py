@@ -45,7 +45,7 @@ def compact(dense: Path, masks: Masks, update: WeightUpdate, out: Path, layout: 
     into the weights, which keep their stored dtype. Memory is that of a block of rows, whatever the model's size.
 
     Raises:
-        FileNotFoundError: the dense directory has no safetensors.
+        ValueError: the dense directory has no safetensors, or damaged ones.
         ValueError: masks that keep no hidden dimension, or that do not fit the layout.
     """
     config, source = load_config(dense), Checkpoint.of(dense)

@@ -20,6 +20,8 @@ from torch import Tensor
 from tvaprune.artifacts import check_header, write_json
 from tvaprune.progress import Progress
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_AGAIN = "fetch the model again"
 SHARD_BYTES = 5_000_000_000
 _BLOCK_BYTES = 64_000_000
 # The format's names of the dtypes that models are stored in.
@@ -54,25 +56,24 @@ class Checkpoint:
         """Read the headers.
 
         Raises:
-            FileNotFoundError: the directory has no safetensors.
-            ValueError: a damaged file, or a dtype that is not floating point of at least 16 bits.
+            ValueError: no safetensors, as pickles are not read; a file that is absent or damaged; or a dtype that is
+                not floating point of at least 16 bits. The message names the file.
         """
-        shards = _shards(directory)
-        if not shards:
-            raise FileNotFoundError(f"{directory}: no .safetensors file; convert the checkpoint to safetensors first")
         info: dict[str, TensorInfo] = {}
         files: dict[str, Path] = {}
-        for shard in shards:
+        for shard in _shards(directory):
             try:
                 check_header(shard)
                 with safe_open(shard, framework="pt") as file:
                     slices = {name: file.get_slice(name) for name in file.offset_keys()}
                     described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-            except SafetensorError as error:
-                raise ValueError(f"{shard}: damaged safetensors file ({error}); fetch it again") from error
+            except FileNotFoundError as error:
+                raise ValueError(f"{shard}: no such file, but {_INDEX} names it; {_AGAIN}") from error
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{shard}: damaged safetensors file ({error}); {_AGAIN}") from error
             for name, (shape, code) in described.items():
                 if code not in _DTYPES:
-                    raise ValueError(f"{shard}: {name} is stored as {code}; use a checkpoint in {', '.join(_DTYPES)}")
+                    raise ValueError(f"{shard}: {name} is stored as {code}; use a model in {', '.join(_DTYPES)}")
                 info[name], files[name] = TensorInfo(shape, _DTYPES[code]), shard
         return cls(info, files)
 
@@ -92,12 +93,22 @@ class Checkpoint:
 
 def _shards(directory: Path) -> list[Path]:
     """The files that transformers reads: a directory can hold the same weights a second time, under other names."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / _SINGLE, directory / _INDEX
     if single.is_file():
         return [single]
     if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(directory.glob("*.safetensors"))
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{index}: damaged: {error}; {_AGAIN}") from error
+        weights = content.get("weight_map") if isinstance(content, dict) else None
+        names = list(weights.values()) if isinstance(weights, dict) else []
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(f"{index}: has no weight_map of tensors to files beside it; {_AGAIN}")
+        return [directory / name for name in sorted(set(names))]
+    if pickled := sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern)):
+        raise ValueError(f"{directory}: {pickled[0]} is a pickle, which can run code; convert the model to safetensors")
+    raise ValueError(f"{directory}: no {_SINGLE}; {_AGAIN}")
 
 
 def plan_shards(tensors: dict[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:
@@ -131,7 +142,7 @@ def write_checkpoint(
     shards = plan_shards(tensors, shard_bytes or SHARD_BYTES)
     count = len(shards)
     files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    files = files if count > 1 else ["model.safetensors"]
+    files = files if count > 1 else [_SINGLE]
     total = sum(info.nbytes for info in tensors.values())
     with Progress(desc=progress, total=total, unit="B", unit_scale=True, delay=2) as bar:
         for name, shard in zip(files, shards, strict=True):
@@ -149,7 +160,7 @@ def write_checkpoint(
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / _INDEX, index)
 
 
 def _header(shard: dict[str, TensorInfo]) -> bytes:

@@ -88,7 +88,7 @@ def adamw(parameters: list[Tensor], lr: float, maximize: bool = False) -> torch.
 
 
 def take_step(optimizer: torch.optim.Optimizer, gradients: list[Tensor], lr: float) -> None:
-    """One step of an optimiser whose only group has as many parameters as there are gradients."""
+    """One step of an optimizer whose only group has as many parameters as there are gradients."""
     (group,) = optimizer.param_groups
     group["lr"] = lr
     for parameter, each in zip(group["params"], gradients, strict=True):
@@ -158,7 +158,7 @@ class BudgetGates:
         return {axis: score if axis == "hidden" else level_layers(score) for axis, score in self.score.items()}
 
     def step(self, gated: GatedModel, input_ids: Tensor, index: int, world: World) -> Row:
-        """One optimiser step under the budget, `index` from 0; gradients are averaged over the world's processes."""
+        """One optimizer step under the budget, `index` from 0; gradients are averaged over the world's processes."""
         options, topology = self.options, self.topology
         progress = (index + 1) / options.steps
         scheduled = self.scheduled(progress)

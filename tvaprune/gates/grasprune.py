@@ -41,8 +41,8 @@ class GraspruneGates:
     """Scores and scales, all by gradient. `target_sparsity` is the share of the decoder layers' parameters to remove.
 
     Attributes:
-        score: s by axis in play, shapes of `Topology.gate_shape`; higher = keep.
-        raw_scale: r by axis in play, the same shapes.
+        score: s by pruned axis, shapes of `Topology.gate_shape`; higher = keep.
+        raw_scale: r by pruned axis, the same shapes.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GraspruneGates:
         return row(loss, norm, sparsity(self.topology, widths), self.target_sparsity, widths["hidden"])
 
     def select(self) -> dict[Axis, Bool[Tensor, "layers units"]]:
-        """The units that a step keeps, by axis in play; of equal ones those of the lower layer, and MLP units first."""
+        """The units that a step keeps, by pruned axis; of equal ones those of the lower layer, and MLP units first."""
         probability = self._probability(self.score)
         ranked = torch.cat(list(probability.values()), -1)
         costs = dense_unit_costs(self.topology)
@@ -126,7 +126,7 @@ class GraspruneGates:
         return {axis: 1 + self.options.scale_range * torch.tanh(each) for axis, each in raw.items()}
 
     def _on_keys(self, gates: dict[Axis, Tensor]) -> dict[Any, Tensor]:
-        """A head's gate for each of its channels, where heads are in play."""
+        """A head's gate for each of its channels, where heads are pruned."""
         rows = self.topology.head_dim
         return {"keys": gates["kv_heads"].repeat_interleave(rows, -1)} if "kv_heads" in gates else {}
 

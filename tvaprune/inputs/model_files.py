@@ -5,19 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tvaprune.architecture.topology import FAMILIES, HEAD, ROTARY_FREQUENCIES
-from tvaprune.artifacts import check_header
+from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.inputs.sources import InputError
 
 _SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "max_position_embeddings"),
 )
-_DTYPES = ("F64", "F32", "F16", "BF16")
-Shapes = dict[str, tuple[int, ...]]
 
 
 def check_config(directory: Path, trust_remote_code: bool) -> None:
@@ -81,7 +78,10 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> None:
     Raises InputError: there are no safetensors (pickled weights are not read), a shard is absent or damaged, a tensor
     is missing, superfluous, of another shape, or no floating-point number.
     """
-    found = _stored(directory)
+    try:
+        found = {name: info.shape for name, info in Checkpoint.of(directory).info.items()}
+    except ValueError as error:
+        raise InputError(str(error)) from error
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -94,40 +94,3 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> None:
             raise InputError(f"{where}: {name} is in no {config.model_type} of these sizes; check config.json")
         if name in expected and name in found and found[name] != expected[name]:
             raise InputError(f"{where}: {name} is {list(found[name])}, expected {list(expected[name])}")
-
-
-def _stored(directory: Path) -> Shapes:
-    """The tensors of the safetensors files that transformers would read: all that an index names, or one."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if single.is_file():
-        shards = [single]
-    elif index.is_file():
-        content = _mapping(index).get("weight_map")
-        names = content.values() if isinstance(content, dict) else ()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise InputError(f"{index}: has no weight_map of tensors to files beside it; fetch the model again")
-        shards = [directory / name for name in sorted(set(names))]
-    elif pickled := sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in directory.glob(pattern)):
-        raise InputError(f"{directory}: {pickled[0]} is a pickle, which can run code; convert the model to safetensors")
-    else:
-        raise InputError(f"{directory}: no model.safetensors; fetch the model again")
-    found: Shapes = {}
-    for shard in shards:
-        if not shard.is_file():
-            raise InputError(f"{shard}: no such file, but {index.name} names it; fetch the model again")
-        found |= _shapes(shard)
-    return found
-
-
-def _shapes(shard: Path) -> Shapes:
-    try:
-        check_header(shard)
-        with safe_open(shard, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            described = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{shard}: damaged safetensors file ({error}); fetch the model again") from error
-    for name, (_, dtype) in described.items():
-        if dtype not in _DTYPES:
-            raise InputError(f"{shard}: {name} is stored as {dtype}; use a model in {', '.join(_DTYPES)}")
-    return {name: shape for name, (shape, _) in described.items()}

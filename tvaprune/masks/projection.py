@@ -22,7 +22,7 @@ _NEXT_TO_THRESHOLD = 1e-30
 
 
 class UnreachableSparsityError(ValueError):
-    """No mask on the axes in play has so few parameters."""
+    """No mask on the pruned axes has so few parameters."""
 
 
 def keep_above(scores: dict[Axis, Float[Tensor, "..."]], threshold: float) -> dict[Axis, Bool[Tensor, "..."]]:
@@ -99,7 +99,7 @@ def solve_threshold(
     if not fits(high):
         reachable = 1 - parameters(high) / dense_decoder_parameters(topology)
         raise UnreachableSparsityError(
-            f"sparsity = {target_sparsity}: the axes in play reach {reachable:.3f} at most; "
+            f"sparsity = {target_sparsity}: the pruned axes reach {reachable:.3f} at most; "
             "lower sparsity or add axes to learn_masks.axes"
         )
     if fits(low):
@@ -128,7 +128,7 @@ def project(
     so that the threshold is 0 again. Axes outside of `axes` are kept whole.
 
     Raises:
-        UnreachableSparsityError: the axes in play cannot remove so much.
+        UnreachableSparsityError: the pruned axes cannot remove so much.
     """
     scores = {
         axis: masks.score[axis] if axis in axes else torch.full_like(masks.score[axis], torch.inf) for axis in AXES

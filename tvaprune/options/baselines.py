@@ -77,7 +77,9 @@ class NirvanaOptions(CalibratedOptions):
     objective: Annotated[Objective, Field(description="What is differentiated; logits is published.")] = "logits"
     mlp_to_attention: Annotated[
         Positive,
-        Field(description="gamma: share of units over share of heads dropped; published 3.0 for 3B, 3.36 for 8B."),
+        Field(
+            description="gamma: fraction of units over fraction of heads dropped; published 3.0 for 3B, 3.36 for 8B."
+        ),
     ] = 3.0
     # 64 windows of 512 tokens make 8 sets of 4096, as large as the published one.
     candidates: Annotated[Count, Field(description="Calibration sets to choose among by KL; 1 = no choice.")] = 8

@@ -39,7 +39,7 @@ class TvaOptions(MethodOptions):
         Literal["deterministic", "vtrans"] | None,
         Field(description="deterministic: scores by gradient instead of closed form; vtrans: without the means."),
     ] = None
-    steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 200
+    steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 200
     batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
     ramp: Annotated[float, Field(ge=0, le=1, description="Share of the steps over which the sparsity rises.")] = 0.7
     curvature_windows: Annotated[
@@ -77,7 +77,7 @@ class PaperOptions(MethodOptions):
     """The paper's own training: sampled noise, KL and a Lagrangian (`tvaprune.gates.paper`)."""
 
     method = "paper"
-    steps: Annotated[int, Field(ge=1, description="Optimiser steps.")] = 4000
+    steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 4000
     batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
     ramp: Annotated[float, Field(ge=0, le=1, description="Share of the steps over which the sparsity rises.")] = 0.1
     init_log_var: Annotated[float, Field(ge=-20, le=20, description="Mean of the initial log-variance.")] = -9.0
@@ -105,7 +105,9 @@ class GraspruneOptions(MethodOptions):
         Field(ge=0, description="Steps after them that learn scales of kept units; published 1 epoch, at most 512."),
     ] = 512
     batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1
-    temperature: Annotated[float, Field(gt=0, description="Of the sigmoid between score and soft mask.")] = 1.5
+    temperature: Annotated[
+        float, Field(gt=0, description="Temperature of the sigmoid that turns a score into a soft mask.")
+    ] = 1.5
     lr: Annotated[float, Field(ge=0, description="Learning rate of scores and of scales.")] = 0.01
     scale_range: Annotated[float, Field(gt=0, lt=1, description="Largest distance of a scale from 1.")] = 0.5
 

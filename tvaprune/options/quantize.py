@@ -35,7 +35,9 @@ class QuantizeOptions:
     ]
     window: Annotated[int, Field(ge=2, description="Tokens in a window of the text.")]
     validation: Annotated[Windows, Field(min_length=1, description="Held-out text -> windows for decisions.")]
-    test: Annotated[Windows, Field(description="Held-out text -> windows that no decision looks at.")]
+    test: Annotated[
+        Windows, Field(description="Held-out text -> windows for the final report; use them for no decision.")
+    ]
     prefill_tokens: Annotated[int, Field(ge=1, description="Prompt length of the prefill timing.")]
     decode_tokens: Annotated[int, Field(ge=1, description="Greedy steps timed after a prompt of as many tokens.")]
     repeats: Annotated[int, Field(ge=3, description="Rounds that are measured; each times every file once.")]

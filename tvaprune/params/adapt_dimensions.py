@@ -37,13 +37,13 @@ class AdaptDimensionsParams(StageParams):
     multiple: Annotated[
         Annotated[Multiple, Tag("number")] | Annotated[Literal["measured"], Tag("measured")], Discriminator(_kind)
     ] = Field(
-        description="T: widths become multiples of it; one number, or one an axis; measured: by profile_hardware."
+        description="T: widths become multiples of it; one whole number, or one an axis; measured: by profile_hardware."
     )
     rounding: Literal["nearest", "budget"] = Field(
         description="Each width by itself, or all within the target; `measured` ignores it."
     )
     latency_phase: Literal["prefill", "decode", "request"] = Field(
-        description="Whose latency `measured` looks at; request: a prefill and profile_hardware.decode_tokens steps."
+        description="Whose latency `measured` uses; request: a prefill and profile_hardware.decode_tokens steps."
     )
     slack: float = Field(
         description="Importance that `measured` may give up for speed, a share of the least loss within the budget.",

@@ -18,6 +18,6 @@ class EvalPerplexityParams(StageParams):
         description="held-out text -> windows for decisions, such as the choice of a parameter, spread evenly over it",
     )
     test: Windows = Field(
-        description="held-out text -> windows that no decision looks at; of documents without validation windows"
+        description="held-out text -> windows for the report, not decisions; of documents without validation windows"
     )
     batch_size: int = Field(ge=1, description="windows in one forward; changes speed and memory only")

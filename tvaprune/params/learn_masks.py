@@ -21,7 +21,7 @@ class LearnMasksParams(StageParams):
         "tva", "paper", "grasprune", "random", "magnitude", "wanda_sp", "flap", "llm_pruner", "nirvana", "bonsai",
         "loraprune", "osscar", "depth",
     ] = Field(description="What finds the masks; its options are in the section of its name.")  # fmt: skip
-    axes: tuple[Axis, ...] = Field(description="Axes in play; the others stay whole.", min_length=1)
+    axes: tuple[Axis, ...] = Field(description="Axes that may be pruned; the others stay whole.", min_length=1)
     budget: Literal["params", "latency"] = Field(
         description="What masks are learned for: `sparsity`, or with tva `latency`; then `sparsity` has no effect."
     )

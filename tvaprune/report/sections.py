@@ -79,7 +79,8 @@ def _tiles(run: RunFiles) -> Iterator[Tile]:
     for phase in PHASES:
         if phase in metrics["speed"]:
             found = metrics["speed"][phase]
-            yield Tile(f"Speedup, {phase}", f"{found['speedup']:.2f} ×", f"limit {found['limit']:.2f} ×; pruned")
+            note = f"upper bound {found['limit']:.2f} ×; pruned model"
+            yield Tile(f"Speedup, {phase}", f"{found['speedup']:.2f} ×", note)
     scored = list(run.measured("zeroshot").items())
     if scored:
         (model, shown), figures = scored[-1], metrics["zeroshot"]
@@ -116,7 +117,7 @@ def _pruned(run: RunFiles) -> Iterator[Block]:
     rows = [[str(n), *(f"{each.points[n][1]:.4f}" for each in lines)] for n in range(len(lines[0].points))]
     table = Table("Kept importance by layer", ["layer", *(each.name for each in lines)], rows)
     if len(rows) > 1:
-        yield Figure("Importance kept", "Share of each layer's importance; 1 = nothing of worth removed.", drawn, table)
+        yield Figure("Importance kept", "Share of each layer's importance; 1 = no importance removed.", drawn, table)
 
 
 def _by_layer(name: str, widths: Widths) -> Table:
@@ -139,8 +140,8 @@ def quality(run: RunFiles) -> Iterator[Block]:
             label = text if part == "test" else f"{text} (val.)"
             groups[label] = [svg.Dot(SERIES[m], each["ppl"], each["ppl_stderr"]) for m, each in found.items()]
     yield (
-        f"Perplexity in windows of {measured['window']:,} tokens, ± one standard error. Validation text is for "
-        "decisions; no decision has looked at the test text."
+        f"Perplexity in windows of {measured['window']:,} tokens, ± one standard error. Use validation text for "
+        "decisions, and test text for the final report only."
     )
     pruned = [f"{shown} × dense" for model, shown in models.items() if model != "dense"]
     table = Table("Perplexity by text; lower is better", ["text", "tokens", *models.values(), *pruned], rows)
@@ -192,10 +193,9 @@ def speed(run: RunFiles) -> Iterator[Block]:
     first = next(iter(run.curves.get("speed", [])), {})
     kind = ", ".join(first[key] for key in ("machine", "runtime", "dtype") if first.get(key))
     yield (
-        f"Measured on {kind or 'this machine'}, batch {timed['batch']}, {timed['threads']} threads, models "
-        f"interleaved over {timed['repeats']} rounds: a prefill of {timed['prefill_tokens']} tokens, and "
-        f"{timed['decode_tokens']} tokens decoded one by one. The limit is the ratio of the work: operations for "
-        "prefill, bytes read for decode."
+        f"Measured on {kind or 'this machine'}, batch {timed['batch']}, {timed['threads']} threads, "
+        f"{timed['repeats']} rounds: a prefill of {timed['prefill_tokens']} tokens, and {timed['decode_tokens']} "
+        "tokens decoded one by one. The limit is the ratio of operations for prefill, and of bytes read for decode."
     )
     head = ["phase and model", "ms, median ± half the quartile range", "tokens/s", "speedup"]
     yield Table("Latency; decode is per token", head, rows)
@@ -226,8 +226,7 @@ def _rounds(run: RunFiles) -> Iterator[Figure]:
         title = f"Latency by round, {phase}"
         drawn = svg.lines(title, f"Latency in {len(own)} measurements.", series, ("round", "ms"))
         cells = [[MODELS[row["model"]], row["repeat"], f"{float(row['latency_ms']):.3f}"] for row in own]
-        note = "Models alternate, so that a slow moment meets all of them."
-        yield Figure(title, note, drawn, Table(title, ["model", "round", "ms"], cells))
+        yield Figure(title, "One point for each measurement.", drawn, Table(title, ["model", "round", "ms"], cells))
 
 
 def _staircase(run: RunFiles) -> Iterator[Figure]:
@@ -292,7 +291,7 @@ def _quantised(run: RunFiles) -> Iterator[Block]:
 def _samples(prompts: Sequence[str], texts: dict[str, list[str]]) -> Iterator[Block]:
     if not prompts or not texts:
         return
-    yield "What each model adds, always taking the likeliest token. These are examples, not a measurement."
+    yield "What each model adds, by greedy decoding. These are examples, not a measurement."
     for n, prompt in enumerate(prompts):
         yield Samples(prompt, {MODELS.get(model, model): found[n] for model, found in texts.items()})
 
@@ -376,7 +375,7 @@ def _provenance(run: RunFiles) -> Iterator[Block]:
         yield Table("Versions", ["package", "version"], [[name, str(version)] for name, version in versions.items()])
     rows = [[key, value] for section, content in _made_with(run).items() for key, value in _flat(section, content)]
     if rows:
-        yield Table("Parameters that had influence", ["parameter", "value"], rows)
+        yield Table("Parameters used", ["parameter", "value"], rows)
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:

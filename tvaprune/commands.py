@@ -192,10 +192,10 @@ def estimate(
         Path, Argument(metavar="PARAMS", help="Parameters: params.yaml, or a file of configs/.")
     ] = Path("params.yaml"),
     model: Annotated[
-        Path | None, Option(help="Directory with the model's config.json. Default: the local model, or configs/models.")
+        Path | None, Option(help="Directory with the model's config.json. Default: that of the model in PARAMS.")
     ] = None,
 ) -> None:
-    """Print parameter counts and the GPU memory of mask learning and fine-tuning, before anything is downloaded.
+    """Print parameter counts and the GPU memory of mask learning and fine-tuning, before any weight is downloaded.
 
     Scores are random, so the widths are an example of those that meet the target."""
     from tvaprune.estimate import report

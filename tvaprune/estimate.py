@@ -1,6 +1,6 @@
-"""The parameter count and the memory of a run, from its parameters, before anything is downloaded.
+"""The parameter count and the memory of a run, from its parameters, before any weight is downloaded.
 
-The model is built on the meta device from its published config, pruned to the target by random scores, adapted and
+The model is built on the meta device from its config, pruned to the target by random scores, adapted and
 counted. Parameters and memory are close to those of a real run. Widths are not: a method chooses its own.
 """
 
@@ -18,7 +18,8 @@ from tvaprune.architecture.topology import Topology, check_family
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.gates.memory import training_memory
-from tvaprune.inputs.sources import LocalSource
+from tvaprune.inputs.model import fetch_config
+from tvaprune.inputs.sources import LocalSource, ModelHub
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
@@ -57,18 +58,23 @@ class Sizes:
 
 
 def published_config(params_file: Path) -> Path:
-    """Where the config of the model that the parameters name is: its directory, one in configs/models, or data/model.
+    """Where the config of the model that the parameters name is.
+
+    That is its own directory, one in configs/models, data/model, or for a repository of the Hub a download.
 
     Raises:
-        FileNotFoundError: it is nowhere.
+        FileNotFoundError: it is nowhere; of a local model, `load_config` says so.
+        InputError: the Hub does not serve it, or it is damaged.
     """
     source = FetchInputsParams.load(params_file).model
-    if isinstance(source, LocalSource) and (params_file.parent / source.path / "config.json").is_file():
+    if isinstance(source, LocalSource):
         return params_file.parent / source.path
-    name = getattr(source, "repo", None) or source.name  # type: ignore[union-attr]
+    name = source.repo if isinstance(source, ModelHub) else source.name
     for directory in (PUBLISHED / name.rpartition("/")[2], params_file.parent / FETCHED):
         if (directory / "config.json").is_file():
             return directory
+    if isinstance(source, ModelHub):
+        return fetch_config(source)
     raise FileNotFoundError(
         f"{params_file}: fetch_inputs.model is {name}, of which {PUBLISHED} has no config, and {FETCHED} is not "
         "fetched; name a directory that has its config.json with --model"

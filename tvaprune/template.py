@@ -88,6 +88,7 @@ def init(directory: Path, wishes: Wishes, force: bool = False) -> Iterator[str]:
         FileExistsError: a file is there, without `force`.
         InputError: a model or text is no path and no repository's name.
         ParameterError: the parameters do not fit together; nothing is written.
+        ValueError: git ignores the directory.
     """
     contents = {
         "params.yaml": _params(wishes, directory),
@@ -103,6 +104,7 @@ def init(directory: Path, wishes: Wishes, force: bool = False) -> Iterator[str]:
         raise FileExistsError(f"{directory} already has {', '.join(there)}; use --force, which keeps them as NAME.old")
     params = YAML(typ="safe", pure=True).load(contents["params.yaml"])
     check_content(params, directory / "params.yaml")
+    _refuse_ignored(directory)
     yield from _of_the_hub(params["fetch_inputs"])
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
@@ -223,6 +225,15 @@ def _repositories(directory: Path) -> Iterator[str]:
         _run(directory, sys.executable, "-m", "dvc", "init", *(["--subdir"] if inside_another else []))
         (directory / ".dvc" / "config").write_text(DVC_CONFIG)
         yield f"ran dvc init in {directory}"
+
+
+def _refuse_ignored(directory: Path) -> None:
+    """DVC refuses to work where git ignores its files."""
+    whole = directory.resolve()
+    parent = next(each for each in (whole, *whole.parents) if each.is_dir())
+    file = str(whole / "dvc.yaml")
+    if _run(parent, "git", "check-ignore", file, check=False) is not None:
+        raise ValueError(f"{directory}: git ignores it, so DVC cannot work there; name a directory that is not ignored")
 
 
 def _run(directory: Path, *command: str, check: bool = True) -> str | None:

@@ -68,7 +68,8 @@ def _parameters() -> list[Case]:
         _check("blocks that do not divide a window", param("learn_masks.tva.curvature_tokens", 24), "curvature_tokens"),
         _check("int4 of torchao", param("quantize.types", ["int4_wo"]), "int4_wo is not offered"),
         _check("steps and epochs both", param("finetune_lora.epochs", 2), "epochs"),
-        _check("text for lm_head", param("finetune_lora.targets", ["lm_head"]), "targets"),
+        _check("LoRA on lm_head", param("finetune_lora.targets", ["lm_head"]), "targets"),
+        _check("LoRA on a module that no model has", param("finetune_lora.targets", ["x_proj"]), "targets"),
         _check("masks of FLAP for a latency", both(
             param("learn_masks.budget", "latency"), param("learn_masks.latency", {"phase": "decode", "ratio": 0.7}),
             param("learn_masks.method", "flap"),
@@ -320,8 +321,6 @@ def _artifacts() -> list[Case]:
         Case("a compact model that was altered", "stages.finetune_lora", set_json(
             "artifacts/compact/config.json", rms_norm_eps=0.5
         ), "artifacts/compact/config.json"),
-        Case("a module that the model lacks", "stages.finetune_lora", param("finetune_lora.targets", ["x_proj"]),
-             "x_proj"),
         Case("an altered modeling file", "tvaprune verify", write(modeling, "open('ran', 'w')\n"), modeling,
              ("artifacts/compact",)),
         Case("no certificate to verify", "tvaprune verify", remove("artifacts/compact/parity.json"), "parity.json",

@@ -190,6 +190,14 @@ def test_what_git_ignored_already_stays_ignored(inputs: Path, tmp_path: Path) ->
     assert sorted(lines) == sorted({"secret.txt", *template.IGNORED.splitlines()})
 
 
+def test_a_directory_that_git_ignores_is_refused_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("/out/\n")
+    with pytest.raises(ValueError, match="out/mine: git ignores it"):
+        list(template.init(tmp_path / "out" / "mine", wishes(inputs)))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("place", ["data/model", "data/model/mine", "data/heldout", "data/../data/zeroshot"])
 def test_a_source_that_dvc_would_empty_is_refused_before_anything_is_written(
     place: str, inputs: Path, tmp_path: Path

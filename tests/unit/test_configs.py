@@ -102,10 +102,25 @@ def test_the_estimate_runs_in_a_process_of_its_own() -> None:
     assert "finetune_lora:" in done.stdout
 
 
-def test_a_model_without_a_published_config_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
+def test_of_a_repository_that_is_not_here_the_config_alone_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "params.yaml", []
     path.write_text(CONFIGS[1].read_text().replace("meta-llama/Meta-Llama-3-8B", "someone/else"))
-    with pytest.raises(FileNotFoundError, match=r"fetch_inputs\.model is someone/else, .*--model"):
+
+    def download(repo: str, file: str, revision: str) -> str:
+        asked.append((repo, file))
+        return str(REPOSITORY / "configs/models/Mistral-7B-v0.1" / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert published_config(path).name == "Mistral-7B-v0.1"
+    assert asked == [("someone/else", "config.json")]
+
+
+def test_a_packaged_model_without_a_config_here_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((REPOSITORY / "configs/glassllm.yaml").read_text().replace("name: glassllm", "name: another"))
+    with pytest.raises(FileNotFoundError, match=r"fetch_inputs\.model is another, .*--model"):
         published_config(path)
 
 

@@ -479,8 +479,8 @@ def test_parameters_are_the_options_of_the_core(tmp_path):
     [
         (("epochs: null", "epochs: 2"), "exactly one"),
         (("steps: 180", "steps: null"), "exactly one"),
-        (("targets: all-linear", "targets: [lm_head]"), "not lm_head"),
-        (("targets: all-linear", "targets: []"), "at least one module"),
+        (("targets: all-linear", "targets: [lm_head]"), "targets = ['lm_head']: give all-linear, or a list"),
+        (("targets: all-linear", "targets: []"), "targets = []: give all-linear, or a list"),
         (("teacher: online", "teacher: offline"), "finetune_lora.teacher = 'offline'"),
         (("dropout: 0.0", "dropout: 1.0"), "finetune_lora.dropout = 1.0"),
         (("seed: 0\nfine", "seed: -1\nfine"), "seed = -1"),

@@ -131,6 +131,16 @@ def _download(source: ModelHub) -> Path:
     return Path(folder)
 
 
+def fetch_config(source: ModelHub) -> Path:
+    """A directory with the config.json of a repository, and maybe no other file. Raises InputError."""
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(source):
+        folder = Path(hf_hub_download(source.repo, "config.json", revision=source.revision)).parent
+    check_config(folder, source.trust_remote_code)
+    return folder
+
+
 def _from_directory(path: Path, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model directory; its own code runs only with `trust`, and what it gives must be transformers' own."""
     check_config(path, trust)

@@ -1,13 +1,14 @@
 """Options of fine-tuning: LoRA on a compact model, distilled from the dense one."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from tvaprune.options.loss import LossOptions
 
-Name = Annotated[str, Field(min_length=1)]
+# The linear modules of a decoder layer, alike in all families. lm_head stays frozen, because the loss uses its weight.
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class RecoveryOptions(LossOptions):
     rank: int = Field(ge=1, description="LoRA rank r; may exceed a narrow layer's width.")
     alpha: float = Field(gt=0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(ge=0, lt=1, description="On the adapter's input.")
-    targets: Literal["all-linear"] | list[Name] = Field(
+    targets: str | list[str] = Field(
         description="all-linear (lm_head excepted), or a list of module names such as [q_proj, v_proj]."
     )
     use_dora: bool = Field(description="PEFT's weight-decomposed LoRA.")
@@ -54,8 +55,11 @@ class RecoveryOptions(LossOptions):
     def _check_consistency(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps = {self.steps} and epochs = {self.epochs}: set exactly one, the other null")
-        if self.targets == [] or "lm_head" in self.targets:
-            raise ValueError(f"targets = {self.targets}: name at least one module, and not lm_head")
+        names = self.targets if isinstance(self.targets, list) else []
+        if self.targets != "all-linear" and (not names or set(names) - set(LINEAR_MODULES)):
+            raise ValueError(
+                f"targets = {self.targets!r}: give all-linear, or a list of some of {', '.join(LINEAR_MODULES)}"
+            )
         distilled = self.distillation_weight if self.teacher != "none" else 0
         if self.ce_weight + distilled == 0:
             raise ValueError(

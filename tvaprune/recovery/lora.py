@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,7 +23,7 @@ class CheckpointMismatchError(ValueError):
     """A model and the directory whose format it is saved in do not have the same tensors."""
 
 
-def target_names(model: PreTrainedModel, targets: Literal["all-linear"] | Sequence[str]) -> list[str]:
+def target_names(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
     """Full names of the linear modules to adapt, in the model's order.
 
     lm_head stays frozen, because the loss uses its weight. Modules that pruning left empty are skipped. Targets are

@@ -32,5 +32,5 @@ def main(
         model = process.put(load(dense, process.dtype))
         found = evaluate(model, windows, params.batch_size, "dense", process.world)
         if process.world.is_main:
-            write_reference(out, process.dtype, plain(found))
+            write_reference(out, process.dtype, params.measured(), plain(found))
             echo(f"dense: {sum(len(texts) for texts in found.values())} texts measured")

@@ -35,7 +35,7 @@ def main(
     results = {}
     with join_processes() as process:
         for name, path in models.items():
-            if name == "dense" and (figures := read_reference(reference, process.dtype)):
+            if name == "dense" and (figures := read_reference(reference, process.dtype, params.measured())):
                 results[name] = from_plain(figures)
             else:
                 # Without a name of its own a model is freed before the next one is loaded.

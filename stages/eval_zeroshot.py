@@ -34,7 +34,7 @@ def main(
     results = {}
     with join_processes() as process:
         for name, path in models.items():
-            scores = read_reference(reference, process.dtype) if name == "dense" else None
+            scores = read_reference(reference, process.dtype, params.measured()) if name == "dense" else None
             if scores is None:
                 # Without a name of its own a model is freed before the next one is loaded.
                 scores = evaluate(

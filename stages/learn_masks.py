@@ -43,7 +43,8 @@ def main(
 ) -> None:
     """Reads data/model, artifacts/calibration (input_ids, validation_ids), artifacts/learning_profile if the budget is
     latency, and params.yaml (learn_masks, sparsity, seed); writes artifacts/masks, artifacts/means, metrics/masks.json,
-    metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on where it was.
+    metrics/mask_training.csv and metrics/widths.csv. Killed and run again, it goes on with the training of
+    gates and means where it was; a baseline scores again.
     """
     params = LearnMasksParams.load(params_file)
     request = params.request()
@@ -63,15 +64,16 @@ def main(
             dense = process.put(load(model, dtype=process.dtype))
             windows = ids["input_ids"], ids["validation_ids"]
             found = find_masks(dense, *windows, request, saved, world=process.world, table=table)
-        if not process.world.is_main:
-            return
-    report = masks_metrics(found, dense.config, request, table)
-    meta = {"made_with": params.used(), "validation_ppl": report["validation_ppl"]}
-    write_masks(masks, found.masks, **meta)
-    write_update(means, found.update, **meta)
-    write_json(metrics, report)
-    write_curve(curve, found.curve)
-    write_widths(widths, found.masks)
+            if not process.world.is_main:
+                return
+            # The state stays until all is written, so that a full disk loses nothing.
+            report = masks_metrics(found, dense.config, request, table)
+            meta = {"made_with": params.used(), "validation_ppl": report["validation_ppl"]}
+            write_masks(masks, found.masks, **meta)
+            write_update(means, found.update, **meta)
+            write_json(metrics, report)
+            write_curve(curve, found.curve)
+            write_widths(widths, found.masks)
     if warning := projection_warning(report):
         secho(f"warning: {warning}", fg="yellow", err=True)
     echo(learned_message(report, request))

@@ -17,6 +17,10 @@ _IN_THE_WAY = ", and is not a directory"
 _REMEDIES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL, errno.EEXIST: _IN_THE_WAY}
 
 
+class MissingPackageError(ModuleNotFoundError, ValueError):
+    """An optional package is not installed; the message says how to install it."""
+
+
 @contextmanager
 def clear_errors(unexpected_too: bool = False) -> Iterator[None]:
     """Turn errors that name their cause, such as a ValueError or a full disk, into a line.

@@ -15,7 +15,7 @@ from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import write_csv
-from tvaprune.baselines.allocation import protected_layers
+from tvaprune.baselines.allocation import widths_of_uniform_share
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import score_baseline
 from tvaprune.cost import peak_memory_bytes
@@ -62,17 +62,17 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
         found = type(request.options).__name__
         raise TypeError(f"options: learn_masks.method = {request.method!r} takes {kind.__name__}, found {found}")
     check_sparsity(request.sparsity)
+    kind.check_axes(request.axes)
     if request.latency is not None:
         return  # the table says which latencies the axes reach
-    kind.check_axes(request.axes)
+    if kind.uniform_share or getattr(request.options, "allocation", None) == "uniform":
+        first, last = (getattr(request.options, f"protect_{end}", 0) for end in ("first", "last"))
+        widths_of_uniform_share(topology, request.axes, request.sparsity, first, last)  # raises
+        return
     alike = {axis: torch.full(topology.gate_shape(axis), 1.0 if axis in request.axes else torch.inf) for axis in AXES}
-    first, last = (getattr(request.options, f"protect_{end}", 0) for end in ("first", "last"))
-    whole = protected_layers(topology, first, last)
     for axis, score in alike.items():
-        if axis != "hidden":
-            score[whole] = torch.inf
-            if kind.keeps_one_unit:
-                score[:, 0] = torch.inf
+        if axis != "hidden" and kind.keeps_one_unit:
+            score[:, 0] = torch.inf
     solve_threshold(topology, alike, request.sparsity)
 
 
@@ -106,9 +106,7 @@ def find_masks(
     use_training_attention(model, device)
     started = time.perf_counter()
     if request.trains_gates:
-        if request.gradient_checkpointing:
-            model.activation_checkpointing_enable()
-            model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
+        _recompute_activations(model, request)
         gates = _gates(topology, request, table, device)
         learned = learn_gates(model, input_ids, gates, saver, progress and world.is_main, world)
     else:
@@ -117,6 +115,7 @@ def find_masks(
         if request.means_steps:
             options = TvaOptions(steps=request.means_steps)
             gates = FixedMaskGates(topology, options, learned.masks, device)
+            _recompute_activations(model, request)
             refitted = WeightUpdate.none(topology, weight=learned.update.weight)
             with replaced(model, refitted):
                 learned = learn_gates(model, input_ids, gates, saver, progress)
@@ -129,6 +128,12 @@ def find_masks(
         peak_memory_bytes=peak_memory_bytes(device),
         validation_nll=validation_nll(model, topology, learned.masks, learned.update, validation_ids, world),
     )
+
+
+def _recompute_activations(model: PreTrainedModel, request: MaskRequest) -> None:
+    if request.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()  # transformers checkpoints in training mode only; these families have no dropout of their own
 
 
 def _gates(topology: Topology, request: MaskRequest, table: LatencyTable | None, device: torch.device) -> Gates:

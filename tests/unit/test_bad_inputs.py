@@ -1,6 +1,7 @@
 """Every wrong input is refused in one line that names it, and docs/bad-inputs.md says what the stages say."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,16 @@ def test_a_process_of_its_own_says_the_same(what: str, base: Path, tmp_path: Pat
     assert done.stderr.splitlines()[-1] == said.message
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "work" / "ran").exists()
+
+
+def test_what_was_learned_stays_where_it_cannot_be_written(base: Path, tmp_path: Path) -> None:
+    """A full disk after the last step, say: the next run goes on from the last saved state."""
+    work = tmp_path / "work"
+    shutil.copytree(base, work)
+    (work / "in_the_way").write_text("")
+    said = run(work, "stages.learn_masks", "--masks", "in_the_way")
+    assert said.exit_code == 1
+    assert "in_the_way" in said.message
+    assert len(list(work.rglob("state.pt"))) == 1
+    assert run(work, "stages.learn_masks").exit_code == 0
+    assert not list(work.rglob("state.pt"))

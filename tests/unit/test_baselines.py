@@ -268,7 +268,7 @@ def test_protection_is_checked_before_any_work() -> None:
         with pytest.raises(ValueError, match=refused):
             check_request(MaskRequest("llm_pruner", options, 0.4, UNIT_AXES), topology)
     check_request(
-        MaskRequest("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1), 0.3, UNIT_AXES), topology
+        MaskRequest("llm_pruner", LlmPrunerOptions(protect_first=1, protect_last=1), 0.25, UNIT_AXES), topology
     )
 
 

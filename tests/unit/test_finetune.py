@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.finetune_lora import main
 from tests.tiny_models import random_masks, random_update, tiny_model
@@ -233,9 +234,14 @@ def test_accumulation_is_a_larger_batch(tmp_path):
         assert left.loss == pytest.approx(right.loss, rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tmp_path, monkeypatch):
+    passes = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: passes.append(1) or forward(self, x))
     plain = run_finetune(NoState(tmp_path))
+    once = len(passes)
     recomputed = run_finetune(NoState(tmp_path), replace(OPTIONS, gradient_checkpointing=True))
+    assert len(passes) - once > once
     for left, right in zip(plain.curve[1:], recomputed.curve[1:], strict=True):
         assert left.loss == pytest.approx(right.loss, rel=1e-4)
 

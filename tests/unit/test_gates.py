@@ -31,8 +31,9 @@ from tvaprune.losses import DivergedError
 from tvaprune.masks.latency_table import AIM
 from tvaprune.masks.masks import log_alpha
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, solve_threshold
-from tvaprune.methods import check_request, find_masks, learned_message, masks_metrics, projection_warning
+from tvaprune.methods import Found, check_request, find_masks, learned_message, masks_metrics, projection_warning
 from tvaprune.options.axes import AXES, UNIT_AXES, Axis
+from tvaprune.options.baselines import FlapOptions, MagnitudeOptions
 from tvaprune.options.gates import (
     GateOptions,
     GraspruneOptions,
@@ -206,7 +207,7 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(options: GateOptions) -
 def test_means_are_trained_on_a_baselines_masks(method: str) -> None:
     """The masks and matrices stay; the means bring the masked model nearer to the text that they learn."""
     model = tiny_model("llama")
-    windows = torch.cat([WINDOWS, WINDOWS], 1)[:, :32]  # blocks of 32 tokens, as by default
+    windows = WINDOWS  # of 24 tokens: no multiple of curvature_tokens, which nothing here needs
     axes: tuple[Axis, ...] = ("intermediate", "kv_heads")
     request = MaskRequest(method, open_options(method), 0.3, axes)
     bare = find_masks(model, windows, windows, request, progress=False)
@@ -633,16 +634,35 @@ def test_every_method_meets_the_same_budget(method: str, ablation: Any) -> None:
     assert len(found.curve) == (8 if method in trained else 0)
 
 
-@pytest.mark.parametrize("options", [TVA, PAPER, GRASPRUNE], ids=["tva", "paper", "grasprune"])
-def test_gradient_checkpointing_learns_the_same_masks(options: GateOptions) -> None:
-    def run(checkpointing: bool) -> torch.Tensor:
-        axes = UNIT_AXES if options == GRASPRUNE else AXES
-        request = MaskRequest(options.method, with_steps(options, 8), 0.3, axes, gradient_checkpointing=checkpointing)
-        return find_masks(tiny_model("llama"), WINDOWS, WINDOWS[:2], request, progress=False).masks.score[
-            "intermediate"
-        ]
+@pytest.mark.parametrize(
+    "request_",
+    [
+        MaskRequest("tva", with_steps(TVA, 8), 0.3, AXES),
+        MaskRequest("paper", with_steps(PAPER, 8), 0.3, AXES),
+        MaskRequest("grasprune", with_steps(GRASPRUNE, 8), 0.3, UNIT_AXES),
+        MaskRequest("magnitude", MagnitudeOptions(0, 0), 0.3, UNIT_AXES, means_steps=8),
+    ],
+    ids=lambda request: request.method,
+)
+def test_gradient_checkpointing_computes_layers_again_and_learns_the_same(request_: MaskRequest) -> None:
+    def run(checkpointing: bool) -> tuple[int, Found]:
+        passes = 0
 
-    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-4)
+        def count(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+
+        model = tiny_model("llama")
+        model.model.layers[0].mlp.register_forward_pre_hook(count)
+        request = replace(request_, gradient_checkpointing=checkpointing)
+        found = find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False)
+        return passes, found
+
+    (again, recomputed), (once, plain) = run(True), run(False)
+    assert again >= once + 8
+    for axis in UNIT_AXES:
+        torch.testing.assert_close(recomputed.masks.score[axis], plain.masks.score[axis], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recomputed.update.scale[axis], plain.update.scale[axis], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -652,6 +672,43 @@ def test_a_method_is_refused_axes_it_cannot_prune(method: str, axes: tuple) -> N
     request = MaskRequest(method, METHOD_OPTIONS.get(method, TvaOptions)(), 0.2, axes)
     with pytest.raises(ValueError, match=r"learn_masks\.(axes|method)"):
         check_request(request, Topology.of(tiny_model("llama").config))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_mqa"])
+@pytest.mark.parametrize(
+    "method", [method for method in METHOD_OPTIONS if method not in ("tva", "paper", "bonsai", "depth")]
+)
+def test_a_sparsity_that_passes_the_check_is_one_that_the_method_reaches(method: str, family: str) -> None:
+    """Near the limit of each: where a unit is to stay in every layer, less can be removed."""
+    topology = Topology.of(tiny_model(family).config)
+    requests = [MaskRequest(method, open_options(method), share / 100, UNIT_AXES) for share in range(50, 100, 2)]
+    if method == "flap":
+        requests = [replace(each, options=FlapOptions(allocation="uniform")) for each in requests]
+
+    def passes(request: MaskRequest) -> bool:
+        try:
+            check_request(request, topology)
+        except UnreachableSparsityError:
+            return False
+        return True
+
+    reachable = [request for request in requests if passes(request)]
+    assert 0 < len(reachable) < len(requests)
+    if method not in ("loraprune", "grasprune"):  # of many steps
+        found = find_masks(tiny_model(family), WINDOWS, WINDOWS[:2], reachable[-1], progress=False)
+        assert sparsity(topology, found.masks.widths()) >= reachable[-1].sparsity - 1e-9
+
+
+def test_what_a_method_cannot_do_is_refused() -> None:
+    goal = LatencyGoal("decode", 0.7)
+    for method, options, changed in (
+        ("tva", TVA, {"means_steps": 5}),
+        ("magnitude", MagnitudeOptions(0, 0), {"latency": goal}),
+        ("tva", DETERMINISTIC, {"latency": goal}),
+        ("tva", replace(TVA, uniform_layers=True), {"latency": goal}),
+    ):
+        with pytest.raises(ValueError, match=r"means_steps = 5|budget = latency"):
+            MaskRequest(method, options, 0.3, AXES, **changed)  # type: ignore[arg-type]
 
 
 def test_an_unreachable_sparsity_is_refused_before_any_work() -> None:

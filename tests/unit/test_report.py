@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
 HOSTILE = "</p><script>document.title = 'executed'</script><img src=x onerror=\"document.title = 'executed'\"> a|b"
+CPU_NUMBERS = ("threads", "processors", "read_bytes_per_s")
 PROMPTS = ("The river", "def f(n):")
 TEXTS = {"dense": [" flows", " return n"], "compact": [HOSTILE, " return"], "finetuned": [" runs", ""]}
 QUANTISED = {"bytes": 2.5e6, "mean_kl": 0.0125, "test_ratio": 1.0625, "decode": {"tokens_per_s": 61.5}}
@@ -74,6 +76,19 @@ def minimal() -> RunFiles:
 @pytest.fixture(scope="module")
 def whole() -> Report:
     return report_of(complete(), PROMPTS, TEXTS)
+
+
+def test_a_run_on_a_gpu_and_a_check_that_was_not_run_have_a_report() -> None:
+    """Its numbers of the machine are others than those of a CPU (`measures.machine`)."""
+    run = complete()
+    speed = {key: value for key, value in run.metrics["speed"].items() if key not in CPU_NUMBERS} | {"clock_mhz": 1980}
+    skipped = {"passed": None, "figures": {"skipped": "xllamacpp is not installed (pip install xllamacpp)"}}
+    certificate = {"versions": {}, "checks": {"llama.cpp from model.gguf": skipped}}
+    page = words(
+        html(report_of(replace(run, metrics={**run.metrics, "speed": speed}, certificate=certificate), (), {}))
+    )
+    assert "llama.cpp from model.gguf not run xllamacpp is not installed" in page
+    assert " threads," not in page
 
 
 def words(page: str) -> str:

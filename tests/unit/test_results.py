@@ -247,6 +247,11 @@ def test_recovery_is_a_share_of_the_lost_log_likelihood() -> None:
     assert cell(column("recovered_validation"), [run], "compact") == "50%"
     assert cell(column("recovered_test"), [run], "compact") == "0%"
     assert cell(column("lora_validation_ratio"), [run], "compact") == "2.00"
+    run["metrics"]["zeroshot"] = {
+        "compact": {"mean": 0.5, "mean_stderr": 0.1},
+        "finetuned": {"mean": 0.6, "mean_stderr": 0.2},
+    }
+    assert cell(column("lora_mean_stderr"), [run], "compact") == "0.600 ± 0.200"
 
 
 def test_every_column_is_empty_where_nothing_was_measured() -> None:

@@ -203,6 +203,9 @@ def test_the_stage_scores_the_artifact_it_is_given(
     assert scores()["dense"]["piqa"]["acc"] == 0.25
     reference.write_text(json.dumps(content | {"dtype": "torch.float16"}))
     assert scores() == second
+    reference.write_text(json.dumps(content))
+    params.write_text(params.read_text().replace("limit: 8", "limit: 6"))  # other rows
+    assert scores()["dense"]["piqa"]["acc"] != 0.25
 
 
 def test_rows_are_spread_and_the_same_each_time(data: Path) -> None:

@@ -17,7 +17,7 @@ def write_int8(
 ) -> Float[Tensor, "prompts tokens vocab"]:
     """Write a model, stock or of the layout uneven, with its tokenizer.
 
-    Returns the quantised model's logits, float32, computed before it is saved.
+    Returns the quantised model's logits, float32, as it is in memory.
 
     The decoder's matrices are int8 with a scale for each row; the embedding, the last matrix, norms and biases stay as
     they are. Two runs give the same bytes. Loading needs torchao, and of the layout uneven also trust_remote_code.

@@ -7,15 +7,16 @@ from math import lcm
 from transformers import PreTrainedConfig
 
 from tvaprune.architecture.topology import LayerWidths, Topology
+from tvaprune.errors import MissingPackageError
 from tvaprune.options.quantize import GROUPS, TORCHAO, FileType
 
 
 def check_types(types: Sequence[FileType]) -> None:
-    """Raise ModuleNotFoundError where a package that writes or runs a type is not installed."""
+    """Raise a MissingPackageError where a package that writes or runs a type is not installed."""
     if set(types) & set(TORCHAO) and find_spec("torchao") is None:
-        raise ModuleNotFoundError("int8_wo needs torchao: pip install torchao")
+        raise MissingPackageError("int8_wo needs torchao: pip install torchao")
     if set(types) - set(TORCHAO) and find_spec("xllamacpp") is None:
-        raise ModuleNotFoundError("GGUF types need llama.cpp: pip install xllamacpp")
+        raise MissingPackageError("GGUF types need llama.cpp: pip install xllamacpp")
 
 
 def check_group_multiples(types: Sequence[FileType], multiples: Mapping[str, int]) -> None:

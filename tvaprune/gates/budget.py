@@ -6,8 +6,8 @@ subclass: in closed form (`closed_form`), by a straight-through gradient (`strai
 (`fixed_masks`).
 
 Departures from TVA-Prune section 3.1: no noise is sampled, and there is no KL term and no Lagrangian (`paper` has
-them). The kept parameters equal the schedule at every step. Dropped dimensions are zero and outside of the norm while
-training.
+them). The kept parameters are within the schedule at every step, and at most one unit below it. Dropped dimensions are
+zero and outside of the norm while training.
 """
 
 from typing import Any, NamedTuple

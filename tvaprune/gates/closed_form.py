@@ -50,9 +50,16 @@ class ClosedFormGates(BudgetGates):
 
         The scale of a logarithm per parameter is arbitrary: it becomes the standard deviation of the intermediate
         units' importance, so that head starts mean the same on every model.
+
+        Raises:
+            ValueError: curvature_tokens does not divide the windows.
         """
         windows = input_ids[-self.options.curvature_windows :].long().to(self.device)
         block = self.options.curvature_tokens or windows.shape[1]
+        if windows.shape[1] % block:
+            raise ValueError(
+                f"learn_masks.tva.curvature_tokens = {block} does not divide windows of {windows.shape[1]} tokens"
+            )
         start = gate_curvature(gated, windows, block, seed=self.seed, progress=progress, world=world)
         self._curvature = RunningCurvature(start, len(windows))
         units = importance(self.topology, self.mean, start)["intermediate"]

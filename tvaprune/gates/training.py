@@ -33,7 +33,7 @@ Gates = BudgetGates | PaperGates | GraspruneGates
 class Learned:
     """What training gives."""
 
-    masks: Masks  # projected onto the target; kept above score 0
+    masks: Masks  # projected onto the target
     update: WeightUpdate  # the gates' means
     curve: list[Row]  # one row a step, with the keys of `objective.ROW`
     seconds_before: float = 0.0  # wall time of the processes that the run was resumed from, up to what they saved
@@ -77,11 +77,6 @@ def learn_gates(
         DivergedError: the loss or its gradient is not finite; what was saved stays.
     """
     options = gates.options
-    block = getattr(options, "curvature_tokens", None)
-    if block is not None and input_ids.shape[1] % block:
-        raise ValueError(
-            f"learn_masks.tva.curvature_tokens = {block} does not divide windows of {input_ids.shape[1]} tokens"
-        )
     own_windows = range(options.batch_size)[world.part(options.batch_size, f"learn_masks.{options.method}.batch_size")]
     device = next(model.parameters()).device
     curve: list[Row] = []

@@ -1,6 +1,7 @@
 """Keep-masks on the three axes, and their artifact.
 
-Polarity everywhere: True = keep. A higher score means keep; a projected mask keeps what scores above 0.
+Polarity everywhere: True = keep. A higher score means keep. A projected mask keeps what scores above 0, and of the rest
+what the budget still has room for.
 """
 
 from dataclasses import dataclass, replace

@@ -16,6 +16,7 @@ from tvaprune.options.inputs import TASK_METRICS, TASK_TITLES
 
 SavedRun = dict[str, Any]
 Value = float | str | None
+Take = Callable[[SavedRun, str], Value]  # a figure of a model
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Column:
     """
 
     head: str
-    value: Callable[[SavedRun, str], Value]
+    value: Take
     write: Callable[[float], str] = "{:.2f}".format
-    error: Callable[[SavedRun, str], Value] | None = None
+    error: Take | None = None
 
 
 def cell(column: Column, runs: Sequence[SavedRun], model: str) -> str:
@@ -45,11 +46,16 @@ def cell(column: Column, runs: Sequence[SavedRun], model: str) -> str:
     return f"{text} ± {column.write(error)}" if isinstance(error, int | float) else text
 
 
+def _of_finetuned(take: Take) -> Take:
+    return lambda run, _: take(run, "finetuned")
+
+
 def column(name: str) -> Column:
     """The column of a name. Raises ValueError if there is none."""
     if name.startswith("lora_"):
         found = column(name.removeprefix("lora_"))
-        return Column(f"+ LoRA {found.head}", lambda run, _: found.value(run, "finetuned"), found.write, found.error)
+        error = _of_finetuned(found.error) if found.error else None
+        return Column(f"+ LoRA {found.head}", _of_finetuned(found.value), found.write, error)
     if name.startswith(("params.", "metrics.")):
         return Column(name.rpartition(".")[2].replace("_", " "), lambda run, _: _plain(value_at(run, name)), _number)
     if name.startswith("test_ratio."):

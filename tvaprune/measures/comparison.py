@@ -21,14 +21,14 @@ def present_models(dense: Path, compact: Path, finetuned: Path) -> dict[str, Pat
     return {name: directory for name, directory in models.items() if (directory / "config.json").is_file()}
 
 
-def write_reference(path: Path, dtype: torch.dtype, figures: dict[str, Any]) -> None:
-    """Write the dense model's figures, which no pruning changes, and the dtype that they were computed in."""
+def write_reference(path: Path, dtype: torch.dtype, settings: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Write the dense model's figures, which no pruning changes, and how they were computed; `settings` is JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"dtype": str(dtype), "figures": figures})
+    write_json(path, {"dtype": str(dtype), "settings": settings, "figures": figures})
 
 
-def read_reference(path: Path, dtype: torch.dtype) -> dict[str, Any] | None:
-    """The dense model's figures; None where there are none, or they were computed in another dtype.
+def read_reference(path: Path, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The dense model's figures; None where there are none, or they were computed in another dtype or otherwise.
 
     Raises ArtifactError if the file is damaged.
     """
@@ -36,7 +36,7 @@ def read_reference(path: Path, dtype: torch.dtype) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        return content["figures"] if content["dtype"] == str(dtype) else None
+        return content["figures"] if (content["dtype"], content["settings"]) == (str(dtype), settings) else None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: holds no figures of the dense model ({error}); run dvc repro") from error
 

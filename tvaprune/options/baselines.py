@@ -21,6 +21,7 @@ LayersAtOnce = Annotated[Count | None, Field(description="Layers with gradients 
 @dataclass(frozen=True, config=FORBID_EXTRA)
 class RandomOptions(MethodOptions):
     method = "random"
+    uniform_share = True
     protect_first: First = 4
     protect_last: Last = 2
 
@@ -28,6 +29,7 @@ class RandomOptions(MethodOptions):
 @dataclass(frozen=True, config=FORBID_EXTRA)
 class MagnitudeOptions(MethodOptions):
     method = "magnitude"
+    uniform_share = True
     protect_first: First = 4
     protect_last: Last = 2
 
@@ -46,6 +48,7 @@ class ProtectingOptions(CalibratedOptions):
 @dataclass(frozen=True, config=FORBID_EXTRA)
 class WandaSpOptions(CalibratedOptions):
     method = "wanda_sp"
+    uniform_share = True
     axes = UNIT_AXES
     sequential: Annotated[bool, Field(description="Score a layer where all before it are pruned; published.")] = True
 
@@ -62,6 +65,7 @@ class FlapOptions(CalibratedOptions):
 @dataclass(frozen=True, config=FORBID_EXTRA)
 class LlmPrunerOptions(ProtectingOptions):
     method = "llm_pruner"
+    uniform_share = True
     # As published: of 32 layers, the first four and the last two stay whole.
     protect_first: First = 4
     protect_last: Last = 2
@@ -74,6 +78,7 @@ class LlmPrunerOptions(ProtectingOptions):
 @dataclass(frozen=True, config=FORBID_EXTRA)
 class NirvanaOptions(CalibratedOptions):
     method = "nirvana"
+    keeps_one_unit = True
     objective: Annotated[Objective, Field(description="What is differentiated; logits is published.")] = "logits"
     mlp_to_attention: Annotated[
         Positive,
@@ -106,6 +111,7 @@ class BonsaiOptions(CalibratedOptions):
 @dataclass(frozen=True, config=FORBID_EXTRA)
 class LoraPruneOptions(CalibratedOptions):
     method = "loraprune"
+    uniform_share = True
     axes = UNIT_AXES
     protect_first: Annotated[
         int, Field(ge=0, description="Layers to leave whole at the start; published 10%, 3 of 30 to 39.")
@@ -125,6 +131,7 @@ class LoraPruneOptions(CalibratedOptions):
 @dataclass(frozen=True, config=FORBID_EXTRA)
 class OsscarOptions(CalibratedOptions):
     method = "osscar"
+    uniform_share = True
     axes = UNIT_AXES
     # 512 windows of 512 tokens are as many tokens as the published 128 of 2048.
     windows: Annotated[Count, Field(description="Calibration windows to use, spread evenly over those given.")] = 512

@@ -37,7 +37,7 @@ class TvaOptions(MethodOptions):
     method = "tva"
     ablation: Annotated[
         Literal["deterministic", "vtrans"] | None,
-        Field(description="deterministic: scores by gradient instead of closed form; vtrans: without the means."),
+        Field(description="deterministic: scores by gradient, not in closed form; vtrans: without folding the means."),
     ] = None
     steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 200
     batch_size: Annotated[int, Field(ge=1, description="Windows a step.")] = 1

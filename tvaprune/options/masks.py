@@ -34,6 +34,21 @@ class MaskRequest:
     means_steps: int = 0  # steps that train means on a baseline's masks, by the defaults of TvaOptions; 0: none
     latency: LatencyGoal | None = None  # the budget in place of sparsity; for tva
 
+    def __post_init__(self) -> None:
+        """Raises a ValueError where the method cannot do what is asked."""
+        if self.means_steps and self.trains_gates:
+            raise ValueError(
+                f"means_steps = {self.means_steps} with method = {self.method}: for baselines; set it to 0"
+            )
+        if self.latency is None:
+            return
+        if not isinstance(self.options, TvaOptions):
+            raise ValueError(f"budget = latency with method = {self.method}: only tva learns for a latency")
+        if self.options.ablation == "deterministic":
+            raise ValueError("budget = latency with tva.ablation = deterministic: needs scores in closed form")
+        if self.options.uniform_layers:
+            raise ValueError("budget = latency with tva.uniform_layers = true: prices are by layer; set it to false")
+
     @property
     def trains_gates(self) -> bool:
         return isinstance(self.options, GateOptions)

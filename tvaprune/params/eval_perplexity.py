@@ -1,6 +1,6 @@
 """Parameters of the eval_perplexity stage."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -21,3 +21,7 @@ class EvalPerplexityParams(StageParams):
         description="held-out text -> windows for the report, not decisions; of documents without validation windows"
     )
     batch_size: int = Field(ge=1, description="windows in one forward; changes speed and memory only")
+
+    def measured(self) -> dict[str, Any]:
+        """What the figures depend on, as JSON values."""
+        return self.model_dump(mode="json", exclude={"batch_size"})

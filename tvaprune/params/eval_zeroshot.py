@@ -1,6 +1,6 @@
 """Parameters of the eval_zeroshot stage."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,10 @@ class EvalZeroshotParams(StageParams):
     mean_of: list[TaskName] = Field(min_length=1, description="those of them that the mean is over")
     limit: int | None = Field(ge=2, description="rows of each task, spread evenly over it; null for all")
     batch_size: int = Field(ge=1, description="sequences in one forward; changes speed and memory only")
+
+    def measured(self) -> dict[str, Any]:
+        """What a model's accuracies depend on, as JSON values."""
+        return self.model_dump(mode="json", include={"tasks", "limit"})
 
     @model_validator(mode="after")
     def _the_mean_is_over_what_is_scored(self) -> Self:

@@ -30,7 +30,7 @@ class LearnMasksParams(StageParams):
     )
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward: less memory, more time.")
     means_steps: int = Field(
-        description="Baselines: steps that train means on their masks as tva does, in place of their biases; 0: none.",
+        description="Steps that train means on a baseline's masks as tva does, in place of its biases; 0: none.",
         ge=0,
     )
     tva: gates.TvaOptions = Field(description="The method of this project.")
@@ -83,21 +83,13 @@ class LearnMasksParams(StageParams):
         return value
 
     @model_validator(mode="after")
-    def _latency_for_tva(self) -> Self:
+    def _possible(self) -> Self:
         if (self.budget == "latency") != (self.latency is not None):
             raise ValueError(
                 f"latency = {self.latency} with budget = {self.budget}: budget latency needs a goal such as "
                 "{phase: decode, ratio: 0.7}, budget params null"
             )
-        if self.budget == "latency":
-            if self.method != "tva":
-                raise ValueError(f"budget = latency with method = {self.method}: only tva learns for a latency")
-            if self.tva.ablation == "deterministic":
-                raise ValueError("budget = latency with tva.ablation = deterministic: needs scores in closed form")
-            if self.tva.uniform_layers:
-                raise ValueError(
-                    "budget = latency with tva.uniform_layers = true: prices are by layer; set it to false"
-                )
+        self.request()  # raises where the method cannot do what is asked
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tvaprune.errors import MissingPackageError
+
 
 class GreedyStep(NamedTuple):
     """One generated token."""
@@ -32,7 +34,7 @@ def greedy_steps(file: Path, prompts: list[list[int]], tokens: int, top: int = 1
     the vocabulary they are the logits but for one constant a step.
 
     Raises:
-        ModuleNotFoundError: xllamacpp is not installed.
+        MissingPackageError: xllamacpp is not installed.
         ValueError: llama.cpp does not load the file.
     """
     server = start_server(file, context=max(len(prompt) for prompt in prompts) + tokens)
@@ -80,7 +82,7 @@ def start_server(file: Path, context: int, exact: bool = True, states: bool = Fa
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("running a GGUF file needs llama.cpp: pip install xllamacpp") from error
+        raise MissingPackageError("running a GGUF file needs llama.cpp: pip install xllamacpp") from error
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx = settings.n_batch = settings.n_ubatch = context

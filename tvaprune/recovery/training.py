@@ -214,7 +214,8 @@ class _Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for start in range(0, len(windows), options.batch_size):
                 batch = windows[start : start + options.batch_size]
-                # Seeded by the window's number in the run, so dropout does not depend on which process computes it.
+                # Seeded by the number of the batch's first window in the run, so a resumed run has the same dropout.
+                # With a batch_size above 1 another number of processes has other batches, and so other dropout.
                 torch.manual_seed(mix_seed(options.seed, first_window + start))
                 losses = batch_loss(self.student, self.teacher, batch, self._input_ids(batch), options)
                 share = len(batch) / len(windows)

@@ -192,8 +192,9 @@ def speed(run: RunFiles) -> Iterator[Block]:
         bars.append(svg.Bar(phase, found["speedup"], f"{found['speedup']:.2f} ×", 1, found["limit"]))
     first = next(iter(run.curves.get("speed", [])), {})
     kind = ", ".join(first[key] for key in ("machine", "runtime", "dtype") if first.get(key))
+    threads = f"{timed['threads']} threads, " if "threads" in timed else ""  # none on a GPU
     yield (
-        f"Measured on {kind or 'this machine'}, batch {timed['batch']}, {timed['threads']} threads, "
+        f"Measured on {kind or 'this machine'}, batch {timed['batch']}, {threads}"
         f"{timed['repeats']} rounds: a prefill of {timed['prefill_tokens']} tokens, and {timed['decode_tokens']} "
         "tokens decoded one by one. The limit is the ratio of operations for prefill, and of bytes read for decode."
     )
@@ -365,10 +366,7 @@ def _provenance(run: RunFiles) -> Iterator[Block]:
     source = [[key, str(value)] for key, value in run.source.items() if not isinstance(value, dict | list)]
     if source:
         yield Table("The dense model", ["key", "value"], source)
-    checks = [
-        [name, "passed" if check["passed"] else "FAILED", ", ".join(f"{k} {v:g}" for k, v in check["figures"].items())]
-        for name, check in run.certificate.get("checks", {}).items()
-    ]
+    checks = [_check(name, check) for name, check in run.certificate.get("checks", {}).items()]
     if checks:
         yield Table("Checks of the pruned model", ["check", "result", "figures"], checks)
     if versions := run.certificate.get("versions"):
@@ -376,6 +374,15 @@ def _provenance(run: RunFiles) -> Iterator[Block]:
     rows = [[key, value] for section, content in _made_with(run).items() for key, value in _flat(section, content)]
     if rows:
         yield Table("Parameters used", ["parameter", "value"], rows)
+
+
+def _check(name: str, check: dict[str, Any]) -> list[str]:
+    """A row: of a check that was not run, the reason in place of figures."""
+    result = {True: "passed", False: "FAILED", None: "not run"}[check["passed"]]
+    figures = (
+        f"{key} {value:g}" if isinstance(value, int | float) else value for key, value in check["figures"].items()
+    )
+    return [name, result, ", ".join(figures)]
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 from tvaprune.artifacts import write_json
@@ -61,8 +59,3 @@ def report(
     if vllm is not None and serving is not None:
         write_json(serving, {"vllm": {**checks[-1].figures, "passed": int(bool(checks[-1].passed))}})
     return all(check.passed is not False for check in checks)
-
-
-if __name__ == "__main__":  # the same as `tvaprune verify`
-    sys.argv.insert(1, "verify")
-    runpy.run_module("tvaprune", run_name="__main__")

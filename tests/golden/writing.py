@@ -16,7 +16,7 @@ from tests.tiny_models import random_masks, random_update, tiny_model
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.config import load_config
-from tvaprune.masks.adapt import Layout
+from tvaprune.options.choices import Layout
 from tvaprune.masks.masks import Masks, write_masks
 from tvaprune.masks.projection import keep_widths
 from tvaprune.masks.update import write_update

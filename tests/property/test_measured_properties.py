@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.tiny_models import random_masks, stairs_table
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import LayerWidths, Topology
-from tvaprune.masks.adapt import Layout, adapt
+from tvaprune.masks.adapt import adapt
 from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.latency_budget import LatencyBudget, upper_hull
 from tvaprune.masks.latency_table import AIM, PHASES, LatencyTable
@@ -19,6 +19,7 @@ from tvaprune.masks.masks import Masks
 from tvaprune.masks.measured import widths_within_parameters
 from tvaprune.masks.projection import keep_widths, project
 from tvaprune.options.axes import AXES, Axis
+from tvaprune.options.choices import Layout
 
 LAYOUTS: tuple[Layout, ...] = ("uneven", "uniform", "padded")
 topologies = st.builds(

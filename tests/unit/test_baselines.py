@@ -1,6 +1,8 @@
 """Baselines: every score against a slow direct reference, every method on budget, whole groups, repeatable."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from tests.tiny_models import tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, unit_costs
 from tvaprune.architecture.topology import Topology
+from tvaprune.baselines import registry
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.allocation import (
     StagedPruning,
@@ -29,7 +32,7 @@ from tvaprune.baselines.depth import depth, similarities
 from tvaprune.baselines.flap import flap_scores
 from tvaprune.baselines.llm_pruner import llm_pruner_scores
 from tvaprune.baselines.loraprune import Adapter, ramp_share, step_scores
-from tvaprune.baselines.magnitude import magnitude_scores
+from tvaprune.baselines.magnitude import magnitude_scores, random
 from tvaprune.baselines.nirvana import nirvana_scores
 from tvaprune.baselines.osscar import osscar, refit
 from tvaprune.baselines.problem import Problem
@@ -259,6 +262,29 @@ def test_protected_layers_stay_whole_and_the_others_pay() -> None:
         for axis in UNIT_AXES:
             assert masks.keep[axis][[0, 2]].all()
         assert budget - one_unit(topology, UNIT_AXES) < kept_decoder_parameters(topology, masks.keep) <= budget
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda masks: replace(masks, keep=Masks.dense(Topology.of(tiny_model("llama").config)).keep), "the budget is"),
+        (lambda masks: replace(masks, score={axis: -score for axis, score in masks.score.items()}), "whose score is"),
+    ],
+)
+def test_masks_that_adaptation_would_read_otherwise_are_refused(
+    change: Callable[[Masks], Masks], refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a new method's code could return them: over the budget, or with the polarity of the scores turned round."""
+    given = []
+
+    def wrong(problem: Problem, options: RandomOptions) -> Masks:
+        given.append(len(problem.windows))
+        return change(random(problem, options))
+
+    monkeypatch.setitem(registry._METHODS, "random", wrong)
+    with pytest.raises(ValueError, match=refused):
+        score("random", options=RandomOptions(0, 0))
+    assert given == [len(WINDOWS)]  # its options have no number of windows
 
 
 def test_protection_is_checked_before_any_work() -> None:

@@ -163,7 +163,7 @@ def test_tokenizer_identity_tells_vocabularies_apart(tokenizer: PreTrainedTokeni
 
 
 def test_a_missing_tokenizer_is_not_asked_of_a_hub(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no tokenizer_config.json; run the fetch_inputs stage"):
+    with pytest.raises(InputError, match=r"no tokenizer_config\.json; a model directory with its tokenizer"):
         load_tokenizer(tmp_path)
 
 

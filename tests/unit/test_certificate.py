@@ -30,8 +30,9 @@ from tvaprune.commands import app
 from tvaprune.export.card import Base, Provenance, widths_of
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.seal import certify, require
-from tvaprune.masks.adapt import Layout, adapt
+from tvaprune.masks.adapt import adapt
 from tvaprune.masks.projection import project
+from tvaprune.options.choices import Layout
 from tvaprune.options.masks import METHOD_OPTIONS
 from tvaprune.params.compact import CompactParams
 from tvaprune.params.finetune_lora import FinetuneLoraParams
@@ -383,3 +384,30 @@ def test_a_tie_may_part_generations_and_nothing_else_may() -> None:
     assert same_choices(logits, ours, torch.tensor([[0, 1, 1]]), tie=1e-4) == 1
     assert same_choices(logits, ours, torch.tensor([[0, 1, 1]]), tie=1e-6) == 0
     assert same_choices(logits, ours, torch.tensor([[1, 0, 0]]), tie=1e-4) == 0
+
+
+@pytest.mark.parametrize("says_nothing", [False, True])
+def test_tokens_that_llama_cpp_does_not_name_are_not_compared(
+    says_nothing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server gives no probabilities of a token that is a part of a character."""
+    out, _ = export(tmp_path, gguf="f32")
+    stored, whole = load_file(out / "parity.tensors"), checks.run_fresh
+
+    def answer(command: list[str], what: Path, runtime: str, **named: Any) -> str:
+        said = whole(command, what, runtime, **named)
+        if runtime != "llama.cpp":
+            return said
+        found = json.loads(said.splitlines()[-1])
+        found["chosen"][0] = found["chosen"][0][:3]
+        for row in range(len(found["chosen"])) if says_nothing else (1,):
+            found["chosen"][row], found["first"][row] = [], [[], []]
+        return json.dumps(found)
+
+    monkeypatch.setattr(checks, "run_fresh", answer)
+    reference = Reference("masked dense model", stored["input_ids"], stored["logits"])
+    *_, check = fresh_checks(out, reference, BOUND, trust_remote_code=True)
+    assert check.passed is (None if says_nothing else True)
+    if not says_nothing:
+        assert check.figures["tokens"] == 0  # of the second prompt
+        assert check.figures["token_agreement"] == 1

@@ -195,3 +195,17 @@ def test_the_attention_implementation_can_be_changed(implementation: str, tmp_pa
     attention = model.get_submodule("model.layers.0.self_attn")
     assert attention.config._attn_implementation == implementation
     torch.testing.assert_close(model(PROMPTS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_of_other_files_only_those_of_the_tokenizer_and_the_licence_are_copied(tmp_path: Path) -> None:
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    kept = {"tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE", "additional_chat_templates/tool.jinja"}
+    left = {".git/lfs/weights", "onnx/model.onnx", "flax_model.msgpack", "pytorch_model.bin", "optimizer.pt", "run.py"}
+    for name in kept | left:
+        (dense / name).parent.mkdir(parents=True, exist_ok=True)
+        (dense / name).write_text("{}")
+    topology, out = Topology.of(load_config(dense)), tmp_path / "out"
+    compact(dense, Masks.dense(topology), WeightUpdate.none(topology), out)
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert kept <= written
+    assert not left & written

@@ -86,6 +86,18 @@ with torch.no_grad():
     assert compare(expected, torch.load(tmp_path / "logits.pt")).max_rel_logit_diff < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama_scaled", "qwen3"])
+def test_older_readers_find_the_rotary_parameters(family: str, tmp_path: Path) -> None:
+    """transformers 4 reads rope_theta and rope_scaling alone; 4.57.1 gave the same logits, bit for bit (2026-11-29)."""
+    dense = save_tiny_model(family, tmp_path / "dense")
+    topology = Topology.of(load_config(dense))
+    compact(dense, adapted(topology, "padded"), WeightUpdate.none(topology), tmp_path / "out", "padded")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    rope = {**written["rope_parameters"]}
+    assert written["rope_theta"] == rope.pop("rope_theta")
+    assert written.get("rope_scaling") == (rope if family == "llama_scaled" else None)
+
+
 def test_flap_biases_fit_a_llama_config_and_no_other(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
     for family in ("llama", "mistral"):

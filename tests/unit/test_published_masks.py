@@ -15,11 +15,12 @@ from tests.tiny_models import random_masks, random_update, tiny_model, write_pub
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.layouts import dense_tensors, plan
-from tvaprune.masks.adapt import Layout, adapt
+from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import read_masks
 from tvaprune.masks.published import PublishedMasksError, read_published_masks
 from tvaprune.masks.update import read_update
 from tvaprune.options.axes import AXES
+from tvaprune.options.choices import Layout
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "tvaprune-mistral-mask.pkl"
 published = pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"the authors' mask file {PUBLISHED.name} is not here")

@@ -19,8 +19,9 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
-from tvaprune.masks.adapt import Layout, adapt
+from tvaprune.masks.adapt import adapt
 from tvaprune.masks.projection import project
+from tvaprune.options.choices import Layout
 from tvaprune.proof.certificate import (
     DamagedDirectoryError,
     Reference,

@@ -168,6 +168,6 @@ def column_sums(layers: Sequence[LayerModules], axis: Axis, element: Callable[[T
     return torch.stack([element(readers(layer)[axis].weight).sum(0) for layer in layers])
 
 
-def per_unit(topology: Topology, axis: Axis, per_input: Inputs) -> Float[Tensor, "layers units"]:
-    """Sum the inputs of each unit."""
-    return per_input.view(len(per_input), topology.width(axis), -1).sum(-1)
+def per_unit(topology: Topology, axis: Axis, per_input: Inputs) -> Float[Tensor, "layers units each"]:
+    """The inputs that belong to each unit."""
+    return per_input.view(len(per_input), topology.width(axis), -1)

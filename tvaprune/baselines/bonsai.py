@@ -102,8 +102,7 @@ def prior_scores(problem: Problem) -> Scores:
     scores: Scores = {}
     for axis in problem.axes:
         magnitudes = column_sums(layers, axis, lambda w: w.double().abs() / len(w))
-        inputs = problem.topology.query_rows if axis == "kv_heads" else 1
-        scores[axis] = (per_unit(problem.topology, axis, magnitudes * rms[axis]) / inputs).float().cpu()
+        scores[axis] = per_unit(problem.topology, axis, magnitudes * rms[axis]).mean(-1).float().cpu()
     return scores
 
 

@@ -53,8 +53,7 @@ def flap_scores(problem: Problem, statistics: dict[Axis, InputStatistics]) -> Sc
         if axis == "kv_heads":
             metric = metric.square()
         standard = (metric - metric.mean(-1, keepdim=True)) / metric.std(-1, keepdim=True)
-        inputs = problem.topology.query_rows if axis == "kv_heads" else 1
-        scores[axis] = (per_unit(problem.topology, axis, standard) / inputs).float()
+        scores[axis] = per_unit(problem.topology, axis, standard).mean(-1).float()
     return scores
 
 

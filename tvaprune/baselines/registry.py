@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.baselines.bonsai import bonsai
 from tvaprune.baselines.depth import depth
 from tvaprune.baselines.flap import flap
@@ -34,11 +35,12 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
 
     Args:
         problem: with all calibration windows; a method uses `options.windows` of them, spread evenly.
-        options: of the method's class in BASELINE_OPTIONS.
+        options: of the method's class in BASELINE_OPTIONS. A class without `windows` gets all.
 
     Raises:
         ValueError: names the parameter that is out of range, or the axes the method cannot prune.
         UnreachableSparsityError: the pruned axes cannot remove so much.
+        ValueError: the method's masks exceed the budget, or do not agree with its scores.
     """
     if method not in BASELINE_OPTIONS:
         raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINE_OPTIONS)}")
@@ -49,8 +51,21 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
     available = len(problem.windows)
     if not available:
         raise ValueError("calibration: no windows")
-    wanted = getattr(options, "windows", 1)
+    wanted = getattr(options, "windows", available)
     spread = torch.linspace(0, available - 1, min(wanted, available)).long()
     axes = tuple(axis for axis in AXES if axis in problem.axes)
     found = _METHODS[method](replace(problem, windows=problem.windows[spread], axes=axes), options)
-    return found if isinstance(found, tuple) else (found, WeightUpdate.none(problem.topology))
+    masks, update = found if isinstance(found, tuple) else (found, WeightUpdate.none(problem.topology))
+    _check_masks(method, problem, masks)
+    return masks, update
+
+
+def _check_masks(method: str, problem: Problem, masks: Masks) -> None:
+    """Raise a ValueError for masks that adaptation or a comparison could not use: a fault of the method's code."""
+    kept = kept_decoder_parameters(problem.topology, masks.keep)
+    budget = (1 - problem.target_sparsity) * dense_decoder_parameters(problem.topology)
+    if kept > budget:
+        raise ValueError(f"{method}: its masks keep {kept:,} parameters of the decoder, the budget is {budget:,.0f}")
+    for axis in AXES:
+        if not torch.equal(masks.keep[axis], masks.score[axis].to(masks.keep[axis].device) > 0):
+            raise ValueError(f"{method}: {axis} keeps other units than those whose score is above 0")

@@ -47,7 +47,7 @@ def wanda_scores(
     scores: Scores = {}
     for axis in problem.axes:
         magnitudes = column_sums(layers, axis, lambda w: w.float().abs())
-        scores[axis] = per_unit(problem.topology, axis, magnitudes * statistics[axis].norm.float())
+        scores[axis] = per_unit(problem.topology, axis, magnitudes * statistics[axis].norm.float()).sum(-1)
     return scores
 
 

@@ -10,20 +10,26 @@ import torch
 from torch import Tensor
 
 from tvaprune.architecture.topology import EMBEDDING, HEAD, cut
-from tvaprune.artifacts import write_json
+from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.fold import along_dimension, fold, scales
 from tvaprune.checkpoint.layouts import Plan, plan
 from tvaprune.checkpoint.tensor_files import Checkpoint, write_checkpoint
-from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.choices import Layout
 
 MODELING_FILE = Path(__file__).with_name("modeling_tvaprune.py")
-# Not copied from the dense directory, and removed from the output directory: weights, and what is written anew.
-_NOT_COPIED = (
+# Removed from the output directory: weights, and what is written anew.
+_STALE = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pth", "*.gguf"),
     *("config.json", "README.md", "parity.json", "parity.tensors", "tvaprune.json", MODELING_FILE.name),
+)
+# Copied from the dense directory, which can also hold its weights for other tools, a .git and caches.
+_COPIED = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.tiktoken"),
+    *("*.jinja", "additional_chat_templates", "generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+    SOURCE_FILE,
 )
 
 
@@ -51,10 +57,14 @@ def compact(dense: Path, masks: Masks, update: WeightUpdate, out: Path, layout: 
     config, source = load_config(dense), Checkpoint.of(dense)
     planned = plan(config, source.info, masks, update, layout)
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (path for pattern in _NOT_COPIED for path in out.glob(pattern)):
+    for stale in (path for pattern in _STALE for path in out.glob(pattern)):
         stale.unlink()
     write_checkpoint(out, planned.tensors, partial(_blocks, planned, source, masks, update), progress="compact")
-    shutil.copytree(dense, out, ignore=shutil.ignore_patterns(*_NOT_COPIED), dirs_exist_ok=True)
+    for path in (path for pattern in _COPIED for path in dense.glob(pattern)):
+        if path.is_dir():
+            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, out / path.name)
     if layout == "uneven":
         shutil.copyfile(MODELING_FILE, out / MODELING_FILE.name)
     write_json(out / "config.json", planned.config)

@@ -7,18 +7,26 @@ padded   uneven masks, zeros up to the widest layer; the base family's own confi
 
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tvaprune.architecture.topology import EMBEDDING, HEAD, ROTARY_FREQUENCIES, Topology, bias_names, cut
+from tvaprune.architecture.topology import (
+    EMBEDDING,
+    HEAD,
+    ROTARY_FREQUENCIES,
+    LayerWidths,
+    Topology,
+    bias_names,
+    cut,
+)
 from tvaprune.checkpoint.fold import can_stay_tied
 from tvaprune.checkpoint.tensor_files import TensorInfo
-from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.choices import Layout
 
 
 @dataclass(frozen=True)
@@ -30,14 +38,6 @@ class Plan:
     tensors: dict[str, TensorInfo]  # by name, in the order of writing
     stay_tied: bool  # embedding and head are one matrix, before and after
     untied: bool  # they were one, and are two now: the head is cut from the embedding
-
-
-class _Sizes(NamedTuple):
-    """Sizes on disk, padding included: the hidden width, and units and key-value heads per layer (0 = no block)."""
-
-    hidden: int
-    intermediate: list[int]
-    kv_heads: list[int]
 
 
 def dense_tensors(config: PreTrainedConfig) -> dict[str, TensorInfo]:
@@ -86,12 +86,12 @@ def plan(
     return Plan(topology, written, tensors, stay_tied, tied and not stay_tied)
 
 
-def _sizes_on_disk(masks: Masks, layout: Layout) -> _Sizes:
+def _sizes_on_disk(masks: Masks, layout: Layout) -> LayerWidths:
     """The masks' widths; where every layer has the same config, each as wide as the widest."""
     widths = masks.widths()
     if not widths["hidden"]:
         raise ValueError("masks: no hidden dimension is kept, so there is no model left")
-    sizes = _Sizes(int(widths["hidden"]), widths["intermediate"].tolist(), widths["kv_heads"].tolist())
+    sizes = LayerWidths.of_counts(widths)
     if layout == "uneven":
         return sizes
     for axis, counts in (("kv_heads", sizes.kv_heads), ("intermediate", sizes.intermediate)):
@@ -100,10 +100,10 @@ def _sizes_on_disk(masks: Masks, layout: Layout) -> _Sizes:
                 f"compact.layout = uniform, but the masks keep {min(counts)} to {max(counts)} of {axis}; run "
                 "adapt_dimensions with the same layout, or use padded"
             )
-    return _Sizes(sizes.hidden, *([max(1, *counts)] * len(counts) for counts in sizes[1:]))
+    return LayerWidths(sizes.hidden, *([max(1, *counts)] * len(counts) for counts in sizes[1:]))
 
 
-def _shape(topology: Topology, name: str, info: TensorInfo, sizes: _Sizes) -> tuple[int, ...]:
+def _shape(topology: Topology, name: str, info: TensorInfo, sizes: LayerWidths) -> tuple[int, ...]:
     where = cut(name)
     layer = where.layer or 0  # tensors outside of the layers count hidden dimensions only
     kv_heads = sizes.kv_heads[layer]
@@ -114,7 +114,7 @@ def _shape(topology: Topology, name: str, info: TensorInfo, sizes: _Sizes) -> tu
     )
 
 
-def _of_an_empty_block(name: str, sizes: _Sizes) -> bool:
+def _of_an_empty_block(name: str, sizes: LayerWidths) -> bool:
     """Whether a tensor belongs to a block that lost every unit."""
     where = cut(name)
     counts = {"attention": sizes.kv_heads, "mlp": sizes.intermediate}.get(where.block or "")
@@ -126,7 +126,7 @@ def _as_json(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in json.loads(config.to_json_string()).items() if key not in left_out}
 
 
-def _uneven_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projection_bias: bool) -> dict[str, Any]:
+def _uneven_config(config: PreTrainedConfig, sizes: LayerWidths, tied: bool, projection_bias: bool) -> dict[str, Any]:
     """The config of `modeling_tvaprune.py`."""
     base = _as_json(config) | {"tie_word_embeddings": tied}
     base.pop("architectures", None)
@@ -151,7 +151,7 @@ def _uneven_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projecti
     }
 
 
-def _stock_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projection_bias: bool) -> dict[str, Any]:
+def _stock_config(config: PreTrainedConfig, sizes: LayerWidths, tied: bool, projection_bias: bool) -> dict[str, Any]:
     """The sizes in the base family's own config, head_dim explicit; ValueError where it does not accept them."""
     topology, kv_heads = Topology.of(config), sizes.kv_heads[0]
     heads = kv_heads * topology.group_size
@@ -175,4 +175,16 @@ def _stock_config(config: PreTrainedConfig, sizes: _Sizes, tied: bool, projectio
         "head_dim": topology.head_dim,
         "tie_word_embeddings": tied,
         **({"attention_bias": True, "mlp_bias": True} if projection_bias else {}),
+        **_older_rope(config),
     }
+
+
+def _older_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary parameters under the names that transformers before 5, and tools of that time, read them by.
+
+    They do not know `rope_parameters`, and would compute with their defaults instead.
+    """
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    theta, kind = parameters.pop("rope_theta", None), parameters.get("rope_type", "default")
+    older: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    return older if kind == "default" else older | {"rope_scaling": parameters}

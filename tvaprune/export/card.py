@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 import tvaprune
 from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.checkpoint.config import PRUNED, load_config
-from tvaprune.masks.adapt import Layout
 from tvaprune.masks.masks import Masks
+from tvaprune.options.choices import Layout
 from tvaprune.proof.certificate import GGUF, Check, hashes
 
 PROVENANCE = "tvaprune.json"

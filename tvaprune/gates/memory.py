@@ -53,7 +53,7 @@ def training_memory(
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
             model.train()
-        weights = sum(weight.nbytes for weight in {id(weight): weight for weight in model.parameters()}.values())
+        weights = sum(weight.nbytes for weight in model.parameters())
         input_ids = torch.zeros(options.batch_size, seq_len, dtype=torch.int64)
         live.restart()
         with GatedModel(model, topology).inserted() as gated:

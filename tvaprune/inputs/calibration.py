@@ -57,7 +57,7 @@ class TokenDocument:
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not (directory / "tokenizer_config.json").is_file():  # transformers would ask a hub for this name
-        raise InputError(f"{directory}: no tokenizer_config.json; run the fetch_inputs stage")
+        raise InputError(f"{directory}: no tokenizer_config.json; a model directory with its tokenizer is expected")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a damaged file raises almost anything
@@ -110,10 +110,12 @@ def sample_windows(
         if short:
             demand = short[0]
             tokens = sum(len(document.tokens) for document in documents)
+            needed = sum(one.samples * one.seq_len for one in demands)
             raise InputError(
                 f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
-                f"which has text for {len(drawn[demand.name])} ({len(documents)} documents and {tokens} tokens for all "
-                f"sets, packing {packing}); add text, ask for fewer windows, or give it less weight in the mix"
+                f"which has text for {len(drawn[demand.name])}: {len(documents)} documents and {tokens:,} tokens for "
+                f"all sets (packing {packing}), which need {needed:,}. Add text, lower samples and finetune_samples, "
+                "or give it less weight in the mix"
             )
         for name, own in drawn.items():
             windows[name] += own

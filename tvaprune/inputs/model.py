@@ -87,7 +87,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Non
     if largest >= vocabulary:
         raise InputError(
             f"the tokenizer has tokens up to the id {largest}, the model a vocabulary of {vocabulary}; it is another "
-            "model's tokenizer"
+            "model's tokenizer, or lacks resize_token_embeddings after tokens were added"
         )
 
 

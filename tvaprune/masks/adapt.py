@@ -1,7 +1,7 @@
 """Kept widths to the hardware's multiples (TVA-Prune section 3.2)."""
 
 from math import lcm
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -10,9 +10,7 @@ from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_widths
 from tvaprune.masks.uniform import UniformWidths, uniform_widths
-
-Rounding = Literal["nearest", "budget"]
-Layout = Literal["uneven", "uniform", "padded"]
+from tvaprune.options.choices import Layout, Rounding
 
 
 def nearest_multiple(count: int, multiple: int, width: int) -> int:

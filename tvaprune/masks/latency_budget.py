@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tvaprune.architecture.topology import LayerWidths, Topology
-from tvaprune.masks.latency_table import AIM, Latency, LatencyTable
+from tvaprune.masks.latency_table import AIM, LatencyTable
 from tvaprune.options.axes import AXES, Axis
+from tvaprune.options.choices import Latency
 
 _ROUNDING = 1e-9  # of sums, relative
 

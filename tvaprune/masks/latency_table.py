@@ -13,11 +13,10 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact, write_csv
 from tvaprune.masks.masks import Masks
 from tvaprune.options.axes import AXES
+from tvaprune.options.choices import Latency
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-# Which latency counts: that of a phase, or of a request: one prefill and `made_on.decode_tokens` steps.
-Latency = Literal["prefill", "decode", "request"]
 LATENCIES: tuple[Latency, ...] = ("prefill", "decode", "request")
 Block = Literal["rest", "attention", "mlp"]
 BLOCKS: tuple[Block, ...] = ("rest", "attention", "mlp")

@@ -12,13 +12,13 @@ import torch
 
 from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
 from tvaprune.architecture.topology import Topology
-from tvaprune.masks.adapt import Layout
 from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.knapsack import Knapsack, Limits
-from tvaprune.masks.latency_table import Latency, LatencyTable
+from tvaprune.masks.latency_table import LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_widths
 from tvaprune.options.axes import Axis
+from tvaprune.options.choices import Latency, Layout
 
 # Faster widths keep at least this share of the parameters, so that the result is comparable with other roundings.
 SAME_PARAMETERS = 0.995

@@ -1,5 +1,7 @@
 """The same widths for every layer, so that the base family's own config describes the pruned model."""
 
+from bisect import bisect_right
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,13 +52,13 @@ def _fitting(topology: Topology, budget: float, candidates: dict[Axis, range]) -
         for hidden in candidates["hidden"]:
             if hidden % topology.hidden_divisor(kv_heads):
                 continue
-            for intermediate in reversed(candidates["intermediate"]):
-                if _parameters(topology, hidden, intermediate, kv_heads) <= budget:
-                    found.append(UniformWidths(hidden, intermediate, kv_heads))
-                    break
+            parameters = partial(_parameters, topology, hidden, kv_heads)
+            fitting = bisect_right(candidates["intermediate"], budget, key=parameters)
+            if fitting:
+                found.append(UniformWidths(hidden, candidates["intermediate"][fitting - 1], kv_heads))
     return found
 
 
-def _parameters(topology: Topology, hidden: int, intermediate: int, kv_heads: int) -> float:
+def _parameters(topology: Topology, hidden: int, kv_heads: int, intermediate: int) -> float:
     full = torch.ones(topology.layers, dtype=torch.float64)
     return float(decoder_parameters(topology, torch.tensor(hidden), full * intermediate, full * kv_heads))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,7 @@ from tvaprune.architecture.topology import SITES, Site, Topology, bias_names, re
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
 from tvaprune.masks.masks import check_shapes
 from tvaprune.options.axes import AXES, Axis
-
-Method = Literal["mean", "none"]
+from tvaprune.options.choices import Fold
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class WeightUpdate:
         return cls({axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}, bias or {}, weight=weight or {})
 
 
-def weight_update(topology: Topology, learned: WeightUpdate, method: Method) -> WeightUpdate:
+def weight_update(topology: Topology, learned: WeightUpdate, method: Fold) -> WeightUpdate:
     """What to fold of what a method learned. mean: all of it; none: its biases and matrices alone."""
     return learned if method == "mean" else WeightUpdate.none(topology, learned.bias, learned.weight)
 

@@ -132,6 +132,7 @@ class LoraPruneOptions(CalibratedOptions):
 class OsscarOptions(CalibratedOptions):
     method = "osscar"
     uniform_share = True
+    refits = True
     axes = UNIT_AXES
     # 512 windows of 512 tokens are as many tokens as the published 128 of 2048.
     windows: Annotated[Count, Field(description="Calibration windows to use, spread evenly over those given.")] = 512

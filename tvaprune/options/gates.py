@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tvaprune.options.axes import UNIT_AXES
+from tvaprune.options.choices import Latency
 from tvaprune.options.method import FORBID_EXTRA, MethodOptions
 
 
@@ -24,7 +25,7 @@ class LatencyGoal:
     """What gates are learned for where the budget is latency."""
 
     phase: Annotated[
-        Literal["prefill", "decode", "request"],
+        Latency,
         Field(description="Whose latency; request: a prefill and profile_hardware.decode_tokens steps."),
     ]
     ratio: Annotated[float, Field(gt=0, lt=1, description="Share of the dense model's latency to stay below.")]

@@ -20,6 +20,7 @@ class MethodOptions:
     method: ClassVar[str]  # value of learn_masks.method
     axes: ClassVar[tuple[Axis, ...]] = AXES  # those that it prunes; the others it leaves whole
     keeps_one_unit: ClassVar[bool] = False  # of each of those axes, in every layer
+    refits: ClassVar[bool] = False  # the matrices that read pruned units, to the widths that it chose
     uniform_share: ClassVar[bool] = False  # the same share of units goes in every layer and on every axis
 
     @classmethod

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from tvaprune.options.choices import WindowCounts
+
 FileType = Literal["bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "int8_wo"]
 TORCHAO = ("int8_wo",)  # model directories in the Hugging Face format; the others are GGUF files
 # Weights that share a scale, along a matrix's rows: each width must be a multiple. 1: any width.
@@ -21,9 +23,6 @@ def _refuse_int4(kind: object) -> object:
     return kind
 
 
-Windows = dict[str, Annotated[int, Field(ge=2)]]
-
-
 @dataclass(frozen=True)
 class QuantizeOptions:
     """Types of files, and the text that they are measured on."""
@@ -34,9 +33,9 @@ class QuantizeOptions:
         Field(min_length=1, description="Types to write, each for every model; int8_wo by torchao, the others GGUF."),
     ]
     window: Annotated[int, Field(ge=2, description="Tokens in a window of the text.")]
-    validation: Annotated[Windows, Field(min_length=1, description="Held-out text -> windows for decisions.")]
+    validation: Annotated[WindowCounts, Field(min_length=1, description="Held-out text -> windows for decisions.")]
     test: Annotated[
-        Windows, Field(description="Held-out text -> windows for the final report; use them for no decision.")
+        WindowCounts, Field(description="Held-out text -> windows for the final report; use them for no decision.")
     ]
     prefill_tokens: Annotated[int, Field(ge=1, description="Prompt length of the prefill timing.")]
     decode_tokens: Annotated[int, Field(ge=1, description="Greedy steps timed after a prompt of as many tokens.")]

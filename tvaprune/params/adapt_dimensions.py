@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from tvaprune.options.choices import Latency, Layout, Rounding
 from tvaprune.options.gates import LatencyGoal
 from tvaprune.params.loading import StageParams
 
@@ -39,10 +40,8 @@ class AdaptDimensionsParams(StageParams):
     ] = Field(
         description="T: widths become multiples of it; one whole number, or one an axis; measured: by profile_hardware."
     )
-    rounding: Literal["nearest", "budget"] = Field(
-        description="Each width by itself, or all within the target; `measured` ignores it."
-    )
-    latency_phase: Literal["prefill", "decode", "request"] = Field(
+    rounding: Rounding = Field(description="Each width by itself, or all within the target; `measured` ignores it.")
+    latency_phase: Latency = Field(
         description="Whose latency `measured` uses; request: a prefill and profile_hardware.decode_tokens steps."
     )
     slack: float = Field(
@@ -50,9 +49,7 @@ class AdaptDimensionsParams(StageParams):
         ge=0,
     )
 
-    layout: Literal["uneven", "uniform", "padded"] = Field(
-        description="compact.layout: a config for all layers alike takes some widths only."
-    )
+    layout: Layout = Field(description="compact.layout: a config for all layers alike takes some widths only.")
 
     latency: LatencyGoal | None = Field(description="learn_masks.latency: learned widths, which are multiples, stay.")
 

@@ -4,13 +4,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tvaprune.options.choices import Layout
 from tvaprune.params.loading import StageParams
 
 
 class CompactParams(StageParams):
     section = "compact"
 
-    layout: Literal["uneven", "uniform", "padded"] = Field(
+    layout: Layout = Field(
         description="uneven: each layer as wide as its mask; uniform, padded: the base family's own config."
     )
     gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(

@@ -1,23 +1,22 @@
 """Parameters of the eval_perplexity stage."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
+from tvaprune.options.choices import WindowCounts
 from tvaprune.params.loading import StageParams
-
-Windows = dict[str, Annotated[int, Field(ge=2)]]
 
 
 class EvalPerplexityParams(StageParams):
     section = "eval_perplexity"
 
     window: int = Field(ge=2, description="tokens in a window; perplexities at different lengths are not comparable")
-    validation: Windows = Field(
+    validation: WindowCounts = Field(
         min_length=1,
         description="held-out text -> windows for decisions, such as the choice of a parameter, spread evenly over it",
     )
-    test: Windows = Field(
+    test: WindowCounts = Field(
         description="held-out text -> windows for the report, not decisions; of documents without validation windows"
     )
     batch_size: int = Field(ge=1, description="windows in one forward; changes speed and memory only")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tvaprune.options.masks import METHOD_OPTIONS
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.params.check_leaks import CheckLeaksParams
@@ -127,8 +128,10 @@ def _steps_between_multiples(profile: ProfileHardwareParams, adapt: AdaptDimensi
 
 
 def _cut_refit(masks: LearnMasksParams, adapt: AdaptDimensionsParams) -> list[str]:
-    """Adaptation drops units that OSSCAR's refitted matrices count on."""
-    if masks.method != "osscar" or adapt.multiples() == (1, 1):
+    """Adaptation drops units that refitted matrices count on."""
+    if not METHOD_OPTIONS[masks.method].refits or adapt.multiples() == (1, 1):
         return []
     found = " and ".join(map(str, dict.fromkeys(adapt.multiples() or ["measured"])))
-    return [f"{adapt.section}.multiple = {found}: osscar refits matrices to the widths that it chooses; set it to 1"]
+    return [
+        f"{adapt.section}.multiple = {found}: {masks.method} refits matrices to the widths that it chooses; set it to 1"
+    ]

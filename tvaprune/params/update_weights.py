@@ -1,13 +1,12 @@
 """Parameters of the update_weights stage."""
 
-from typing import Literal
-
 from pydantic import Field
 
+from tvaprune.options.choices import Fold
 from tvaprune.params.loading import StageParams
 
 
 class UpdateWeightsParams(StageParams):
     section = "update_weights"
 
-    method: Literal["mean", "none"] = Field(description="Fold the gates' means into the weights, or nothing.")
+    method: Fold = Field(description="Fold the gates' means into the weights, or nothing.")

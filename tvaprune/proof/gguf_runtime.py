@@ -31,7 +31,8 @@ def greedy_steps(file: Path, prompts: list[list[int]], tokens: int, top: int = 1
     """Generate greedily, and do not stop at end-of-text tokens; in float32, whatever the weights are stored in.
 
     Nothing is put before the prompts. `top` is how many of the likeliest tokens to give probabilities of; with all of
-    the vocabulary they are the logits but for one constant a step.
+    the vocabulary they are the logits but for one constant a step. Where the next token is part of a character, whose
+    bytes are no text, llama.cpp's server does not say which it is: the steps of that prompt end before it.
 
     Raises:
         MissingPackageError: xllamacpp is not installed.
@@ -110,7 +111,10 @@ def _generate(server: Any, prompt: list[int], tokens: int, top: int) -> list[Gre
     ids = list(prompt)
     for _ in range(tokens):
         request = {"prompt": ids, "max_tokens": 1, "temperature": 0, "n_probs": top, "cache_prompt": True}
-        (best,) = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+        answer = server.handle_completions(request)["choices"][0]["logprobs"]
+        if answer is None:
+            break
+        (best,) = answer["content"]
         steps.append(GreedyStep(best["id"], {one["id"]: one["logprob"] for one in best["top_logprobs"]}))
         ids.append(best["id"])
     return steps

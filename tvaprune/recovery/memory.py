@@ -92,4 +92,4 @@ class _KeptStates(Teacher):
 
 
 def _bytes(model: PreTrainedModel) -> int:
-    return sum(weight.nbytes for weight in {id(weight): weight for weight in model.parameters()}.values())
+    return sum(weight.nbytes for weight in model.parameters())

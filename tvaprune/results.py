@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tvaprune.measures import markdown
@@ -22,10 +23,33 @@ MODELS = {"artifacts/compact": "the pruned model", "artifacts/finetuned": "the p
 
 
 def workspace_run(directory: Path = Path()) -> SavedRun:
-    """metrics/*.json and params.yaml as a saved run; of the default run where they are as in git."""
-    params = read_yaml(directory / "params.yaml")
-    metrics = {path.stem: json.loads(path.read_text()) for path in (directory / "metrics").glob("*.json")}
+    """metrics/*.json and params.yaml as a saved run; of the default run where they are as in git.
+
+    Without the metrics `of_another_run`.
+    """
+    params, old = read_yaml(directory / "params.yaml"), of_another_run(directory)
+    files = [path for path in (directory / "metrics").glob("*.json") if path.stem not in old]
+    metrics = {path.stem: json.loads(path.read_text()) for path in files}
     return {"name": WORKSPACE, "seed": params["seed"], "params": params, "metrics": metrics}
+
+
+def of_another_run(directory: Path = Path()) -> list[str]:
+    """The metrics of stages that ran on other artifacts than those that are here, by dvc.lock; sorted.
+
+    So where a parameter was changed and only a part of the pipeline ran again.
+    """
+    lock = directory / "dvc.lock"
+    stages = read_yaml(lock)["stages"] if lock.is_file() else {}
+    made = {out["path"]: (name, out["md5"]) for name, stage in stages.items() for out in stage.get("outs", [])}
+
+    @cache
+    def old(name: str) -> bool:
+        read = [(made[dep["path"]], dep["md5"]) for dep in stages[name].get("deps", []) if dep["path"] in made]
+        return any(md5 != found or old(maker) for (maker, found), md5 in read)
+
+    return sorted(
+        Path(path).stem for path, (name, _) in made.items() if Path(path).match("metrics/*.json") and old(name)
+    )
 
 
 def own_table(run: SavedRun) -> str:

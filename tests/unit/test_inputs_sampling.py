@@ -57,10 +57,10 @@ def source_of(folder: Path, kind: str, documents: int = 60, seed: int = 0) -> Te
 
 
 def taken(source: TextHub | TextLocal, read: list[int] | None = None, **options: Any) -> list[Document]:
-    def document_of(row: dict[str, str], field: str, where: str, number: str) -> Document:
+    def document_of(row: dict[str, str], field: str, where: str, number: str, tidy: Any) -> Document:
         if read is not None:
             read.append(int(number))
-        return real_document_of(row, field, where, number)
+        return real_document_of(row, field, where, number, tidy)
 
     real_document_of = module.document_of
     with pytest.MonkeyPatch.context() as patch, ResumableRun("fetch_inputs", {}, []) as state:

@@ -172,6 +172,16 @@ def test_documents_survive_a_round_trip(tmp_path: Path) -> None:
         load_texts(tmp_path)
 
 
+def test_a_users_own_text_keeps_its_spaces(tmp_path: Path) -> None:
+    """Code without its indentation would be learned from, and measured, as what it is not."""
+    code = "    if x:\n\n\n        return  1"
+    (tmp_path / "a.txt").write_bytes(f"\r\n \r\n{code}  \r\n".replace("\n\n\n", "\r\n\r\n\r\n").encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": f"\n{code}\n"}))
+    with ResumableRun("fetch_inputs", {}, []) as state:
+        own = list(read_documents(TextLocal(label="x", kind="code", path=tmp_path), tmp_path / "unused", state))
+    assert [document.text for document in own] == [code, code]
+
+
 def test_lines_of_wikitext_become_articles(tmp_path: Path) -> None:
     lines = [
         "",
@@ -193,6 +203,10 @@ def test_lines_of_wikitext_become_articles(tmp_path: Path) -> None:
         Document("0", "= Valkyria =\nIt is a game .\n= = Plot = =\nWar .", "Valkyria"),
         Document("1", "= 1 = 2 =\nA sum .", "1 = 2"),
     ]
+    text = tmp_path / "train.txt"
+    text.write_text("\n".join(line.strip("\n") for line in lines))
+    with ResumableRun("fetch_inputs", {}, []) as state:
+        assert list(read_documents(source.model_copy(update={"path": text}), tmp_path / "unused", state)) == articles
     with pytest.raises(ValueError, match="documents = 5 samples rows, which are lines in wikitext"):
         TextLocal(label="x", kind="wikipedia", path=file, format="wikitext", documents=5)
 

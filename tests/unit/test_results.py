@@ -16,7 +16,7 @@ from tools import results, run_rows
 from tools.results import Results
 from tools.saved_runs import Run, record, save
 from tvaprune.measures.columns import COLUMNS, cell, column, value_at
-from tvaprune.results import own_table, what_to_do_next
+from tvaprune.results import of_another_run, own_table, what_to_do_next, workspace_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "metrics/results"
@@ -496,6 +496,34 @@ def test_the_own_table_has_no_empty_columns_and_no_empty_rows() -> None:
     assert not any(line.startswith("| pruned + LoRA") for line in lines)
     with pytest.raises(ValueError, match="run dvc repro first"):
         own_table({"name": "default", "seed": 0, "params": {}, "metrics": {}})
+
+
+def test_figures_of_another_run_are_left_out(tmp_path: Path) -> None:
+    """compact ran again, and eval_perplexity after it; the speed is that of the model before."""
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    (tmp_path / "metrics").mkdir()
+    for name in ("masks", "compact", "perplexity", "speed"):
+        (tmp_path / "metrics" / f"{name}.json").write_text("{}")
+    assert set(workspace_run(tmp_path)["metrics"]) == {"masks", "compact", "perplexity", "speed"}  # no dvc.lock
+
+    def stage(outs: dict[str, str], deps: dict[str, str]) -> dict[str, Any]:
+        kinds = {"deps": deps, "outs": outs}
+        return {kind: [{"path": path, "md5": md5} for path, md5 in files.items()] for kind, files in kinds.items()}
+
+    def lock(masks: str) -> None:
+        stages = {
+            "learn_masks": stage({"artifacts/masks": masks, "metrics/masks.json": "1"}, {"data/model": "1"}),
+            "compact": stage({"artifacts/compact": "2", "metrics/compact.json": "2"}, {"artifacts/masks": "1"}),
+            "eval_perplexity": stage({"metrics/perplexity.json": "1"}, {"artifacts/compact": "2"}),
+            "benchmark_speed": stage({"metrics/speed.json": "1"}, {"artifacts/compact": "1"}),
+        }
+        (tmp_path / "dvc.lock").write_text(json.dumps({"stages": stages}))
+
+    lock(masks="1")
+    assert of_another_run(tmp_path) == ["speed"]
+    assert set(workspace_run(tmp_path)["metrics"]) == {"masks", "compact", "perplexity"}
+    lock(masks="3")  # learned anew, and nothing after it
+    assert of_another_run(tmp_path) == ["compact", "perplexity", "speed"]
 
 
 def test_what_to_do_next_names_the_models_that_are_there(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ class Document:
     title: str | None = None  # of an article, where the source has one
 
 
+Tidy = Callable[[str], str]  # what is done to a text when it is read: `plain` or `clean`
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 
 
@@ -79,18 +80,23 @@ def field_of(row: Any, text_field: TextField, where: str) -> str:
     return text or ""
 
 
-def document_of(row: Any, text_field: TextField, where: str, default_id: str) -> Document:
-    """A row's text, cleaned; its `id` and `title` where it has them."""
+def document_of(row: Any, text_field: TextField, where: str, default_id: str, tidy: Tidy) -> Document:
+    """A row's text, after `tidy`; its `id` and `title` where it has them."""
     text, title = field_of(row, text_field, where), row.get("title")
     title = title if isinstance(title, str) and normalise_title(title) else None
-    return Document(id=str(row.get("id", default_id)), text=clean(text), title=title)
+    return Document(id=str(row.get("id", default_id)), text=tidy(text), title=title)
+
+
+def plain(text: str) -> str:
+    """Plain line ends, and no empty lines around the text; what is inside stays, indentation too."""
+    # Half a surrogate pair, as scraped text has, becomes a replacement character: no file could hold it.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub(r"\A(?:[^\S\n]*\n)+", "", text.replace("\r\n", "\n").replace("\r", "\n")).rstrip()
 
 
 def clean(text: str) -> str:
-    """Plain line ends, single spaces, at most one empty line in a row."""
-    # Half a surrogate pair, as scraped text has, becomes a replacement character: no file could hold it.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    text = re.sub(r"[^\S\n]+", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    """As `plain`, with single spaces, no indentation, and at most one empty line in a row: for prose."""
+    text = re.sub(r"[^\S\n]+", " ", plain(text))
     return re.sub(r" *\n *", "\n", re.sub(r"\n\s*\n", "\n\n", text)).strip()
 
 

@@ -16,9 +16,11 @@ from tvaprune.artifacts import read_json_lines
 from tvaprune.inputs.documents import (
     TEXT_SUFFIXES,
     Document,
+    Tidy,
     clean,
     document_of,
     field_of,
+    plain,
     read_rows,
     read_text,
     text_files,
@@ -49,20 +51,23 @@ def read_documents(source: TextSource, folder: Path, state: SavedState) -> Itera
         return _read_package(source, folder)
     if source.documents:
         return sample(source, state)
-    rows = _read_hub(source) if isinstance(source, TextHub) else _read_files(source.path, source.text_field)
+    rows = _read_hub(source) if isinstance(source, TextHub) else _read_files(source.path, source.text_field, plain)
     return _articles(rows) if source.format == "wikitext" else rows
 
 
-def _articles(lines: Iterable[Document]) -> Iterator[Document]:
-    """WikiText's articles: from a line "= Title =" to the next; sections have more signs. Empty lines are left out."""
+def _articles(documents: Iterable[Document]) -> Iterator[Document]:
+    """WikiText's articles: from a line "= Title =" to the next; sections have more signs. Empty lines are left out.
+
+    The lines are rows of a data set, or those of its files.
+    """
     number, title, own = 0, None, list[str]()
-    for line in lines:
-        if heading := _WIKITEXT_TITLE.fullmatch(line.text):
+    for line in (line.strip() for document in documents for line in document.text.split("\n")):
+        if heading := _WIKITEXT_TITLE.fullmatch(line):
             if own:
                 yield Document(str(number), "\n".join(own), title)
                 number += 1
             title, own = heading[1], []
-        own += [line.text] if line.text else []
+        own += [line] if line else []
     if own:
         yield Document(str(number), "\n".join(own), title)
 
@@ -86,27 +91,27 @@ def _read_package(source: TextPackage, folder: Path) -> Iterator[Document]:
             name = file.name if file == path else file.relative_to(path).as_posix()
             yield Document(id=name, text=read_text(file).strip())
     elif source.format == "transcripts":
-        for document in _read_files(path, source.text_field):
+        for document in _read_files(path, source.text_field, clean):
             yield Document(document.id, clean_transcript(document.text))
     else:
-        yield from _read_files(path, source.text_field)
+        yield from _read_files(path, source.text_field, clean)
 
 
 def _read_hub(source: TextHub) -> Iterator[Document]:
     with hub_errors(source):
         for number, row in enumerate(Progress(_hub_rows(source), desc=source.repo, unit=" documents")):
-            yield document_of(row, source.text_field, f"{source} row {number}", str(number))
+            yield document_of(row, source.text_field, f"{source} row {number}", str(number), plain)
 
 
-def _read_files(path: Path, text_field: TextField) -> Iterator[Document]:
-    """Documents of a file, or of all files below a directory, in name order."""
+def _read_files(path: Path, text_field: TextField, tidy: Tidy) -> Iterator[Document]:
+    """Documents of a file, or of all files below a directory, in name order, each text after `tidy`."""
     for file in text_files(path):
         name = file.name if file == path else file.relative_to(path).as_posix()
         if file.suffix.lower() == ".txt":
-            yield Document(id=name[: -len(".txt")], text=clean(read_text(file)))
+            yield Document(id=name[: -len(".txt")], text=tidy(read_text(file)))
             continue
         for number, row in enumerate(read_rows(file)):
-            yield document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}")
+            yield document_of(row, text_field, f"{name} row {number}", f"{name.rsplit('.', 1)[0]}/{number}", tidy)
 
 
 def _read_requests(path: Path, text_field: TextField) -> Iterator[Document]:
@@ -192,7 +197,8 @@ def _take(
     ):
         file.truncate(length)  # what was written after the state was saved comes again
         for row in stream:
-            document = vars(document_of(row, source.text_field, f"{source}, row {number} of the sample", str(number)))
+            where = f"{source}, row {number} of the sample"
+            document = vars(document_of(row, source.text_field, where, str(number), plain))
             index = random.Random(f"{source.seed} {number}").randrange(buffer)
             number += 1
             if len(held) < buffer:

@@ -8,12 +8,14 @@ from stages._command import command
 from stages._options import Heldout, Marker, Model, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import check_context, load_config
+from tvaprune.export.gguf import check_export
 from tvaprune.export.widths import check_group_multiples, check_types, check_widths
 from tvaprune.inputs.calibration import load_tokenizer
 from tvaprune.inputs.documents import load_texts
 from tvaprune.masks.adapt import check_multiples
 from tvaprune.measures.perplexity import heldout_windows
 from tvaprune.methods import check_request
+from tvaprune.options.quantize import TORCHAO
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 from tvaprune.params.benchmark_speed import BenchmarkSpeedParams
 from tvaprune.params.compact import CompactParams
@@ -33,8 +35,8 @@ def main(
     """Reads the config and the tokenizer of data/model, data/heldout and params.yaml (learn_masks, adapt_dimensions,
     sparsity, seed, quantize, the lengths of windows and prompts, and the windows of eval_perplexity); writes
     artifacts/model.ok. A sparsity that no mask reaches, axes that the method cannot prune, a multiple that does not
-    divide a width or does not fit a quantised type, a length beyond the model's context, or too little held-out text
-    stops `dvc repro` here, not after the learning.
+    divide a width or does not fit a quantised type, a model that GGUF cannot hold, a length beyond the model's context,
+    or too little held-out text stops `dvc repro` here, not after the learning.
     """
     learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
     windows, cut = SampleCalibrationParams.load(params_file), CompactParams.load(params_file)
@@ -72,6 +74,8 @@ def main(
             fg="yellow",
             err=True,
         )
+    if cut.gguf or (quantised.enabled and set(quantised.types) - set(TORCHAO)):
+        check_export(model, cut.layout)
     texts, tokenizer = load_texts(heldout), load_tokenizer(model)
     for measured in (perplexity, quantised) if quantised.enabled else (perplexity,):
         heldout_windows(texts, tokenizer, measured.window, measured.validation, measured.test)  # raises if too short

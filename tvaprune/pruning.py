@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,14 @@ def prune(
     """Prune a causal LM on the given texts, and return the smaller model, ready for inference, on the CPU.
 
     Seed 0, windows of 512 tokens or the model's context if that is shorter. Widths are in multiples of 32 where the
-    model's are, but not of a method that refits matrices, which count on every unit that it keeps. The pipeline (`dvc
-    repro`) has a parameter for each of these, proves the result and measures it.
+    model's are and the target leaves such widths, but not of a method that refits matrices, which count on every unit
+    that it keeps. The pipeline (`dvc repro`) has a parameter for each of these, proves the result and measures it.
 
     Args:
         model: dense, on the device to compute on. It is left as it was.
         texts: what masks are learned on. A few hundred pages; more kinds of text generalise better.
         sparsity: share of the decoder layers' parameters to remove, at least 0 and below 1.
-        method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. All axes that it prunes are in play.
+        method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. All axes that it prunes are pruned.
         options: an instance of the method's class there; None: its defaults.
         windows: windows of text to learn on.
         out: new or empty directory to write the pruned model and the tokenizer to; None: they are not kept.
@@ -127,7 +128,11 @@ def _learn(
     multiple = (math.gcd(MULTIPLE, topology.hidden), math.gcd(MULTIPLE, topology.intermediate))
     if found.update.weight:
         multiple = (1, 1)
-    return adapt(topology, found.masks, sparsity, "budget", *multiple), found.update
+    try:
+        return adapt(topology, found.masks, sparsity, "budget", *multiple), found.update
+    except ValueError as error:  # what was learned is not lost
+        warnings.warn(f"the widths are no multiples of {multiple}: {error}", stacklevel=3)
+        return found.masks, found.update
 
 
 def require_empty(directory: Path) -> None:

@@ -17,7 +17,7 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint import tensor_files
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
-from tvaprune.export.gguf import interleave, write_gguf
+from tvaprune.export.gguf import check_export, interleave, write_gguf
 from tvaprune.export.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
@@ -107,6 +107,18 @@ def test_a_padded_model_runs_alike_in_llama_cpp(family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["llama_tied", "llama_bias", "mistral", "qwen2"])
 def test_uneven_layers_run_alike_in_llama_cpp(family: str, empty_layer: int | None, tmp_path: Path) -> None:
     assert_exports_alike(pruned(family, tmp_path, masks_of(family, empty_layer)), "deci")
+
+
+def test_what_no_pruned_model_could_be_exported_as_is_refused_before_the_learning(tmp_path: Path) -> None:
+    qwen = saved("qwen3", tmp_path / "qwen3")
+    check_export(qwen, "padded")
+    with pytest.raises(ValueError, match="uneven layers of qwen3"):
+        check_export(qwen, "uneven")
+    llama = saved("llama", tmp_path / "llama")
+    check_export(llama, "uneven")
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="no tokenizer to export"):
+        check_export(llama, "uneven")
 
 
 @torch.inference_mode()

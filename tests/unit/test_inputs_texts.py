@@ -95,7 +95,7 @@ def test_scraped_files_are_read(tmp_path: Path) -> None:
 
 def test_several_fields_are_joined_by_an_empty_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"problem": "What is\\t2 + 2?", "solution": "4."}\n')
-    assert read(tmp_path / "a.jsonl", ("problem", "solution")) == [Document("a/0", "What is 2 + 2?\n\n4.")]
+    assert read(tmp_path / "a.jsonl", ("problem", "solution")) == [Document("a/0", "What is\t2 + 2?\n\n4.")]
     with pytest.raises(InputError, match="no field 'answer'; it has problem, solution"):
         read(tmp_path / "a.jsonl", ("problem", "answer"))
 

@@ -14,7 +14,7 @@ from tvaprune.architecture.parameter_counts import dense_decoder_parameters
 from tvaprune.architecture.topology import Topology, UnsupportedModelError
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.inputs.sources import InputError
-from tvaprune.options.baselines import FlapOptions
+from tvaprune.options.baselines import FlapOptions, RandomOptions
 from tvaprune.options.gates import GraspruneOptions, TvaOptions
 from tvaprune.pruning import prune_directory
 
@@ -115,3 +115,12 @@ def test_a_second_copy_of_the_weights_is_not_read_and_a_missing_tensor_is_seen_f
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is missing"):
         prune_directory(dense, ["never read"], tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("default")
+def test_where_no_multiples_meet_the_target_the_learned_widths_stay(tokenizer) -> None:
+    model = tiny_model("llama")
+    arguments = {"method": "random", "options": RandomOptions(0, 0), "windows": 4}
+    with pytest.warns(UserWarning, match="the widths are no multiples of .*exceeds the budget"):
+        small = tvaprune.prune(model, tokenizer, TEXTS, sparsity=0.9, **arguments)
+    assert decoder_parameters(small) <= 0.1 * dense_decoder_parameters(Topology.of(model.config))

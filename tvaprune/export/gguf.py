@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.tensor_files import Checkpoint
-from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, plan_gguf
+from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, check_uneven, plan_gguf
 from tvaprune.export.gguf_tokenizer import add_tokenizer
+from tvaprune.options.choices import Layout
 from tvaprune.progress import Progress
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -55,6 +56,15 @@ def write_gguf(directory: Path, file: Path, dtype: GgufDtype) -> None:
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
+
+
+def check_export(dense: Path, layout: Layout) -> None:
+    """Raise the ValueError with which `write_gguf` would refuse the pruned model, where the dense one shows it."""
+    config = load_config(dense)
+    plan = plan_gguf(dense, config, Checkpoint.of(dense))
+    if layout == "uneven":
+        check_uneven(dense, plan.topology, config.model_type)
+    add_tokenizer(gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[plan.arch]), dense, config.vocab_size)
 
 
 def _add_metadata(writer: gguf.GGUFWriter, plan: GgufPlan, dtype: GgufDtype) -> None:

@@ -62,11 +62,8 @@ def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint)
         kv_heads[0] * topology.query_rows != config.hidden_size or getattr(config, "projection_bias", False)
     ):
         arch = gguf.MODEL_ARCH.LLAMA
-    if arch == gguf.MODEL_ARCH.DECI and topology.qk_norm:
-        raise ValueError(
-            f"{directory}: uneven layers of {family} cannot be exported to GGUF: llama.cpp's architecture with widths "
-            "per layer has no norms of queries and keys; use compact.layout = padded, or uniform"
-        )
+    if arch == gguf.MODEL_ARCH.DECI:
+        check_uneven(directory, topology, family)
     _check_config(directory, config)
     expected = dense_tensors(config)
     _check_tensors(directory, expected, checkpoint, bool(config.tie_word_embeddings))
@@ -91,6 +88,15 @@ def plan_gguf(directory: Path, config: PreTrainedConfig, checkpoint: Checkpoint)
         names={name: _file_name(directory, arch, mapping, name) for name in expected},
         frequency_factors=_frequency_factors(directory, config, arch),
     )
+
+
+def check_uneven(directory: Path, topology: Topology, family: str) -> None:
+    """Raise a ValueError for a family whose uneven layers llama.cpp does not run."""
+    if topology.qk_norm:
+        raise ValueError(
+            f"{directory}: uneven layers of {family} cannot be exported to GGUF: llama.cpp's architecture with widths "
+            "per layer has no norms of queries and keys; use compact.layout = padded, or uniform"
+        )
 
 
 def _check_config(directory: Path, config: PreTrainedConfig) -> None:

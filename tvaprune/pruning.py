@@ -46,7 +46,7 @@ def prune(
         model: dense, on the device to compute on. It is left as it was.
         texts: what masks are learned on. A few hundred pages; more kinds of text generalise better.
         sparsity: share of the decoder layers' parameters to remove, at least 0 and below 1.
-        method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. All axes that it prunes are pruned.
+        method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. It prunes all axes that it can.
         options: an instance of the method's class there; None: its defaults.
         windows: windows of text to learn on.
         out: new or empty directory to write the pruned model and the tokenizer to; None: they are not kept.

@@ -94,9 +94,9 @@ def _table(title: str, rows: list[Row], level: int = 2, value: str = "Value") ->
 def _type(field: Schema, root: Schema) -> str:
     if "$ref" in field:
         whole = _resolved(field, root)
-        if "properties" not in whole or _is_source(whole):
-            return "a source" if _is_source(whole) else _type(whole, root)
-        return f"mapping {{{', '.join(whole['properties'])}}}"
+        if "properties" not in whole:
+            return _type(whole, root)
+        return "a source" if _is_source(whole) else f"mapping {{{', '.join(whole['properties'])}}}"
     for choice in ("anyOf", "oneOf"):
         if choice in field:
             return " or ".join(dict.fromkeys(_type(one, root) for one in field[choice]))

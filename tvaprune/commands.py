@@ -240,10 +240,11 @@ def import_masks(
 @app.command()
 def results() -> None:
     """Print the table of the last run in this directory, what it made, and what to do with it."""
-    from tvaprune.results import of_another_run, own_table, what_to_do_next, workspace_run
+    from tvaprune.results import own_table, what_to_do_next, workspace_run
 
-    echo(own_table(workspace_run()))
-    if old := of_another_run():
+    run = workspace_run()
+    echo(own_table(run))
+    if old := run["left_out"]:
         echo(f"\nLeft out, because it was measured before other stages ran again: {', '.join(old)}. Run dvc repro.")
     echo()
     for line in what_to_do_next():

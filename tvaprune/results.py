@@ -25,12 +25,12 @@ MODELS = {"artifacts/compact": "the pruned model", "artifacts/finetuned": "the p
 def workspace_run(directory: Path = Path()) -> SavedRun:
     """metrics/*.json and params.yaml as a saved run; of the default run where they are as in git.
 
-    Without the metrics `of_another_run`.
+    Without the metrics `of_another_run`, which `left_out` names.
     """
     params, old = read_yaml(directory / "params.yaml"), of_another_run(directory)
     files = [path for path in (directory / "metrics").glob("*.json") if path.stem not in old]
     metrics = {path.stem: json.loads(path.read_text()) for path in files}
-    return {"name": WORKSPACE, "seed": params["seed"], "params": params, "metrics": metrics}
+    return {"name": WORKSPACE, "seed": params["seed"], "params": params, "metrics": metrics, "left_out": old}
 
 
 def of_another_run(directory: Path = Path()) -> list[str]:

@@ -13,7 +13,8 @@ from tvaprune.checkpoint.config import load_config
 from tvaprune.masks.adapt import adapt, adapt_metrics
 from tvaprune.masks.latency_table import PHASES, latency_metrics, read_table
 from tvaprune.masks.masks import read_masks, write_masks
-from tvaprune.masks.measured import adapt_measured
+from tvaprune.masks.measured import widths_within_parameters
+from tvaprune.masks.projection import keep_widths
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
 
 
@@ -40,9 +41,10 @@ def main(
         after = adapt(topology, before, params.sparsity, params.rounding, *multiples, layout=params.layout)
     else:
         table = read_table(profile, topology)
-        after = adapt_measured(
+        chosen = widths_within_parameters(
             topology, before, table, params.latency_phase, params.layout, params.sparsity, params.slack
         )
+        after = keep_widths(before, chosen.hidden, chosen.intermediate, chosen.kv_heads)
     _, meta = read_artifact(masks, "masks")
     made_with = meta["made_with"] | params.used()
     write_masks(adapted, after, made_with=made_with, validation_ppl=meta["validation_ppl"])

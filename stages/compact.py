@@ -16,7 +16,7 @@ from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.report import measured, sizes
 from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.cost import peak_memory_bytes
-from tvaprune.export.card import Base, Provenance, widths_of
+from tvaprune.export.card import Base, Provenance
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.seal import certify, require
 from tvaprune.masks.masks import read_masks
@@ -63,7 +63,7 @@ def main(
     _, meta = read_artifact(adapted, "masks")
     made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
     figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}
-    made = Provenance(Base.of(model), params.layout, widths_of(masks), made_with, figures)
+    made = Provenance(Base.of(model), params.layout, meta["widths"], made_with, figures)
     checks = certify(out, reference, bound, made, [parity, folded_right])
     require(out, checks)
     echo(f"{report['params_kept']} parameters")

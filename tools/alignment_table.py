@@ -30,7 +30,8 @@ from tvaprune.inputs.documents import load_texts
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES, LatencyTable, read_table
 from tvaprune.masks.masks import Masks, read_masks
-from tvaprune.masks.measured import adapt_measured
+from tvaprune.masks.measured import widths_within_parameters
+from tvaprune.masks.projection import keep_widths
 from tvaprune.masks.update import WeightUpdate, read_update
 from tvaprune.measures import markdown
 from tvaprune.measures.latency import Benchmark
@@ -54,7 +55,10 @@ def alternatives(
     topology: Topology, masks: Masks, table: LatencyTable, params: AdaptDimensionsParams
 ) -> dict[str, Masks]:
     """Masks by name: dense, each multiple, measured."""
-    measured = adapt_measured(topology, masks, table, params.latency_phase, "uneven", params.sparsity, params.slack)
+    chosen = widths_within_parameters(
+        topology, masks, table, params.latency_phase, "uneven", params.sparsity, params.slack
+    )
+    measured = keep_widths(masks, chosen.hidden, chosen.intermediate, chosen.kv_heads)
     return {"dense": Masks.dense(topology), **by_multiple(topology, masks, params.sparsity), "measured": measured}
 
 

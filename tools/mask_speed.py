@@ -23,7 +23,7 @@ from tvaprune.checkpoint.random_model import random_models
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES
-from tvaprune.masks.masks import Masks, read_masks
+from tvaprune.masks.masks import read_masks
 from tvaprune.measures import markdown
 from tvaprune.measures.latency import Benchmark, Phase, compare
 from tvaprune.measures.machine import machine_name
@@ -80,10 +80,7 @@ def main(
     if multiple > 1:
         kept = adapt(topology, kept, target or sparsity(topology, kept.widths()), "budget", multiple, multiple)
     chosen, how = pick_dtype(device, dtype), pick_runtime(runtime, device)  # type: ignore[arg-type]
-    widths = {
-        name: LayerWidths.of_counts(each.widths())
-        for name, each in {"dense": Masks.dense(topology), "pruned": kept}.items()
-    }
+    widths = {"dense": LayerWidths.dense(topology), "pruned": LayerWidths.of_counts(kept.widths())}
     benchmark = Benchmark(prefill_tokens, decode_prompt_tokens, decode_tokens, repeats, max_warmup=3)
     sizes = [int(size) for size in batch_sizes.split(",")]
     timed = time_widths(config, widths, sizes, benchmark, how, chosen, device)

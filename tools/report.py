@@ -6,6 +6,7 @@ names the runs that it has no figures for. It is no stage: a stage that depends 
 them. `--pictures docs/pictures` draws the last run's figures from metrics/ as SVG files instead.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 from typer import Option, echo
 
 from stages._command import command
-from tools.saved_runs import Run, git, read_saved, record
+from tools.saved_runs import Run, experiment_refs, read_saved, record
 from tvaprune.artifacts import ArtifactError
 from tvaprune.masks.latency_table import PHASES
 from tvaprune.measures.columns import value_at
@@ -59,11 +60,14 @@ def compared(runs: dict[str, dict[str, Any]]) -> list[Compared]:
 
 
 def experiments() -> dict[str, Run]:
-    """The runs that `dvc exp` keeps, and the workspace's."""
-    refs = [ref for ref in git("for-each-ref", "--format=%(refname)", "refs/exps").split() if ref.count("/") == 4]
-    return {ref.rpartition("/")[2]: Run.of_experiment(ref.rpartition("/")[2]) for ref in refs} | {
-        "workspace": Run.of_workspace()
-    }
+    """The runs that `dvc exp` keeps, and the workspace's. A name that several have is followed by its commit."""
+    refs = experiment_refs()
+    counts = Counter(ref.rpartition("/")[2] for ref in refs)
+    found = {"workspace": Run.of_workspace()}
+    for ref in refs:
+        run, name = Run.of_ref(ref), ref.rpartition("/")[2]
+        found[name if counts[name] == 1 else f"{name} ({run.commit[:7]})"] = run
+    return found
 
 
 def comparison(runs: list[Compared]) -> Report:

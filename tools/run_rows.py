@@ -42,7 +42,6 @@ class Row(BaseModel):
 
     set: dict[str, Any] = Field(default={}, description="Dotted keys of params.yaml and their values.")
     target: str | list[str] = Field(default="eval_perplexity", description="Stages to reproduce.")
-    about: str = Field(default="", description="What it is for.")
 
     @property
     def targets(self) -> list[str]:
@@ -64,10 +63,10 @@ class Rows(Row):
         for values in product(*self.each.values()):
             given = dict(zip(self.each, values, strict=True))
             try:
-                name, about = (text.format(**given) for text in (template, self.about))
+                name = template.format(**given)
             except KeyError as error:
                 raise ValueError(f"{{{error.args[0]}}} is no key of `each`") from None
-            yield name, Row(set={**given, **self.set}, target=self.target, about=about)
+            yield name, Row(set={**given, **self.set}, target=self.target)
 
 
 def read_rows(path: Path = DEFINITIONS) -> dict[str, Row]:

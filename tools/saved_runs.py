@@ -43,7 +43,7 @@ def saved_path(name: str) -> Path:
     return SAVED / f"{name}.json"
 
 
-def read_saved(folder: Path = SAVED) -> dict[str, dict[str, Any]]:
+def read_saved(folder: Path) -> dict[str, dict[str, Any]]:
     """All saved runs by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
@@ -54,6 +54,11 @@ def git(*arguments: str) -> str:
     if done.returncode:
         raise ValueError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
+
+
+def experiment_refs() -> list[str]:
+    """Where `dvc exp` keeps runs: refs/exps/<the commit it started from, after two digits a slash>/NAME."""
+    return [ref for ref in git("for-each-ref", "--format=%(refname)", "refs/exps").split() if ref.count("/") == 4]
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,15 @@ class Run:
 
     @classmethod
     def of_experiment(cls, name: str) -> "Run":
-        """The run that `dvc exp` keeps under a name: a commit at refs/exps/<the commit it started from>/NAME."""
-        refs = [ref for ref in git("for-each-ref", "--format=%(refname)", "refs/exps").split() if ref.count("/") == 4]
-        found = [ref for ref in refs if ref.rpartition("/")[2] == name]
+        """The run that `dvc exp` keeps under a name, which has to be one experiment's."""
+        found = [ref for ref in experiment_refs() if ref.rpartition("/")[2] == name]
         if len(found) != 1:
             raise ValueError(f"{name}: {len(found)} experiments have this name; `dvc exp show` lists them")
-        (ref,) = found
+        return cls.of_ref(found[0])
+
+    @classmethod
+    def of_ref(cls, ref: str) -> "Run":
+        """The run of an experiment's ref."""
         commit = "".join(ref.split("/")[2:4])
         files = set(git("ls-tree", "-r", "--name-only", ref).splitlines())
 

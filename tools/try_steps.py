@@ -28,17 +28,25 @@ from tvaprune.checkpoint.random_model import random_models
 from tvaprune.cost import peak_memory_bytes
 from tvaprune.device import pick_device, pick_dtype, synchronise
 from tvaprune.distributed import ALONE, Process
-from tvaprune.estimate import Sizes, memory, published_config, sizes
+from tvaprune.estimate import Sizes, config_directory, memory, sizes
 from tvaprune.gates.insertion import GatedModel
 from tvaprune.gates.objective import objective
 from tvaprune.gates.training import new_gates
 from tvaprune.measures.latency import random_prompt
 from tvaprune.measures.machine import machine_name
-from tvaprune.options.gates import with_steps
+from tvaprune.options.gates import GateOptions, GraspruneOptions
 from tvaprune.progress import Progress
 from tvaprune.recovery.schedule import total_steps
 from tvaprune.recovery.training import finetune
 from tvaprune.resume import NoState
+
+
+def with_steps(options: GateOptions, steps: int) -> GateOptions:
+    """The same options for another number of steps; the two phases of grasprune keep their shares."""
+    if isinstance(options, GraspruneOptions):
+        masks = max(1, round(steps * options.mask_steps / options.steps))
+        return replace(options, mask_steps=masks, scale_steps=steps - masks)
+    return replace(options, steps=steps)
 
 
 def random_dense(found: Sizes, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -136,11 +144,13 @@ def main(
     steps: Annotated[int, Option(help="Steps of each; the first are slower.", min=2)] = 10,
 ) -> None:
     """Prints seconds a step and memory of learn_masks and finetune_lora."""
-    found = sizes(params_file, model or published_config(params_file))
+    found = sizes(params_file, model or config_directory(params_file))
     device = pick_device()
     dtype = pick_dtype(device)
     if not found.request.trains_gates:
         raise ValueError(f"{params_file}: learn_masks.method = {found.request.method} takes no steps")
+    if found.request.latency:
+        raise ValueError(f"{params_file}: a latency budget needs a measured table; set learn_masks.budget to params")
     echo(f"{params_file}: {found.parameters_dense:,} parameters in {dtype} on {machine_name(device)}")
     dense = random_dense(found, dtype, device)
     learned = try_learning(found, dense, steps)

@@ -57,7 +57,7 @@ class Sizes:
     sparsity: float  # share of the decoder layers' parameters that is removed
 
 
-def published_config(params_file: Path) -> Path:
+def config_directory(params_file: Path) -> Path:
     """Where the config of the model that the parameters name is.
 
     That is its own directory, one in configs/models, data/model, or for a repository of the Hub a download.
@@ -89,8 +89,7 @@ def random_masks(
     scores = {
         axis: torch.randn(topology.gate_shape(axis), generator=generator) + getattr(ahead, axis, 0.0) for axis in AXES
     }
-    everything = {axis: score > 0 for axis, score in scores.items()}
-    return project(topology, Masks(everything, scores), target_sparsity, axes)
+    return project(topology, scores, target_sparsity, axes)
 
 
 def sizes(params_file: Path, model: Path) -> Sizes:
@@ -140,7 +139,7 @@ def size_lines(found: Sizes) -> Iterator[str]:
 
 def report(params_file: Path, model: Path | None = None) -> Iterator[str]:
     """Widths, parameters and memory, a line each; of the model in a directory, or the one that the parameters name."""
-    directory = model or published_config(params_file)
+    directory = model or config_directory(params_file)
     found = sizes(params_file, directory)
     yield f"{params_file} on {directory.name}"
     yield from size_lines(found)

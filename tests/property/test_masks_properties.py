@@ -47,7 +47,7 @@ def dearest_unit(topology: Topology) -> float:
 @given(topology=topologies, target=targets, seed=seeds)
 def test_projection_meets_the_budget_from_below_and_closely(topology: Topology, target: float, seed: int) -> None:
     """No dropped unit has room in what is left of the budget."""
-    masks = project(topology, random_masks(topology, seed), target)
+    masks = project(topology, random_masks(topology, seed).score, target)
     budget = (1 - target) * dense_decoder_parameters(topology)
     assert kept_decoder_parameters(topology, masks.keep) <= budget
     for axis in AXES:
@@ -66,7 +66,7 @@ def test_projection_prefers_higher_scores_and_puts_the_threshold_at_zero(
 ) -> None:
     """Every unit above the threshold stays, one below it only where room was left over."""
     before = random_masks(topology, seed)
-    masks = project(topology, before, target)
+    masks = project(topology, before.score, target)
     for axis in AXES:
         assert masks.keep[axis][masks.score[axis] > 0].all()
         order = before.score[axis].flatten().argsort()
@@ -83,7 +83,7 @@ def test_more_sparsity_keeps_a_subset_with_fewer_parameters(
     masks = random_masks(topology, seed)
     more, fewer = (keep_above(masks.score, solve_threshold(topology, masks.score, target)) for target in (low, high))
     assert all(bool((more[axis] | ~fewer[axis]).all()) for axis in AXES)
-    kept = [kept_decoder_parameters(topology, project(topology, masks, target).keep) for target in (low, high)]
+    kept = [kept_decoder_parameters(topology, project(topology, masks.score, target).keep) for target in (low, high)]
     assert kept[1] < kept[0] + dearest_unit(topology)
 
 
@@ -94,14 +94,14 @@ def test_projection_of_shifted_scores_is_the_same(topology: Topology, target: fl
     masks = random_masks(topology, seed)
     rounded = replace(masks, score={axis: (score * 64).round() for axis, score in masks.score.items()})
     shifted = replace(masks, score={axis: score + 8 for axis, score in rounded.score.items()})
-    one, other = project(topology, rounded, target), project(topology, shifted, target)
+    one, other = project(topology, rounded.score, target), project(topology, shifted.score, target)
     assert all(torch.equal(one.keep[axis], other.keep[axis]) for axis in AXES)
 
 
 @settings(max_examples=60, deadline=None)
 @given(topology=topologies, target=targets, seed=seeds, multiple=st.sampled_from([1, 4, 8, 16]))
 def test_nearest_gives_multiples_of_the_best_units(topology: Topology, target: float, seed: int, multiple: int) -> None:
-    before = project(topology, random_masks(topology, seed), target)
+    before = project(topology, random_masks(topology, seed).score, target)
     after = adapt(topology, before, target, "nearest", multiple, multiple)
     vectors = [(before.keep["hidden"], after.keep["hidden"], after.score["hidden"], topology.hidden)]
     for layer in range(topology.layers):
@@ -120,7 +120,7 @@ def test_nearest_gives_multiples_of_the_best_units(topology: Topology, target: f
 def test_budget_gives_multiples_within_the_target_or_says_why_not(
     topology: Topology, target: float, seed: int, multiple: int
 ) -> None:
-    before = project(topology, random_masks(topology, seed), target)
+    before = project(topology, random_masks(topology, seed).score, target)
     try:
         after = adapt(topology, before, target, "budget", multiple, multiple)
     except ValueError as error:

@@ -57,7 +57,7 @@ def latency(table: LatencyTable, masks: Masks) -> float:
 def test_the_parameters_are_met_and_the_widths_are_the_tables(
     topology: Topology, target: float, seed: int, layout: Layout, slack: float
 ) -> None:
-    masks = project(topology, random_masks(topology, seed), target)
+    masks = project(topology, random_masks(topology, seed).score, target)
     measured = stairs_table(topology, seed)
     try:
         chosen = widths_within_parameters(topology, masks, measured, "request", layout, target, slack)
@@ -88,7 +88,7 @@ def test_never_worse_than_rounding_to_multiples(
     topology: Topology, target: float, seed: int, slack: float, multiple: int, layout: Layout
 ) -> None:
     """Rounding that meets the budget loses more than the slack allows, or is no faster at the same size."""
-    masks = project(topology, random_masks(topology, seed), target)
+    masks = project(topology, random_masks(topology, seed).score, target)
     measured = stairs_table(topology, seed)
     try:
         rounded = adapt(topology, masks, target, "budget", 16, multiple, layout=layout)
@@ -125,7 +125,7 @@ def test_as_good_as_trying_everything(seed: int, target: float) -> None:
             "kv_heads": torch.arange(2)[None] < torch.tensor(kv_heads)[:, None],
         }
         if kept_decoder_parameters(topology, keep) <= (1 - target) * dense_decoder_parameters(topology):  # type: ignore[arg-type]
-            within.append(lost(topology, masks.with_keep(keep)))  # type: ignore[arg-type]
+            within.append(lost(topology, replace(masks, keep=keep)))  # type: ignore[arg-type]
     if within:
         found = widths_within_parameters(topology, masks, measured, "decode", "uneven", target, 0.0)
         assert found.lost <= min(within) * close

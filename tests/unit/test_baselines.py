@@ -89,6 +89,7 @@ def score_and_update(
 ) -> tuple[Masks, WeightUpdate]:
     model = given.pop("model", None) or tiny_model(family)
     options = given.pop("options", None) or QUICK.get(method) or BASELINE_OPTIONS.get(method, RandomOptions)()
+    check_request(MaskRequest(method, options, sparsity, axes), Topology.of(model.config))
     return score_baseline(method, problem_of(model, axes, target_sparsity=sparsity, **given), options)
 
 
@@ -181,7 +182,7 @@ def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
         score("depth", axes=("intermediate",))
     with pytest.raises(ValueError, match=r"learn_masks\.axes"):
         score("random", axes=())
-    with pytest.raises(ValueError, match=r"learn_masks\.method = 'tva'"):
+    with pytest.raises(TypeError, match=r"learn_masks\.method = 'tva' takes TvaOptions, found RandomOptions"):
         score("tva")
     with pytest.raises(ValueError, match="sparsity = 1"):
         score("random", sparsity=1.0)
@@ -199,7 +200,7 @@ def test_axes_and_methods_out_of_range_are_refused_by_name() -> None:
         score("depth", windows=WINDOWS[:0])
     with pytest.raises(ValueError, match="two or more"):
         score("flap", windows=WINDOWS[:1])
-    with pytest.raises(ValueError, match=r"learn_masks\.flap: expected FlapOptions"):
+    with pytest.raises(TypeError, match=r"learn_masks\.method = 'flap' takes FlapOptions, found MagnitudeOptions"):
         score("flap", options=MagnitudeOptions())
 
 

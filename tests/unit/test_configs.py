@@ -18,7 +18,7 @@ from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shar
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import load_config
 from tvaprune.distributed import Process
-from tvaprune.estimate import memory, published_config, size_lines, sizes
+from tvaprune.estimate import config_directory, memory, size_lines, sizes
 from tvaprune.gates.memory import LiveBytes
 from tvaprune.masks.projection import UnreachableSparsityError
 from tvaprune.methods import check_request
@@ -45,7 +45,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_widths_and_parameters_of_a_dry_run(path: Path) -> None:
-    model = published_config(path)
+    model = config_directory(path)
     found = sizes(path, model)
     assert found.parameters_dense == PARAMETERS[model.name]
     topology, target = Topology.of(found.config), LearnMasksParams.load(path).sparsity
@@ -82,7 +82,7 @@ IN_CI = ("glassllm", "llama-3-8b-24gb")
 def test_the_card_that_the_name_says_has_room(path: Path) -> None:
     """A tenth is left for kernels' workspaces, fragmentation and CUDA's own context."""
     card = {"paper": 80, "glassllm": 1}.get(path.stem) or int(re.search(r"(\d+)gb$", path.stem)[1])  # type: ignore[index]
-    needed = memory(sizes(path, published_config(path)))
+    needed = memory(sizes(path, config_directory(path)))
     assert set(needed) == {"learn_masks", "finetune_lora"}
     for stage, parts in needed.items():
         assert parts["total"] <= 0.9 * card * 1e9, stage
@@ -113,7 +113,7 @@ def test_of_a_repository_that_is_not_here_the_config_alone_is_downloaded(
         return str(REPOSITORY / "configs/models/Mistral-7B-v0.1" / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert published_config(path).name == "Mistral-7B-v0.1"
+    assert config_directory(path).name == "Mistral-7B-v0.1"
     assert asked == [("someone/else", "config.json")]
 
 
@@ -121,7 +121,7 @@ def test_a_packaged_model_without_a_config_here_is_named(tmp_path: Path) -> None
     path = tmp_path / "params.yaml"
     path.write_text((REPOSITORY / "configs/glassllm.yaml").read_text().replace("name: glassllm", "name: another"))
     with pytest.raises(FileNotFoundError, match=r"fetch_inputs\.model is another, .*--model"):
-        published_config(path)
+        config_directory(path)
 
 
 def test_the_shapes_are_those_of_the_models() -> None:

@@ -22,7 +22,7 @@ from tvaprune.artifacts import write_artifact
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
 from tvaprune.distributed import Process, World
-from tvaprune.export.card import Base, Provenance, widths_of
+from tvaprune.export.card import Base, Provenance
 from tvaprune.export.seal import certify
 from tvaprune.options.recovery import RecoveryOptions
 from tvaprune.params.finetune_lora import FinetuneLoraParams
@@ -532,7 +532,13 @@ def test_the_stage_makes_a_loadable_model_of_uneven_layers_and_the_same_bytes_tw
     reference = Reference("itself", windows(3, 4).long(), compact_logits(tmp_path / "compact", windows(3, 4).long()))
     figures = {"sparsity_decoder": 0.5, "sparsity_model": 0.4, "params_dense": 1, "params_kept": sizes.parameters_kept}
     made_with = {"compact": {"gguf": None}}
-    made = Provenance(Base.of(tmp_path / "dense"), "uneven", widths_of(masks), made_with, figures)
+    made = Provenance(
+        Base.of(tmp_path / "dense"),
+        "uneven",
+        {axis: kept.tolist() for axis, kept in masks.widths().items()},
+        made_with,
+        figures,
+    )
     certify(tmp_path / "compact", reference, 1e-3, made)
     ids = {"finetune_ids": windows(5, 1), "finetune_validation_ids": windows(3, 2)}
     write_artifact(tmp_path / "calibration", "calibration", ids)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_models import FAMILIES, random_masks, random_update, stairs_table, tiny_model
+from tools.try_steps import with_steps
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import (
     dense_decoder_parameters,
@@ -41,7 +42,6 @@ from tvaprune.options.gates import (
     PaperOptions,
     PerAxis,
     TvaOptions,
-    with_steps,
 )
 from tvaprune.options.masks import METHOD_OPTIONS, MaskRequest
 
@@ -135,7 +135,7 @@ def test_a_latency_is_met_at_every_step_and_at_the_end(family: str, monkeypatch:
     def watched(scheduled: float) -> Any:
         found = select(scheduled)
         asked.append(1 - scheduled)
-        kept.append(gates.predicted_share())
+        kept.append(gates._budget.share(gates._widths))
         return found
 
     monkeypatch.setattr(gates, "select", watched)

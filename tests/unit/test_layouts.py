@@ -18,7 +18,7 @@ from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.checkpoint.loading import load
-from tvaprune.checkpoint.tensor_files import Checkpoint, TensorInfo, plan_shards, write_checkpoint
+from tvaprune.checkpoint.tensor_files import Checkpoint, TensorInfo, write_checkpoint
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
@@ -29,7 +29,7 @@ PROMPTS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed
 
 
 def adapted(topology: Topology, layout: str, sparsity: float = 0.4, seed: int = 3) -> Masks:
-    masks = project(topology, random_masks(topology, seed), sparsity)
+    masks = project(topology, random_masks(topology, seed).score, sparsity)
     return adapt(topology, masks, sparsity, "budget", 4, 8, layout=layout)  # type: ignore[arg-type]
 
 
@@ -153,7 +153,7 @@ def test_uniform_widths_meet_the_budget_and_the_config(family: str, sparsity: fl
     topology = Topology(
         **shape, kv_heads=kv_heads, group_size=4 // kv_heads, heads_divide_hidden=family.startswith("llama")
     )
-    masks = project(topology, random_masks(topology, seed), sparsity)
+    masks = project(topology, random_masks(topology, seed).score, sparsity)
     after = adapt(topology, masks, sparsity, "budget", 4, 8, layout="uniform")
     widths = after.widths()
     hidden, kept = int(widths["hidden"]), widths["kv_heads"]
@@ -165,7 +165,7 @@ def test_uniform_widths_meet_the_budget_and_the_config(family: str, sparsity: fl
 
 def test_an_axis_that_the_masks_left_whole_stays_whole() -> None:
     topology = Topology(layers=3, hidden=64, intermediate=96, kv_heads=2, group_size=2, head_dim=16)
-    masks = project(topology, random_masks(topology, 4), 0.3, axes=("intermediate",))
+    masks = project(topology, random_masks(topology, 4).score, 0.3, axes=("intermediate",))
     widths = adapt(topology, masks, 0.3, "budget", 4, 8, layout="uniform").widths()
     assert int(widths["hidden"]) == 64
     assert widths["kv_heads"].tolist() == [2, 2, 2]
@@ -198,12 +198,14 @@ def test_streamed_files_hold_what_was_written(
     out.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tvaprune.checkpoint.tensor_files._BLOCK_BYTES", block)
-        write_checkpoint(out, described, lambda name: (rows for _, rows in source.blocks(name)), "write", limit)
+        patch.setattr("tvaprune.checkpoint.tensor_files.SHARD_BYTES", limit)
+        write_checkpoint(out, described, lambda name: (rows for _, rows in source.blocks(name)), "write")
     found = {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    for shard in plan_shards(described, limit):
-        assert len(shard) == 1 or sum(info.nbytes for info in shard.values()) <= limit
+    for shard in out.glob("*.safetensors"):
+        inside = list(load_file(shard).values())
+        assert len(inside) == 1 or sum(tensor.nbytes for tensor in inside) <= limit
     assert (len(list(out.glob("*.safetensors"))) > 1) == (out / "model.safetensors.index.json").exists()
 
 

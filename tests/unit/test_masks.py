@@ -85,13 +85,13 @@ def test_at_least_one_hidden_dimension_stays_and_it_is_the_best() -> None:
 def test_an_unreachable_sparsity_names_it_and_what_is_reachable() -> None:
     masks = random_masks(TOPOLOGY, seed=0)
     with pytest.raises(UnreachableSparsityError, match=r"sparsity = 0\.9: the pruned axes reach 0\.4\d\d at most"):
-        project(TOPOLOGY, masks, 0.9, axes=("kv_heads",))
+        project(TOPOLOGY, masks.score, 0.9, axes=("kv_heads",))
 
 
 def test_equal_scores_are_dropped_no_further_than_the_budget_asks() -> None:
     """All scores equal: a threshold alone would keep everything or nothing."""
     masks = Masks.dense(TOPOLOGY)
-    projected = project(TOPOLOGY, masks, 0.2, axes=("intermediate",))
+    projected = project(TOPOLOGY, masks.score, 0.2, axes=("intermediate",))
     assert sparsity(TOPOLOGY, projected.widths()) >= 0.2
     assert projected.keep["hidden"].all()
 
@@ -180,7 +180,7 @@ def test_nearest_multiple_of_an_odd_multiple_matches_equation_3() -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "budget"])
 def test_a_layer_without_an_mlp_stays_without_one(rounding: str) -> None:
-    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2), 0.5)
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2).score, 0.5)
     masks.keep["intermediate"][2] = False
     adapted = adapt(TOPOLOGY, masks, 0.5, rounding, 16, 16)  # type: ignore[arg-type]
     widths = adapted.widths()["intermediate"]
@@ -189,7 +189,7 @@ def test_a_layer_without_an_mlp_stays_without_one(rounding: str) -> None:
 
 
 def test_kv_heads_are_left_as_they_are() -> None:
-    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2), 0.5)
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2).score, 0.5)
     assert torch.equal(adapt(TOPOLOGY, masks, 0.5, "budget", 8, 8).keep["kv_heads"], masks.keep["kv_heads"])
 
 
@@ -200,13 +200,13 @@ def test_a_multiple_that_does_not_divide_is_named(hidden: int, intermediate: int
 
 
 def test_a_budget_below_one_multiple_a_layer_is_refused() -> None:
-    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2), 0.9)
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=2).score, 0.9)
     with pytest.raises(ValueError, match=r"sparsity = 0\.95: one multiple of 96 a layer"):
         adapt(TOPOLOGY, masks, 0.95, "budget", 8, 96)
 
 
 def test_adapt_metrics_tell_before_from_after() -> None:
-    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=5), 0.3)
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=5).score, 0.3)
     after = adapt(TOPOLOGY, masks, 0.3, "nearest", 16, 16)
     report = adapt_metrics(TOPOLOGY, masks, after, 0.3)
     assert report["hidden_before"] == _count(masks.keep["hidden"])

@@ -1,5 +1,6 @@
 """Bonsai, NIRVANA, LoRAPrune and GRASPrune against their own code, as tools/record_official_scores.py recorded it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -223,7 +224,7 @@ def test_the_scores_masks_and_scales_of_grasprune(index: int, monkeypatch: pytes
     model, gates = grasprune_gates(run)
     official = {axis: torch.tensor(run["keep"][axis]).bool() for axis in UNIT_AXES}
     dense = Masks.dense(gates.topology)
-    published = dense.with_keep({**dense.keep, **official})
+    published = replace(dense, keep={**dense.keep, **official})
     first, own_masks = gates.select(), gates.final_masks
     monkeypatch.setattr(gates, "final_masks", lambda: published)
     learn_gates(model, MANY_HEADS.token_windows(), gates, progress=False)

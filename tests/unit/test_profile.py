@@ -130,7 +130,7 @@ def test_a_table_that_does_not_serve_is_refused(tmp_path: Path) -> None:
 def pipeline(tmp_path: Path) -> Path:
     """A model, masks and parameters that ask for measured widths."""
     save_tiny_model("mistral", tmp_path / "model")
-    masks = project(TOPOLOGY, random_masks(TOPOLOGY, 1), 0.4)
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, 1).score, 0.4)
     write_masks(tmp_path / "masks", masks, made_with={}, validation_ppl=1.0)
     yaml = YAML()
     params = yaml.load(Path("params.yaml"))

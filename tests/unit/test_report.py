@@ -216,7 +216,7 @@ def test_widths_and_kept_importance_are_those_of_the_masks(tmp_path: Path) -> No
     for name in ("dense", "compact"):
         (tmp_path / name).mkdir()
     models = {name: tmp_path / name for name in ("dense", "compact")}
-    found = read_run(tmp_path, models, masks.with_keep(keep), topology).widths["intermediate"]
+    found = read_run(tmp_path, models, replace(masks, keep=keep), topology).widths["intermediate"]
     full = topology.width("intermediate")
     assert (found.kept[:2], found.full) == ([full, 1], full)
     assert found.importance[:2] == pytest.approx([1.0, 3 / (3 + full - 1)])

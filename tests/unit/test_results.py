@@ -402,12 +402,12 @@ def test_wrong_rows_are_refused_together_before_anything_runs() -> None:
 
 
 def test_each_combination_of_values_is_a_row(documents: Path) -> None:
-    definition = "{each: {seed: [1, 2], sparsity: [0.2, 0.5]}, set: {learn_masks.method: flap}, about: 'seed {seed}'}"
+    definition = "{each: {seed: [1, 2], sparsity: [0.2, 0.5]}, set: {learn_masks.method: flap}}"
     Path("docs/results.yaml").write_text(f"rows:\n  'a_s{{seed}}_{{sparsity}}': {definition}\n  b: {{}}\n")
     rows = run_rows.read_rows()
     assert list(rows) == ["a_s1_0.2", "a_s1_0.5", "a_s2_0.2", "a_s2_0.5", "b"]
     assert rows["a_s2_0.5"] == run_rows.Row(
-        set={"seed": 2, "sparsity": 0.5, "learn_masks.method": "flap"}, target="eval_perplexity", about="seed 2"
+        set={"seed": 2, "sparsity": 0.5, "learn_masks.method": "flap"}, target="eval_perplexity"
     )
     assert rows["b"].set == {}
 

@@ -46,7 +46,7 @@ def pruned(folder: Path, family: str, layout: Layout = "uneven", empty: int | No
     topology, out = Topology.of(load_config(dense)), folder / "out"
     masks = random_masks(topology, seed=5, empty_layer=empty)
     if layout == "uniform":
-        masks = adapt(topology, project(topology, masks, 0.4), 0.4, "budget", 4, 8, layout=layout)
+        masks = adapt(topology, project(topology, masks.score, 0.4), 0.4, "budget", 4, 8, layout=layout)
     if layout == "padded":  # a stock Llama's width is a multiple of its heads
         masks.keep["hidden"][:] = True
     compact(dense, masks, random_update(topology, seed=6), out, layout)

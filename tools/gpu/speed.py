@@ -15,7 +15,6 @@ from tvaprune.checkpoint.config import load_config
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.estimate import random_masks
 from tvaprune.masks.adapt import adapt, nearest_multiple
-from tvaprune.masks.masks import Masks
 from tvaprune.measures.comparison import spread_evenly
 from tvaprune.measures.latency import Benchmark
 from tvaprune.options.axes import AXES
@@ -102,7 +101,7 @@ def speed(config: PreTrainedConfig, pruned: dict[str, LayerWidths], batch: int, 
     if settings.tiny:
         batch, benchmark = min(batch, 2), Benchmark(8, decode_prompt_tokens=4, decode_tokens=2, repeats=3, max_warmup=2)
     topology = Topology.of(config)
-    models = {"dense": LayerWidths.of_counts(Masks.dense(topology).widths()), **pruned}
+    models = {"dense": LayerWidths.dense(topology), **pruned}
     prefilled, decoded = time_widths(config, models, [batch], benchmark, runtime, dtype, device)[batch]
     widths = {
         name: {

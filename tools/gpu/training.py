@@ -10,14 +10,14 @@ import torch
 from tools import try_steps
 from tools.gpu.parts import PRESETS, Settings
 from tvaprune.device import pick_device, pick_dtype
-from tvaprune.estimate import published_config, sizes
+from tvaprune.estimate import config_directory, sizes
 
 
 def steps(step: str, settings: Settings) -> dict[str, Any]:
     """`PRESET, STAGE`: a file of configs/ on a card of the preset's size."""
     preset, stage = step.split(", ")
     params_file = Path("configs") / f"{'glassllm' if settings.tiny else PRESETS[preset]}.yaml"
-    found, device, count = sizes(params_file, published_config(params_file)), pick_device(), 2 if settings.tiny else 10
+    found, device, count = sizes(params_file, config_directory(params_file)), pick_device(), 2 if settings.tiny else 10
     with card_of(device, float(preset.removesuffix(" GB"))):
         dense = try_steps.random_dense(found, pick_dtype(device), device)
         if stage == "learn_masks":

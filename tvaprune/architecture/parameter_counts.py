@@ -52,6 +52,11 @@ def dense_decoder_parameters(topology: Topology) -> int:
     return kept_decoder_parameters(topology, full)
 
 
+def parameter_budget(topology: Topology, target_sparsity: float) -> float:
+    """The most parameters that the decoder layers may keep."""
+    return (1 - target_sparsity) * dense_decoder_parameters(topology)
+
+
 @cache
 def dense_unit_costs(topology: Topology) -> dict[Axis, Tensor]:
     """The parameters that each unit owns in the model before pruning, as `unit_costs`."""

@@ -138,6 +138,12 @@ class LayerWidths(NamedTuple):
     kv_heads: list[int]
 
     @classmethod
+    def dense(cls, topology: "Topology") -> "LayerWidths":
+        """Nothing removed."""
+        layers = topology.layers
+        return cls(topology.hidden, [topology.intermediate] * layers, [topology.kv_heads] * layers)
+
+    @classmethod
     def of_config(cls, config: Any) -> "LayerWidths":
         """Those of a stock model or of one of the layout uneven."""
         topology = Topology.of(config)

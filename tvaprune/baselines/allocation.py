@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
-    dense_decoder_parameters,
     dense_unit_costs,
+    parameter_budget,
 )
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import make_scores_match_mask, project
+from tvaprune.masks.projection import make_scores_match_mask, project, ranks
 from tvaprune.options.axes import AXES, Axis
 
 Keep = dict[Axis, Bool[Tensor, "..."]]  # True = keep
@@ -33,10 +33,7 @@ def percentiles(scores: Float[Tensor, "*vectors units"]) -> Float[Tensor, "*vect
     Of equal scores the lower index ranks higher, as in `keep_best`.
     """
     units = scores.shape[-1]
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    from_top = torch.empty_like(order)
-    from_top.scatter_(-1, order, torch.arange(units, device=scores.device).expand_as(order).contiguous())
-    return (units - from_top.float() - 0.5) / units
+    return (units - ranks(scores).float() - 0.5) / units
 
 
 def percentiles_over_layers(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -172,8 +169,8 @@ def protected_layers(topology: Topology, first: int, last: int) -> Bool[Tensor, 
 
 def _on_budget(topology: Topology, scores: Scores, target_sparsity: float) -> tuple[Keep, Scores]:
     """What to keep on every axis, and the scores shifted so that the threshold is 0; on the CPU."""
-    dense, given = Masks.dense(topology), {axis: score.float().cpu() for axis, score in scores.items()}
-    masks = project(topology, Masks(dense.keep, {**dense.score, **given}), target_sparsity, tuple(given))
+    given = {axis: score.float().cpu() for axis, score in scores.items()}
+    masks = project(topology, Masks.dense(topology).score | given, target_sparsity, tuple(given))
     return masks.keep, {axis: masks.score[axis] for axis in given}
 
 
@@ -191,7 +188,7 @@ def _rounded_counts(
     topology: Topology, target_sparsity: float, axes: tuple[Axis, ...], whole: Bool[Tensor, " layers"]
 ) -> dict[Axis, int]:
     """The share of units that meets the budget, by bisection, in whole units per pruned axis."""
-    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    budget = parameter_budget(topology, target_sparsity)
 
     def parameters(share: float) -> float:
         soft = {}

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.parameter_counts import kept_decoder_parameters, parameter_budget
 from tvaprune.architecture.topology import Topology, final_norm, layer_modules
 from tvaprune.baselines.allocation import Keep, Scores, percentiles
 from tvaprune.baselines.magnitude import magnitude_scores
@@ -85,7 +85,7 @@ def similarities(problem: Problem, block: int) -> tuple[Float[Tensor, " layers"]
 
 def _give_back(topology: Topology, keep: Keep, layer: int, scores: Scores, target_sparsity: float) -> None:
     """Return units to one dropped layer, in place, until the next would exceed the budget."""
-    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    budget = parameter_budget(topology, target_sparsity)
 
     def parameters(heads: int, units: int) -> int:
         keep["kv_heads"][layer] = keep_best(scores["kv_heads"][layer].cpu(), heads)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.parameter_counts import kept_decoder_parameters, parameter_budget
 from tvaprune.baselines.bonsai import bonsai
 from tvaprune.baselines.depth import depth
 from tvaprune.baselines.flap import flap
@@ -20,8 +20,6 @@ from tvaprune.baselines.wanda_sp import wanda_sp
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.axes import AXES
-from tvaprune.options.baselines import BASELINE_OPTIONS
-from tvaprune.options.method import check_sparsity
 
 _FUNCTIONS = (random, magnitude, wanda_sp, flap, llm_pruner, nirvana, bonsai, loraprune, osscar, depth)
 _METHODS: dict[str, Callable[[Problem, Any], Any]] = {function.__name__: function for function in _FUNCTIONS}
@@ -35,19 +33,14 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
 
     Args:
         problem: with all calibration windows; a method uses `options.windows` of them, spread evenly.
-        options: of the method's class in BASELINE_OPTIONS. A class without `windows` gets all.
+        options: of the method's class in BASELINE_OPTIONS, which `methods.check_request` checks. A class without
+            `windows` gets all.
 
     Raises:
-        ValueError: names the parameter that is out of range, or the axes the method cannot prune.
         UnreachableSparsityError: the pruned axes cannot remove so much.
-        ValueError: the method's masks exceed the budget, or do not agree with its scores.
+        ValueError: an option does not suit the model or the windows; or the method's masks exceed the budget, or do not
+            agree with its scores.
     """
-    if method not in BASELINE_OPTIONS:
-        raise ValueError(f"learn_masks.method = {method!r}: use one of {', '.join(BASELINE_OPTIONS)}")
-    BASELINE_OPTIONS[method].check_axes(problem.axes)
-    check_sparsity(problem.target_sparsity)
-    if not isinstance(options, BASELINE_OPTIONS[method]):
-        raise ValueError(f"learn_masks.{method}: expected {BASELINE_OPTIONS[method].__name__}, found {options!r}")
     available = len(problem.windows)
     if not available:
         raise ValueError("calibration: no windows")
@@ -63,7 +56,7 @@ def score_baseline(method: str, problem: Problem, options: Any) -> tuple[Masks, 
 def _check_masks(method: str, problem: Problem, masks: Masks) -> None:
     """Raise a ValueError for masks that adaptation or a comparison could not use: a fault of the method's code."""
     kept = kept_decoder_parameters(problem.topology, masks.keep)
-    budget = (1 - problem.target_sparsity) * dense_decoder_parameters(problem.topology)
+    budget = parameter_budget(problem.topology, problem.target_sparsity)
     if kept > budget:
         raise ValueError(f"{method}: its masks keep {kept:,} parameters of the decoder, the budget is {budget:,.0f}")
     for axis in AXES:

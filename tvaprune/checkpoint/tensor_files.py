@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tvaprune.artifacts import check_header, write_json
-from tvaprune.progress import Progress
+from tvaprune.progress import SHOWN_AFTER_S, Progress
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "fetch the model again"
@@ -111,45 +112,30 @@ def _shards(directory: Path) -> list[Path]:
     raise ValueError(f"{directory}: no {_SINGLE}; {_AGAIN}")
 
 
-def plan_shards(tensors: dict[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:
-    """Tensors in order into shards of at most `limit` bytes; a tensor beyond it has a shard of its own."""
-    shards: list[dict[str, TensorInfo]] = []
-    used = 0
-    for name, info in tensors.items():
-        if not shards or used + info.nbytes > limit:
-            shards.append({})
-            used = 0
-        shards[-1][name] = info
-        used += info.nbytes
-    return shards
-
-
 def write_checkpoint(
-    directory: Path,
-    tensors: dict[str, TensorInfo],
-    blocks: Callable[[str], Iterable[Tensor]],
-    progress: str,
-    shard_bytes: int | None = None,
+    directory: Path, tensors: dict[str, TensorInfo], blocks: Callable[[str], Iterable[Tensor]], progress: str
 ) -> None:
     """Write model.safetensors, or several shards with the index that transformers reads, in the tensors' order.
 
     The directory exists. `blocks` gives the rows of the tensor of a name, in the announced dtype. A file holds at most
-    shard_bytes (None = SHARD_BYTES), unless one tensor is larger.
+    SHARD_BYTES, unless one tensor is larger.
 
     Raises:
         ValueError: a tensor's blocks are not of the announced size: a bug, not a user's mistake.
     """
-    shards = plan_shards(tensors, shard_bytes or SHARD_BYTES)
-    count = len(shards)
-    files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    files = files if count > 1 else [_SINGLE]
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda info: info.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
     total = sum(info.nbytes for info in tensors.values())
-    with Progress(desc=progress, total=total, unit="B", unit_scale=True, delay=2) as bar:
-        for name, shard in zip(files, shards, strict=True):
+    with Progress(desc=progress, total=total, unit="B", unit_scale=True, delay=SHOWN_AFTER_S) as bar:
+        for name, names in split.filename_to_tensors.items():
             with (directory / name).open("wb") as file:
-                file.write(_header(shard))
-                for tensor, info in shard.items():
-                    written = 0
+                file.write(_header({tensor: tensors[tensor] for tensor in names}))
+                for tensor in names:
+                    info, written = tensors[tensor], 0
                     for block in blocks(tensor):
                         if block.numel():
                             file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -157,9 +143,8 @@ def write_checkpoint(
                         bar.update(block.nbytes)
                     if written != info.nbytes:
                         raise ValueError(f"tensor {tensor!r}: {written} bytes came, {info.nbytes} were announced")
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         write_json(directory / _INDEX, index)
 
 

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 
 import tvaprune
 from tvaprune.artifacts import SOURCE_FILE, write_json
 from tvaprune.checkpoint.config import PRUNED, load_config
-from tvaprune.masks.masks import Masks
 from tvaprune.options.choices import Layout
 from tvaprune.proof.certificate import GGUF, Check, hashes
 
@@ -32,19 +30,9 @@ class Base:
         """Read a dense model's directory, and hash its weights."""
         path = dense / SOURCE_FILE
         source = json.loads(path.read_text()) if path.is_file() else {}
-        license = source.get("license") or _card_license(dense)
+        license = source.get("license")
         weights = {name: digest for name, digest in hashes(dense).items() if name.endswith(".safetensors")}
         return cls(source, license.lower() if license else None, weights)
-
-
-def _card_license(directory: Path) -> str | None:
-    path = directory / "README.md"
-    if not path.is_file():
-        return None
-    try:
-        return ModelCard.load(path).data.license
-    except (ValueError, HfHubHTTPError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -66,11 +54,6 @@ class Provenance:
     def read(cls, directory: Path) -> "Provenance":
         found = json.loads((directory / PROVENANCE).read_text())
         return cls(Base(**found["base"]), *(found[name] for name in ("layout", "widths", "made_with", "figures")))
-
-
-def widths_of(masks: Masks) -> dict[str, Any]:
-    """Kept units by axis, as numbers."""
-    return {axis: counts.tolist() for axis, counts in masks.widths().items()}
 
 
 def write_card(directory: Path, made: Provenance, checks: list[Check]) -> None:

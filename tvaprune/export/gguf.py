@@ -16,7 +16,7 @@ from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.export.gguf_plan import INTERLEAVED, GgufPlan, check_uneven, plan_gguf
 from tvaprune.export.gguf_tokenizer import add_tokenizer
 from tvaprune.options.choices import Layout
-from tvaprune.progress import Progress
+from tvaprune.progress import SHOWN_AFTER_S, Progress
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 _TYPES: dict[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
@@ -120,7 +120,8 @@ def _write_tensors(writer: gguf.GGUFWriter, plan: GgufPlan, checkpoint: Checkpoi
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
-    with Progress(desc="write gguf", total=sum(sizes.values()), unit="B", unit_scale=True, delay=2) as progress:
+    total = sum(sizes.values())
+    with Progress(desc="write gguf", total=total, unit="B", unit_scale=True, delay=SHOWN_AFTER_S) as progress:
         for name, kind in kinds.items():
             blocks = (_encode(name, block, kind) for block in _blocks(plan, checkpoint, name))
             writer.write_tensor_data(_Rows(sizes[name], blocks))

@@ -130,15 +130,13 @@ class BudgetGates:
 
     def start(self, gated: GatedModel, input_ids: Tensor, world: World, progress: bool) -> None:
         """Give the first scores; not called where a run is resumed."""
-        raise NotImplementedError
 
     def squares(self, seq_len: int) -> SquaredGradients | None:
         """What the step is to collect for the scores, if anything."""
-        raise NotImplementedError
+        return None
 
     def rescore(self, step: Step, squares: SquaredGradients | None, world: World) -> None:
-        """Move the scores, after the means."""
-        raise NotImplementedError
+        """Move the scores, after the means; they stay where a subclass does not."""
 
     def scheduled(self, progress: float) -> float:
         """The share of the budget to remove, at a share of the run, 0 to 1."""
@@ -185,8 +183,7 @@ class BudgetGates:
     def learned(self) -> tuple[Masks, WeightUpdate]:
         """Masks, projected onto the target, and means; on the CPU."""
         scores = {axis: score.cpu() for axis, score in self._comparable_scores().items()}
-        masks = Masks({axis: score > 0 for axis, score in scores.items()}, scores)
-        return project(self.topology, masks, self.target, self.axes), self.learned_means()
+        return project(self.topology, scores, self.target, self.axes), self.learned_means()
 
     def learned_means(self) -> WeightUpdate:
         """The means per unit and per channel, on the CPU; none with the ablation `vtrans`."""

@@ -3,17 +3,13 @@
 The masks hold from the first step to the last; only the means are trained, by the step of `budget`.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
-from tvaprune.distributed import World
-from tvaprune.gates.budget import BudgetGates, Step
-from tvaprune.gates.insertion import GatedModel
+from tvaprune.gates.budget import BudgetGates
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.axes import AXES, Axis
@@ -30,9 +26,6 @@ class FixedMaskGates(BudgetGates):
         self.score = {axis: score.to(device) for axis, score in masks.score.items()}
         self._keep = {axis: keep.to(device) for axis, keep in masks.keep.items()}
 
-    def start(self, gated: GatedModel, input_ids: Tensor, world: World, progress: bool) -> None:
-        """Nothing is measured before the first step."""
-
     def scheduled(self, progress: float) -> float:
         """That of the masks, at every step."""
         return self.target
@@ -40,12 +33,6 @@ class FixedMaskGates(BudgetGates):
     def select(self, scheduled: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
         """The given masks, whatever the schedule says."""
         return self._keep, 0.0
-
-    def squares(self, seq_len: int) -> None:
-        return None
-
-    def rescore(self, step: Step, squares: Any, world: World) -> None:
-        """Scores stay."""
 
     def learned(self) -> tuple[Masks, WeightUpdate]:
         """The given masks as they are, and the means; on the CPU."""

@@ -106,9 +106,8 @@ class GraspruneGates:
         """Masks by the scores as they are, projected onto the budget; each layer keeps its best unit and head."""
         probability = {axis: soft.cpu() for axis, soft in self._probability(self.score).items()}
         protected = {axis: soft.masked_fill(_best(soft), torch.inf) for axis, soft in probability.items()}
-        dense = Masks.dense(self.topology)
-        given = Masks(dense.keep, {**dense.score, **protected})
-        masks = project(self.topology, given, self.target_sparsity, self.axes)
+        scores = Masks.dense(self.topology).score | protected
+        masks = project(self.topology, scores, self.target_sparsity, self.axes)
         shift = torch.cat([(protected[axis] - masks.score[axis])[protected[axis].isfinite()] for axis in self.axes])[0]
         return make_scores_match_mask(masks.keep, {axis: soft - shift for axis, soft in probability.items()})
 

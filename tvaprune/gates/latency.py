@@ -18,6 +18,7 @@ from tvaprune.gates.closed_form import ClosedFormGates
 from tvaprune.masks.latency_budget import LatencyBudget
 from tvaprune.masks.latency_table import AIM, LatencyTable
 from tvaprune.masks.masks import Masks
+from tvaprune.masks.projection import ranks
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.gates import LatencyGoal, TvaOptions
@@ -38,17 +39,13 @@ class LatencyGates(ClosedFormGates):
     ) -> None:
         super().__init__(topology, options, 1 - AIM * goal.ratio, axes, device, seed)
         self._budget = LatencyBudget(topology, table, goal.phase, axes)
-        self._widths = self._budget.dense()
+        self._widths = LayerWidths.dense(topology)
         self._budget.check(1 - self.target)
 
     def select(self, scheduled: float) -> tuple[dict[Axis, Bool[Tensor, "..."]], float]:
         """The units that a step keeps; NaN, as every vector of units has its own threshold on the score."""
         self._widths = self._budget.choose(self._worth(), self._widths, 1 - scheduled)
-        return {axis: rank < self._counts(axis) for axis, rank in self._ranks().items()}, math.nan
-
-    def predicted_share(self) -> float:
-        """The predicted latency of the last step's widths, as a share of the dense model's."""
-        return self._budget.share(self._widths)
+        return {axis: ranks(score) < self._counts(axis) for axis, score in self.score.items()}, math.nan
 
     def _worth(self) -> dict[Axis, Float[Tensor, "..."]]:
         """What a unit's score says that it is worth in all, in place of by parameter: float64 on the CPU."""
@@ -57,11 +54,6 @@ class LatencyGates(ClosedFormGates):
             axis: parameters[axis] * (score.cpu().double() * self._scale + self._centre).exp()
             for axis, score in self.score.items()
         }
-
-    def _ranks(self) -> dict[Axis, Tensor]:
-        """Each unit's place in its vector by score, from 0, ties to the lower index."""
-        order = {axis: torch.sort(score, descending=True, stable=True).indices for axis, score in self.score.items()}
-        return {axis: indices.argsort(-1) for axis, indices in order.items()}
 
     def _counts(self, axis: Axis) -> Tensor:
         counts = torch.tensor(getattr(self._widths, axis), device=self.device)

@@ -177,8 +177,7 @@ class PaperGates:
         """Masks from log_alpha, projected onto the target, and means; on the CPU."""
         scores = {axis: log_alpha(self.mean[axis], self.log_var[axis]).cpu() for axis in AXES}
         means = {axis: mean.cpu() for axis, mean in self.mean.items()}
-        masks = Masks({axis: score > 0 for axis, score in scores.items()}, scores)
-        return project(self.topology, masks, self.target_sparsity, self.axes), WeightUpdate(means)
+        return project(self.topology, scores, self.target_sparsity, self.axes), WeightUpdate(means)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -59,9 +59,6 @@ class StraightThroughGates(BudgetGates):
         self._score_optimizer = adamw([log_var[axis] for axis in AXES], LEARNING_RATE)
         self.score = {axis: log_alpha(self.mean[axis], log_var[axis]) for axis in AXES}
 
-    def squares(self, seq_len: int) -> None:
-        return None
-
     def rescore(self, step: Step, squares: SquaredGradients | None, world: World) -> None:
         """One step of the log-variance, downhill along the budget's tangent."""
         slope = SLOPE[0] + (SLOPE[1] - SLOPE[0]) * step.progress

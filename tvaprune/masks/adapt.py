@@ -1,11 +1,17 @@
 """Kept widths to the hardware's multiples (TVA-Prune section 3.2)."""
 
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
 import torch
 
-from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters, sparsity
+from tvaprune.architecture.parameter_counts import (
+    decoder_parameters,
+    dense_decoder_parameters,
+    parameter_budget,
+    sparsity,
+)
 from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_widths
@@ -74,10 +80,11 @@ def adapt(
     if rounding == "nearest":
         counts = [nearest_multiple(n, intermediate_multiple, topology.intermediate) if n else 0 for n in intermediate]
     else:
-        budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+        budget = parameter_budget(topology, target_sparsity)
         counts = _share_budget(topology, masks, hidden, intermediate_multiple, budget)
     # Heads stay those of the masks, which need not be a layer's best by score.
-    return masks.with_keep({**keep_widths(masks, hidden, counts, kv_heads).keep, "kv_heads": masks.keep["kv_heads"]})
+    resized = keep_widths(masks, hidden, counts, kv_heads)
+    return replace(masks, keep=resized.keep | {"kv_heads": masks.keep["kv_heads"]})
 
 
 def _nearest_hidden(topology: Topology, hidden: int, multiple: int, kv_heads: int) -> int:

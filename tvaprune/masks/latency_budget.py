@@ -62,12 +62,6 @@ class LatencyBudget:
         self._rest: np.ndarray = rest
         self._blocks: dict[Axis, np.ndarray] = {"kv_heads": attention, "intermediate": mlp}
 
-    def dense(self) -> LayerWidths:
-        """Nothing removed."""
-        topology = self._topology
-        every = topology.layers * [topology.intermediate], topology.layers * [topology.kv_heads]
-        return LayerWidths(topology.hidden, *every)
-
     def share(self, widths: LayerWidths) -> float:
         """The predicted latency of widths of the table."""
         return float(self._by_hidden(widths)[self._widths["hidden"].index(widths.hidden)])

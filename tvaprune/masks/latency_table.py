@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvaprune.architecture.topology import Topology
+from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact, write_csv
 from tvaprune.masks.masks import Masks
 from tvaprune.options.axes import AXES
@@ -66,8 +66,7 @@ class LatencyTable:
 
     def dense(self, of: Latency, topology: Topology) -> float:
         """Predicted latency of the model before pruning, in ms."""
-        layers = topology.layers
-        return self.predict(of, topology.hidden, [topology.intermediate] * layers, [topology.kv_heads] * layers)
+        return self.predict(of, *LayerWidths.dense(topology))
 
     def rising(self) -> "LatencyTable":
         """The table with times that rise, or stay, with every width: a narrower block that took longer is noise.
@@ -89,8 +88,7 @@ def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, padde
 
     padded: every layer computes as the widest one does.
     """
-    widths = masks.widths()
-    intermediate, kv_heads = widths["intermediate"].tolist(), widths["kv_heads"].tolist()
+    hidden, intermediate, kv_heads = LayerWidths.of_counts(masks.widths())
     if padded:
         intermediate, kv_heads = ([max(counts)] * topology.layers for counts in (intermediate, kv_heads))
     metrics: dict[str, Any] = {
@@ -99,7 +97,7 @@ def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, padde
     }
     for of in LATENCIES:
         dense = table.dense(of, topology)
-        latency = table.predict(of, int(widths["hidden"]), intermediate, kv_heads)
+        latency = table.predict(of, hidden, intermediate, kv_heads)
         metrics[of] = {"predicted_ms": latency, "predicted_dense_ms": dense, "predicted_share": latency / dense}
     return metrics
 

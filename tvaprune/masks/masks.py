@@ -4,7 +4,7 @@ Polarity everywhere: True = keep. A higher score means keep. A projected mask ke
 what the budget still has room for.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,6 @@ class Masks:
     def widths(self) -> dict[Axis, Int[Tensor, "..."]]:
         """Kept units: int64 [] for hidden, [layers] for the others."""
         return {axis: keep.sum(-1) for axis, keep in self.keep.items()}
-
-    def with_keep(self, keep: dict[Axis, Tensor]) -> "Masks":
-        return replace(self, keep=keep)
 
 
 def write_masks(directory: Path, masks: Masks, **meta: Any) -> None:

@@ -10,13 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
+from tvaprune.architecture.parameter_counts import decoder_parameters, parameter_budget
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.importance import STEEP, lost_by_width
 from tvaprune.masks.knapsack import Knapsack, Limits
 from tvaprune.masks.latency_table import LatencyTable
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_widths
 from tvaprune.options.axes import Axis
 from tvaprune.options.choices import Latency, Layout
 
@@ -25,20 +24,6 @@ SAME_PARAMETERS = 0.995
 # Relative gaps of the solver: importance is learned and latency is measured to fewer digits.
 _GAP = {"lost": 1e-4, "latency_ms": 1e-3}
 _ROUNDING = 1e-9  # of sums, relative
-
-
-def adapt_measured(
-    topology: Topology,
-    masks: Masks,
-    table: LatencyTable,
-    of: Latency,
-    layout: Layout,
-    target_sparsity: float,
-    slack: float,
-) -> Masks:
-    """Resize the masks to widths of the table, within the parameters."""
-    chosen = widths_within_parameters(topology, masks, table, of, layout, target_sparsity, slack)
-    return keep_widths(masks, chosen.hidden, chosen.intermediate, chosen.kv_heads)
 
 
 class Chosen(NamedTuple):
@@ -72,7 +57,7 @@ def widths_within_parameters(
     first, which costs perplexity (docs/lab-log.md). A padded model computes its widest layer in every layer, so it
     takes the first step only. Raises ValueError if no widths of the table meet the budget.
     """
-    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    budget = parameter_budget(topology, target_sparsity)
     for programs in _programs(topology, masks, table, of, layout):
         least = [(program, program.least("lost", {"parameters": (0, budget)})) for program in programs]
         found = [(program, chosen) for program, chosen in least if chosen and _fits(topology, chosen, layout)]

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
     kept_decoder_parameters,
+    parameter_budget,
     unit_costs,
 )
 from tvaprune.architecture.topology import Topology
@@ -33,12 +34,14 @@ def keep_above(scores: dict[Axis, Float[Tensor, "..."]], threshold: float) -> di
     return keep
 
 
+def ranks(scores: Float[Tensor, "*vectors units"]) -> Int[Tensor, "*vectors units"]:
+    """Each unit's place among those of its vector, the last dimension: 0 is the best, ties to the lower index."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices.argsort(-1)
+
+
 def keep_best(scores: Float[Tensor, " units"], count: int) -> Bool[Tensor, " units"]:
     """The `count` best units of one vector, ties to the lower index."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[order[:count]] = True
-    return keep
+    return ranks(scores) < count
 
 
 def level_layers(scores: Float[Tensor, "layers units"]) -> Float[Tensor, "layers units"]:
@@ -56,13 +59,12 @@ def keep_widths(masks: Masks, hidden: int, intermediate: Sequence[int], kv_heads
     def by_layer(axis: Axis, counts: Sequence[int]) -> Tensor:
         return torch.stack([keep_best(score, n) for score, n in zip(masks.score[axis], counts, strict=True)])
 
-    return masks.with_keep(
-        {
-            "hidden": keep_best(masks.score["hidden"], hidden),
-            "intermediate": by_layer("intermediate", intermediate),
-            "kv_heads": by_layer("kv_heads", kv_heads),
-        }
-    )
+    keep: dict[Axis, Tensor] = {
+        "hidden": keep_best(masks.score["hidden"], hidden),
+        "intermediate": by_layer("intermediate", intermediate),
+        "kv_heads": by_layer("kv_heads", kv_heads),
+    }
+    return replace(masks, keep=keep)
 
 
 def solve_threshold(
@@ -77,7 +79,7 @@ def solve_threshold(
     Raises:
         UnreachableSparsityError: dropping every unit that may be dropped is not enough.
     """
-    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    budget = parameter_budget(topology, target_sparsity)
     ascending = {axis: score.detach().cpu().sort(-1).values for axis, score in scores.items()}
     finite = torch.cat([score[score.isfinite()].flatten() for score in ascending.values()])
 
@@ -117,28 +119,23 @@ def solve_threshold(
 
 def project(
     topology: Topology,
-    masks: Masks,
+    scores: dict[Axis, Float[Tensor, "..."]],
     target_sparsity: float,
     axes: tuple[Axis, ...] = AXES,
 ) -> Masks:
     """Masks that meet the budget exactly, as near as one cheapest unit allows.
 
-    A single threshold on the score over all axes, then the best of the units just below it that still fit: a residual
-    dimension or a head can be worth many intermediate units, so the threshold alone may overshoot. The score is shifted
-    so that the threshold is 0 again. Axes outside of `axes` are kept whole.
+    A single threshold on the scores over all axes, then the best of the units just below it that still fit: a residual
+    dimension or a head can be worth many intermediate units, so the threshold alone may overshoot. The scores are
+    shifted so that the threshold is 0. Axes outside of `axes` are kept whole.
 
     Raises:
         UnreachableSparsityError: the pruned axes cannot remove so much.
     """
-    scores = {
-        axis: masks.score[axis] if axis in axes else torch.full_like(masks.score[axis], torch.inf) for axis in AXES
-    }
-    threshold = solve_threshold(topology, scores, target_sparsity)
-    keep = keep_above(scores, threshold)
-    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
-    keep = _fill(topology, scores, keep, budget)
-    shifted = {axis: masks.score[axis] - threshold for axis in AXES}
-    return replace(masks, keep=keep, score=shifted)
+    pruned = {axis: scores[axis] if axis in axes else torch.full_like(scores[axis], torch.inf) for axis in AXES}
+    threshold = solve_threshold(topology, pruned, target_sparsity)
+    keep = _fill(topology, pruned, keep_above(pruned, threshold), parameter_budget(topology, target_sparsity))
+    return Masks(keep, {axis: scores[axis] - threshold for axis in AXES})
 
 
 def make_scores_match_mask(keep: dict[Axis, Bool[Tensor, "..."]], scores: dict[Axis, Float[Tensor, "..."]]) -> Masks:

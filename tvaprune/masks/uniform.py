@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tvaprune.architecture.parameter_counts import decoder_parameters, dense_decoder_parameters
+from tvaprune.architecture.parameter_counts import decoder_parameters, parameter_budget
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.importance import lost_by_width
 from tvaprune.masks.masks import Masks
@@ -31,7 +31,7 @@ def uniform_widths(
     head that one layer dropped, say). Raises ValueError if no triple of multiples fits the budget and the config.
     """
     lost = {axis: lost_by_width(topology, masks, axis).sum(0) for axis in AXES}
-    budget = (1 - target_sparsity) * dense_decoder_parameters(topology)
+    budget = parameter_budget(topology, target_sparsity)
     multiples: dict[Axis, int] = {"hidden": hidden_multiple, "intermediate": intermediate_multiple, "kv_heads": 1}
     every = {axis: range(m, topology.width(axis) + 1, m) for axis, m in multiples.items()}
     prunable = {axis: every[axis][-1:] if masks.keep[axis].all() else every[axis] for axis in AXES}

@@ -40,12 +40,6 @@ class CalibratedOptions(MethodOptions):
 
 
 @dataclass(frozen=True, config=FORBID_EXTRA)
-class ProtectingOptions(CalibratedOptions):
-    protect_first: First = 0
-    protect_last: Last = 0
-
-
-@dataclass(frozen=True, config=FORBID_EXTRA)
 class WandaSpOptions(CalibratedOptions):
     method = "wanda_sp"
     uniform_share = True
@@ -63,7 +57,7 @@ class FlapOptions(CalibratedOptions):
 
 
 @dataclass(frozen=True, config=FORBID_EXTRA)
-class LlmPrunerOptions(ProtectingOptions):
+class LlmPrunerOptions(CalibratedOptions):
     method = "llm_pruner"
     uniform_share = True
     # As published: of 32 layers, the first four and the last two stay whole.

@@ -1,6 +1,6 @@
 """Options of the methods that train gates: `tva` with its ablations, `paper` and `grasprune`."""
 
-from dataclasses import field, replace
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -118,11 +118,3 @@ class GraspruneOptions(MethodOptions):
 
 
 GateOptions = TvaOptions | PaperOptions | GraspruneOptions
-
-
-def with_steps(options: GateOptions, steps: int) -> GateOptions:
-    """The same options for another number of steps; the two phases of grasprune keep their shares."""
-    if isinstance(options, GraspruneOptions):
-        masks = max(1, round(steps * options.mask_steps / options.steps))
-        return replace(options, mask_steps=masks, scale_steps=steps - masks)
-    return replace(options, steps=steps)

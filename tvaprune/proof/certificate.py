@@ -119,7 +119,16 @@ def read_certificate(directory: Path) -> Certificate:
         name, bound, trust = str(content["reference"]), float(content["bound"]), bool(content["trust_remote_code"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DamagedDirectoryError(f"{path}: damaged certificate ({error}); get the directory again") from error
-    found = hashes(directory)
+    check_files(directory, expected, hashes(directory))
+    try:
+        stored = load_file(directory / REFERENCE)
+        return Certificate(bound, trust, Reference(name, stored["input_ids"], stored["logits"]))
+    except (FileNotFoundError, SafetensorError, KeyError) as error:
+        raise DamagedDirectoryError(f"{directory / REFERENCE}: holds no reference ({error})") from error
+
+
+def check_files(directory: Path, expected: dict[str, str], found: dict[str, str]) -> None:
+    """Compare SHA-256 by file name with a certificate's; DamagedDirectoryError names the first file that differs."""
     for file in sorted(expected.keys() | found.keys()):
         if found.get(file) != expected.get(file):
             what = "changed since the certificate was written (SHA-256)"
@@ -128,11 +137,6 @@ def read_certificate(directory: Path) -> Certificate:
             elif file not in expected:
                 what = "not in the certificate; remove it, or do not trust it"
             raise DamagedDirectoryError(f"{directory / file}: {what}")
-    try:
-        stored = load_file(directory / REFERENCE)
-        return Certificate(bound, trust, Reference(name, stored["input_ids"], stored["logits"]))
-    except (FileNotFoundError, SafetensorError, KeyError) as error:
-        raise DamagedDirectoryError(f"{directory / REFERENCE}: holds no reference ({error})") from error
 
 
 def hashes(directory: Path) -> dict[str, str]:

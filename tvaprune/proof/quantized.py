@@ -7,7 +7,7 @@ from typing import Any
 
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.cut import MODELING_FILE
-from tvaprune.proof.certificate import Check, DamagedDirectoryError, Reference, hashes
+from tvaprune.proof.certificate import Check, DamagedDirectoryError, Reference, check_files, hashes
 from tvaprune.proof.checks import against_reference, bounded_check, generation, reload_fresh
 
 QUANTIZED = "quantized.json"
@@ -41,18 +41,13 @@ def check_quantized(directory: Path) -> list[Check]:
         checks += [_reloaded(name, each["reloaded"]) for name, each in measured.items() if "reloaded" in each]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DamagedDirectoryError(f"{path}: damaged certificate ({error}); run the quantize stage again") from error
-    found = _files(directory)
-    for file in sorted(expected.keys() | found.keys()):
-        if found.get(file) != expected.get(file):
-            what = "absent" if file not in found else "not in the certificate" if file not in expected else "changed"
-            raise DamagedDirectoryError(f"{directory / file}: {what} since {QUANTIZED} was written (SHA-256)")
+    check_files(directory, expected, _files(directory))
     return checks
 
 
 def kl_check(name: str, kind: str, mean_kl: float) -> Check:
     """The mean KL of a file from its unquantised model, against the bound of its type."""
-    bound = KL_BOUND[kind]
-    return Check(f"{name} = unquantised", mean_kl <= bound, {"mean_kl": float(f"{mean_kl:.1e}")}, {"mean_kl": bound})
+    return bounded_check(f"{name} = unquantised", {"mean_kl": mean_kl}, {"mean_kl": KL_BOUND[kind]})
 
 
 def reload_check(directory: Path, reference: Reference) -> Check:

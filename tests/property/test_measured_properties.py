@@ -192,14 +192,14 @@ def test_widths_for_a_latency_keep_to_it_and_its_prediction_is_the_tables(
         least = measured.predict("request", measured.hidden[0], [0] * topology.layers, [0] * topology.layers)
         assert least / measured.dense("request", topology) > share
         return
-    current = budget.dense()
+    current = LayerWidths.dense(topology)
     for _ in range(3):  # priced at the widths before
         chosen = budget.choose(worths(topology, seed), current, share)
         predicted = measured.predict("request", *chosen) / measured.dense("request", topology)
         assert budget.share(chosen) == pytest.approx(predicted)
         assert predicted <= share * (1 + 1e-9)
         current = chosen
-    assert budget.choose(worths(topology, seed), budget.dense(), 1.0) == budget.dense()
+    assert budget.choose(worths(topology, seed), LayerWidths.dense(topology), 1.0) == LayerWidths.dense(topology)
 
 
 @settings(max_examples=40, deadline=None)
@@ -224,13 +224,13 @@ def test_widths_for_a_latency_are_within_a_step_of_trying_everything(seed: int, 
         return
     best = max(kept(widths) for widths in fast)
     steps = [(units.sort(descending=True).values.sum()) for axis in axes for units in worth[axis]]
-    assert kept(budget.choose(worth, budget.dense(), share)) >= best - float(max(steps))
+    assert kept(budget.choose(worth, LayerWidths.dense(topology), share)) >= best - float(max(steps))
 
 
 def test_axes_out_of_play_stay_whole_and_a_latency_out_of_reach_is_refused() -> None:
     topology = Topology(layers=2, hidden=64, intermediate=48, kv_heads=2, group_size=1, head_dim=8)
     budget = LatencyBudget(topology, rising_table(topology, 1), "decode", ("intermediate",))
-    chosen = budget.choose(worths(topology, 1), budget.dense(), 0.9)
+    chosen = budget.choose(worths(topology, 1), LayerWidths.dense(topology), 0.9)
     assert (chosen.hidden, chosen.kv_heads) == (64, [2, 2])
     assert min(chosen.intermediate) < 48
     with pytest.raises(ValueError, match=r"learn_masks\.latency\.ratio = 0\.01: the narrowest .*add axes"):
@@ -244,4 +244,4 @@ def test_heavier_prices_of_hidden_drop_hidden_first() -> None:
     ms = {block: {of: torch.zeros_like(times) for of, times in by.items()} for block, by in measured.ms.items()}
     ms["rest"] = {of: torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64) for of in PHASES}
     budget = LatencyBudget(topology, replace(measured, ms=ms), "decode")
-    assert budget.choose(worths(topology, 0), budget.dense(), 0.75) == LayerWidths(48, [48, 48], [2, 2])
+    assert budget.choose(worths(topology, 0), LayerWidths.dense(topology), 0.75) == LayerWidths(48, [48, 48], [2, 2])

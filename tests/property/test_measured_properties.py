@@ -1,5 +1,6 @@
 """Widths by a measured table on random models, masks and tables."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -9,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import random_masks, stairs_table
-from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
+from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, sparsity
 from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.importance import STEEP, lost_by_width
@@ -129,6 +130,35 @@ def test_as_good_as_trying_everything(seed: int, target: float) -> None:
     if within:
         found = widths_within_parameters(topology, masks, measured, "decode", "uneven", target, 0.0)
         assert found.lost <= min(within) * close
+
+
+def test_faster_widths_have_nearly_the_parameters_of_the_budget() -> None:
+    """A third of the units has to go; the slack alone would let another third go, which is worth no more."""
+    topology = Topology(layers=1, hidden=32, intermediate=48, kv_heads=1, group_size=1, head_dim=8)
+    dense, score = Masks.dense(topology), torch.zeros(1, 48)
+    score[0, :16] = 1.0
+    masks = Masks({**dense.keep, "intermediate": torch.arange(48)[None] < 32}, {**dense.score, "intermediate": score})
+    target = sparsity(topology, masks.widths()) - 1e-6
+    for slack in (0.0, 1.5):
+        chosen = widths_within_parameters(topology, masks, stairs_table(topology, 0), "decode", "uneven", target, slack)
+        assert chosen.intermediate == [32]
+
+
+@pytest.mark.parametrize(("slack", "widths"), [(0.0, [32, 32]), (0.45, [32, 32]), (0.55, [16, 48])])
+def test_the_slack_is_how_much_more_may_be_lost_for_speed(slack: float, widths: list[int]) -> None:
+    """Two thirds of one layer cost 1.5 times as much as a third of both, and nearly all of the time is saved there."""
+    topology = Topology(layers=2, hidden=32, intermediate=48, kv_heads=1, group_size=1, head_dim=8)
+    dense, score = Masks.dense(topology), torch.zeros(2, 48)
+    score[:, :16], score[:, 16:32] = 1.0, math.log(2) / STEEP
+    masks = Masks(
+        {**dense.keep, "intermediate": torch.arange(48).expand(2, 48) < 32}, {**dense.score, "intermediate": score}
+    )
+    target = sparsity(topology, masks.widths()) - 1e-6
+    times = torch.tensor([0.0, 1.0, 5.0, 5.1], dtype=torch.float64).expand(2, 4)
+    table = stairs_table(topology, 0)
+    table = replace(table, ms={**table.ms, "mlp": dict.fromkeys(PHASES, times)})
+    chosen = widths_within_parameters(topology, masks, table, "decode", "uneven", target, slack)
+    assert sorted(chosen.intermediate) == widths
 
 
 rises = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=9)

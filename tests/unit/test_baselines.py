@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tests.tiny_models import tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters, unit_costs
 from tvaprune.architecture.topology import Topology
-from tvaprune.baselines import registry
+from tvaprune.baselines import bonsai, loraprune, registry
 from tvaprune.baselines.activations import input_statistics
 from tvaprune.baselines.allocation import (
     StagedPruning,
@@ -33,8 +33,8 @@ from tvaprune.baselines.flap import flap_scores
 from tvaprune.baselines.llm_pruner import llm_pruner_scores
 from tvaprune.baselines.loraprune import Adapter, ramp_share, step_scores
 from tvaprune.baselines.magnitude import magnitude_scores, random
-from tvaprune.baselines.nirvana import nirvana_scores
-from tvaprune.baselines.osscar import osscar, refit
+from tvaprune.baselines.nirvana import divergence, nirvana_scores
+from tvaprune.baselines.osscar import _rounds, osscar, refit
 from tvaprune.baselines.problem import Problem
 from tvaprune.baselines.registry import score_baseline
 from tvaprune.baselines.wanda_sp import wanda_scores
@@ -288,6 +288,18 @@ def test_masks_that_adaptation_would_read_otherwise_are_refused(
     assert given == [len(WINDOWS)]  # its options have no number of windows
 
 
+def test_a_method_of_few_windows_gets_them_from_all_over_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def watched(problem: Problem, _: FlapOptions) -> Masks:
+        given.append(problem.windows)
+        return random(problem, RandomOptions(0, 0))
+
+    monkeypatch.setitem(registry._METHODS, "flap", watched)
+    score("flap", options=FlapOptions(windows=2))
+    assert torch.equal(given[0], WINDOWS[[0, 3]])
+
+
 def test_protection_is_checked_before_any_work() -> None:
     topology = Topology.of(tiny_model("llama").config)
     for first, last, refused in ((4, 2, "protects the first 4 and the last 2"), (1, 1, "sparsity = 0.4")):
@@ -304,8 +316,8 @@ def test_percentiles_give_ties_to_the_lower_index() -> None:
 
 
 def test_scores_that_match_the_mask_keep_their_ranking() -> None:
-    values = torch.tensor([[0.5, -0.2, -0.1, 0.3, -0.4]])
-    keep = torch.tensor([[True, True, True, True, False]])
+    values = torch.tensor([[0.5, -0.2, -0.1, 0.3, -0.4], [0.5, 0.1, 0.2, 0.4, 0.3]])
+    keep = torch.tensor([[True, True, True, True, False], [True, False, False, True, False]])
     matched = make_scores_match_mask(dict.fromkeys(AXES, keep), {"intermediate": values}).score
     assert torch.equal(matched["intermediate"] > 0, keep)
     assert torch.equal(matched["intermediate"].argsort(), values.argsort())
@@ -537,6 +549,13 @@ def test_osscar_drops_one_by_one_what_costs_least_and_refits_the_rest(inputs: in
     assert found.error[found.keep].min() > found.error[~found.keep].max()
 
 
+@pytest.mark.parametrize(
+    ("units", "at_once", "rounds"), [(7, 3, [4, 3]), (8, 3, [4, 4]), (2, 5, [2]), (5, 1, [1] * 5), (0, 3, [])]
+)
+def test_the_rounds_of_osscar_are_alike_and_the_first_have_more(units: int, at_once: int, rounds: list[int]) -> None:
+    assert _rounds(units, at_once) == rounds
+
+
 def test_osscar_drops_dead_inputs_first_and_survives_them() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     x[:, [1, 4]] = 0
@@ -674,6 +693,7 @@ def test_nirvana_takes_the_candidate_nearest_to_the_dense_model() -> None:
             gated.set(hard_gates(masks.keep), kept_hidden=topology.hidden)
             masked = model(input_ids=WINDOWS.long()).logits[:, :-1].log_softmax(-1)
         divergences.append((float((dense.exp() * (dense - masked)).sum(-1).mean()), masks))
+        assert divergence(problem_of(model), masks) == pytest.approx(divergences[-1][0], rel=1e-3)
     best = min(divergences, key=lambda pair: pair[0])[1]
     assert torch.equal(chosen.keep["intermediate"], best.keep["intermediate"])
     assert torch.equal(chosen.keep["kv_heads"], best.keep["kv_heads"])
@@ -827,6 +847,46 @@ def test_bonsai_runs_as_many_forwards_as_it_says_and_drops_dead_units_first() ->
     assert set(dropped.tolist()) <= set(dead.tolist())
 
 
+def submodels_of_bonsai(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[list[Tensor]]:
+    """Which candidates the sub-models of each round keep."""
+    drawn: list[Tensor] = []
+    plain = bonsai.submodel
+
+    def watched(keep: Any, modules: Any, mask: Tensor) -> Any:
+        drawn.append(mask)
+        return plain(keep, modules, mask)
+
+    monkeypatch.setattr(bonsai, "submodel", watched)
+    score("bonsai", **given)
+    each = QUICK["bonsai"].submodels
+    return [drawn[start : start + each] for start in range(0, len(drawn), each + 1)]  # and one without candidates
+
+
+def test_every_second_submodel_of_bonsai_keeps_what_the_one_before_it_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    (masks,) = submodels_of_bonsai(monkeypatch, sparsity=0.1)
+    assert all(torch.equal(one, ~other) for one, other in zip(masks[::2], masks[1::2], strict=True))
+
+
+def test_a_round_of_bonsai_whose_candidates_own_too_little_is_followed_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of six heads are candidates, and own a little less than a fifth of the parameters."""
+    assert len(submodels_of_bonsai(monkeypatch, axes=("kv_heads",), sparsity=0.2)) == 2
+
+
+def test_loraprune_averages_the_importance_of_steps_with_the_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of six steps says the opposite of the five before it, twice as loud: 0.2 to 0.1 · (0.9 + ... + 0.9⁵)."""
+    topology = Topology.of(tiny_model("llama").config)
+    rising = {axis: torch.arange(float(topology.width(axis))).expand(topology.gate_shape(axis)) for axis in UNIT_AXES}
+    steps = iter([*[rising] * 5, {axis: -2 * score for axis, score in rising.items()}])
+    monkeypatch.setattr(loraprune, "step_scores", lambda *_: next(steps))
+    options = LoraPruneOptions(steps=6, prune_every=10, batch_size=1, protect_first=0, protect_last=0)
+    masks = score("loraprune", options=options)
+    for axis in UNIT_AXES:
+        for layer, width in enumerate(masks.widths()[axis].tolist()):
+            assert torch.equal(masks.keep[axis][layer], keep_best(rising[axis][layer], width))
+
+
 def test_loraprune_drops_the_same_share_of_every_open_layer_and_trains_to_the_end_of_the_ramp() -> None:
     model = tiny_model("llama", layers=5)
     forwards = []
@@ -915,3 +975,8 @@ def test_depth_drops_the_most_similar_layers(contiguous: bool, sparsity: float) 
     assert budget - 3 * topology.hidden - topology.hidden < kept_decoder_parameters(topology, masks.keep) <= budget
     for axis in UNIT_AXES:
         assert torch.equal(masks.keep[axis], masks.score[axis] > 0)
+    if masks.keep["kv_heads"][last].any():  # then all units are back, and have room beside one head less
+        fewer = {axis: keep.clone() for axis, keep in masks.keep.items()}
+        fewer["kv_heads"][last, masks.keep["kv_heads"][last].nonzero()[0]] = False
+        fewer["intermediate"][last] = True
+        assert kept_decoder_parameters(topology, fewer) <= budget

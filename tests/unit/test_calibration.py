@@ -105,6 +105,26 @@ def test_windows_start_at_random_offsets() -> None:
     assert set(windows["train"][:, 0].tolist()) == set(range(1, 9))
 
 
+def test_documents_are_dealt_in_proportion_to_what_the_sets_need() -> None:
+    """There is text for exactly as many windows as are needed."""
+    documents = [document(8, f"d{number}") for number in range(40)]
+    sets = [WindowSet("train", 30, 8), WindowSet("validation", 10, 8)]
+    windows = sample_windows({"a": documents}, sets, packing="documents", eos_token_id=0, seed=0)
+    assert {name: len(rows) for name, rows in windows.items()} == {"train": 30, "validation": 10}
+
+
+def test_windows_are_drawn_from_all_documents_and_sources_in_random_order() -> None:
+    sources = {
+        name: [TokenDocument(f"{name}{n}", np.full(80, first + n, np.int32)) for n in range(20)]
+        for name, first in (("a", 100), ("b", 200))
+    }
+    windows = sample_windows(sources, [WindowSet("train", 40, 8)], packing="documents", eos_token_id=0, seed=0)
+    firsts = windows["train"][:, 0].tolist()
+    assert all(len({token for token in firsts if token // 100 == source}) > 8 for source in (1, 2))
+    of_source = [token // 100 for token in firsts]
+    assert of_source not in (sorted(of_source), sorted(of_source, reverse=True))
+
+
 def test_mix_weights_the_sources_and_refuses_unknown_ones() -> None:
     sources = {"a": [document(8, f"a{n}") for n in range(30)], "b": [document(8, f"b{n}") for n in range(30)]}
     for docs, start in zip(sources.values(), (0, 100), strict=True):

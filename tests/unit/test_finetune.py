@@ -39,7 +39,7 @@ from tvaprune.recovery.lora import (
     target_names,
 )
 from tvaprune.recovery.objective import mean_nll
-from tvaprune.recovery.report import CurveRow, write_curve
+from tvaprune.recovery.report import CurveRow, quality_metrics, write_curve
 from tvaprune.recovery.schedule import learning_rate_at, step_windows, total_steps
 from tvaprune.recovery.teacher import CachedTeacher, Teacher
 from tvaprune.recovery.training import DivergedError, Finetuned, finetune
@@ -150,11 +150,36 @@ def test_recovery_recovers_and_leaves_the_base_alone(tmp_path):
     assert validation["nll_teacher"] < validation["nll_best"] < validation["nll_start"]
     assert result.metrics["recovered"]["share"] > 0.3
     assert result.metrics["tokens"] == 60 * 8 * 2 * SEQ
-    # What comes back is the best adapter, not the last.
     assert mean_nll(student, text[-20:], 8, Process(CPU)) == validation["nll_best"]
     assert validation["nll_best"] == min(row.validation_ce for row in result.curve if row.validation_ce is not None)
     after = {name.replace(".base_layer", ""): tensor for name, tensor in student.state_dict().items()}
     assert_identical(before, {name: after[name] for name in before})
+
+
+def test_what_comes_back_is_the_best_adapter_and_not_the_last(tmp_path):
+    dense = tiny()
+    student = pruned(dense)
+    own = student.generate(torch.arange(1, 9)[:, None], max_length=SEQ, do_sample=True, pad_token_id=0)
+    options = replace(OPTIONS, learning_rate=5e-2)
+    result = finetune(student, dense, windows(5, seed=1), own, options, Process(CPU), NoState(tmp_path))
+    validation = result.metrics["validation"]
+    assert validation["nll_best"] < validation["nll_end"], "other text leads away from its own"
+    assert mean_nll(student, own, OPTIONS.batch_size, Process(CPU)) == validation["nll_best"]
+
+
+def test_the_mean_loss_is_over_windows_whatever_the_batches():
+    model, ids = tiny(), windows(3, seed=2)
+    logits = model(ids.long()).logits[:, :-1].flatten(0, 1)
+    expected = float(nn.functional.cross_entropy(logits, ids[:, 1:].long().flatten()))
+    assert [mean_nll(model, ids, size, Process(CPU)) for size in (1, 2, 3)] == pytest.approx([expected] * 3)
+
+
+def test_what_came_back_is_a_share_of_what_was_lost_by_tokens_and_by_time():
+    curve = [CurveRow(step, 500_000 * step, *[None] * 4, validation_ce=nll) for step, nll in enumerate((5.0, 4.0, 4.5))]
+    report = quality_metrics(curve, nll_best=4.0, nll_teacher=3.0, seconds=30.0)
+    assert report["validation"] == {"nll_start": 5.0, "nll_end": 4.5, "nll_best": 4.0, "nll_teacher": 3.0}
+    assert report["recovered"] == {"share": 0.5, "share_per_million_tokens": 0.5, "share_per_minute": 1.0}
+    assert "recovered" not in quality_metrics(curve, nll_best=4.0, nll_teacher=5.0, seconds=30.0)
 
 
 def test_the_curve_has_the_start_every_step_and_the_end(tmp_path):
@@ -232,6 +257,12 @@ def test_accumulation_is_a_larger_batch(tmp_path):
     whole = run_finetune(NoState(tmp_path), replace(OPTIONS, dropout=0.0, batch_size=4, accumulation=1))
     for left, right in zip(parts.curve[1:], whole.curve[1:], strict=True):
         assert left.loss == pytest.approx(right.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 0.5}, {"gradient_clip": 0.01}], ids=str)
+def test_an_option_of_the_optimizer_reaches_it(tmp_path, change):
+    plain, changed = (adapter(run_finetune(NoState(tmp_path), replace(OPTIONS, **one))) for one in ({}, change))
+    assert all(not torch.equal(changed[name], tensor) for name, tensor in plain.items())
 
 
 def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tmp_path, monkeypatch):
@@ -428,6 +459,19 @@ def test_a_fresh_adapter_changes_nothing():
     with torch.no_grad():
         before = hidden_states(model, ids)
         assert torch.equal(hidden_states(add_lora(model, OPTIONS).get_base_model().eval(), ids), before)
+
+
+def test_a_fresh_adapter_follows_its_seed():
+    one, same, other = (
+        {
+            name: p
+            for name, p in add_lora(pruned(tiny()), replace(OPTIONS, seed=seed)).named_parameters()
+            if "lora_A" in name
+        }
+        for seed in (7, 7, 8)
+    )
+    assert_identical(one, same)
+    assert all(not torch.equal(p, other[name]) for name, p in one.items())
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------

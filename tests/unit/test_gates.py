@@ -13,24 +13,28 @@ from tests.tiny_models import FAMILIES, random_masks, random_update, stairs_tabl
 from tools.try_steps import with_steps
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.architecture.parameter_counts import (
+    decoder_parameters,
     dense_decoder_parameters,
     dense_unit_costs,
     kept_decoder_parameters,
     sparsity,
 )
 from tvaprune.architecture.topology import GATED_SITES, Site, Topology
-from tvaprune.gates import budget, insertion
-from tvaprune.gates.budget import RunningNorm, cubic_ramp
+from tvaprune.distributed import ALONE
+from tvaprune.gates import budget, insertion, paper
+from tvaprune.gates.budget import RunningNorm, Step, cubic_ramp
 from tvaprune.gates.closed_form import importance
 from tvaprune.gates.curvature import RunningCurvature, gate_curvature
+from tvaprune.gates.grasprune import GraspruneGates
 from tvaprune.gates.insertion import GatedModel, SquaredGradients, hard_gates
-from tvaprune.gates.latency import LatencyGates
-from tvaprune.gates.paper import NoisePool, kl, pool_size
-from tvaprune.gates.straight_through import tangent_to_budget
+from tvaprune.gates.latency import LatencyGates, _around_zero
+from tvaprune.gates.objective import objective
+from tvaprune.gates.paper import NoisePool, PaperGates, kl, pool_size
+from tvaprune.gates.straight_through import LEARNING_RATE, SLOPE, StraightThroughGates, tangent_to_budget
 from tvaprune.gates.training import Learned, learn_gates, new_gates
 from tvaprune.losses import DivergedError
 from tvaprune.masks.latency_table import AIM
-from tvaprune.masks.masks import log_alpha
+from tvaprune.masks.masks import Masks, log_alpha
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, solve_threshold
 from tvaprune.methods import Found, check_request, find_masks, learned_message, masks_metrics, projection_warning
 from tvaprune.options.axes import AXES, UNIT_AXES, Axis
@@ -155,6 +159,23 @@ def test_a_latency_is_met_at_every_step_and_at_the_end(family: str, monkeypatch:
         assert bool((score.gather(-1, order).diff(dim=-1) <= 0).all()), "a vector's order is that of its scores"
 
 
+def test_without_a_head_start_units_are_worth_their_curvature_to_a_latency() -> None:
+    model, topology = tiny_model("llama"), Topology.of(tiny_model("llama").config)
+    options, table = replace(TVA, head_start=PerAxis(0.0, 0.0, 0.0)), stairs_table(topology, 0)
+    gates = LatencyGates(topology, options, LatencyGoal("decode", 0.7), table, AXES, torch.device("cpu"), seed=0)
+    with GatedModel(model, topology).inserted() as gated:
+        gates.start(gated, WINDOWS, ALONE, progress=False)
+        curvature = gate_curvature(gated, WINDOWS[-4:].long(), 8, seed=0, progress=False)
+    for axis, worth in gates._worth().items():
+        torch.testing.assert_close(worth, curvature[axis].double(), rtol=1e-3, atol=1e-9)
+
+
+def test_equal_scores_on_both_sides_of_a_cut_stay_on_their_sides() -> None:
+    score = torch.tensor([[1.0, 1.0, 1.0, 0.0], [2.0, 1.0, 4.0, 3.0], [0.0, -1.0, -2.0, -3.0]])
+    keep = torch.tensor([[True, True, False, False], [True, True, True, True], [False, False, False, False]])
+    assert torch.equal(_around_zero(score, keep) > 0, keep)
+
+
 def test_a_killed_run_for_a_latency_ends_bitwise_as_an_undisturbed_one() -> None:
     def learn_for_latency(saver: Any) -> Learned:
         model, gates = latency_gates()
@@ -203,6 +224,22 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(options: GateOptions) -
     assert_a_killed_run_ends_alike(lambda saver: learn(options, saver=saver))
 
 
+def test_a_killed_run_goes_on_clipping_at_the_norms_before_the_kill() -> None:
+    options = replace(TVA, clip_ratio=1.05)  # cuts about every other step
+    assert_a_killed_run_ends_alike(lambda saver: learn(options, saver=saver))
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes() -> None:
+    saver, request = Memory(stop_after=1), MaskRequest("tva", TVA, 0.3)
+    with pytest.raises(KeyboardInterrupt):
+        find_masks(tiny_model("llama"), WINDOWS, WINDOWS[:2], request, saver, progress=False)
+    saved = saver.load()
+    assert saved is not None
+    saver.save({**saved, "seconds": 1e6})
+    found = find_masks(tiny_model("llama"), WINDOWS, WINDOWS[:2], request, saver, progress=False)
+    assert 1e6 < found.seconds < 1e6 + 600
+
+
 @pytest.mark.parametrize("method", ["flap", "magnitude", "osscar"])
 def test_means_are_trained_on_a_baselines_masks(method: str) -> None:
     """The masks and matrices stay; the means bring the masked model nearer to the text that they learn."""
@@ -217,6 +254,8 @@ def test_means_are_trained_on_a_baselines_masks(method: str) -> None:
         assert torch.equal(bare.masks.score[axis], trained.masks.score[axis])
     assert trained.validation_nll["binary"] == pytest.approx(bare.validation_nll["binary"])
     assert trained.validation_nll["mean"] < min(bare.validation_nll["binary"], bare.validation_nll["mean"])
+    for axis, keep in trained.masks.keep.items():
+        assert bool((trained.update.scale[axis][~keep] == 1).all()), "what is dropped learns no mean"
     assert not trained.update.bias
     assert trained.update.weight.keys() == bare.update.weight.keys()
     assert all(torch.equal(weight, bare.update.weight[name]) for name, weight in trained.update.weight.items())
@@ -234,6 +273,17 @@ def report(options: GateOptions) -> dict[str, Any]:
     request = MaskRequest(options.method, options, 0.3)
     model = tiny_model("llama")
     return masks_metrics(find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False), model.config, request)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_report_counts_a_tied_matrix_once(family: str) -> None:
+    model, request = tiny_model(family), MaskRequest("magnitude", MagnitudeOptions(0, 0), 0.3)
+    found = find_masks(model, WINDOWS, WINDOWS[:2], request, progress=False)
+    counts = masks_metrics(found, model.config, request)
+    assert counts["params_dense"] == sum(parameter.numel() for parameter in model.parameters())
+    outside = model.config.vocab_size * (1 if model.config.tie_word_embeddings else 2) + 1  # of a residual dimension
+    kept = kept_decoder_parameters(Topology.of(model.config), found.masks.keep)
+    assert counts["params_kept"] == kept + counts["hidden_kept"] * outside
 
 
 @pytest.mark.parametrize("family", ["llama_bias", "qwen3"])
@@ -261,6 +311,16 @@ def test_grasprune_pays_in_the_end_for_the_units_that_every_layer_keeps(family: 
         assert torch.equal(learned.update.scale[axis] != 1, learned.masks.keep[axis]), "what is dropped learns no scale"
     keys = learned.update.scale["kv_heads"].repeat_interleave(topology.head_dim, -1)
     assert torch.equal(learned.update.channel_scale["keys"], keys)
+
+
+def test_grasprune_pays_for_the_parameters_that_no_unit_owns() -> None:
+    topology = Topology.of(tiny_model("llama_bias").config)
+    gates = GraspruneGates(topology, GRASPRUNE, 0.3, UNIT_AXES, torch.device("cpu"))
+    for seed in range(5):
+        scores = random_masks(topology, seed).score
+        gates.score = {"intermediate": scores["intermediate"], "kv_heads": scores["kv_heads"] + 10}  # heads stay
+        keep = Masks.dense(topology).keep | gates.select()
+        assert sparsity(topology, Masks(keep, scores).widths()) >= 0.3
 
 
 def test_the_scales_of_grasprune_lower_the_loss_of_its_masks() -> None:
@@ -401,11 +461,101 @@ def test_tangent_gradient_does_not_move_the_budget() -> None:
     torch.testing.assert_close(heads.mean() / units.mean(), torch.tensor(per_head / 3.0), rtol=1e-2, atol=0)
 
 
+def test_a_straight_through_step_lowers_the_scores_of_units_that_raise_the_loss() -> None:
+    model = tiny_model("llama")
+    topology = Topology.of(model.config)
+    gates = StraightThroughGates(topology, DETERMINISTIC, 0.3, AXES, torch.device("cpu"), seed=0)
+    with GatedModel(model, topology).inserted() as gated:
+        gates.start(gated, WINDOWS, ALONE, progress=False)
+    keep, threshold = gates.select(0.3)
+    before = {axis: score.clone() for axis, score in gates.score.items()}
+    slope = {axis: torch.sigmoid(SLOPE[1] * (before[axis] - threshold)) for axis in AXES}
+    surrogate = {axis: SLOPE[1] * soft * (1 - soft) for axis, soft in slope.items()}
+    raises = {axis: torch.randn(topology.gate_shape(axis)) for axis in AXES}
+    gates.rescore(Step(keep, threshold, raises, 1.0, 1.0, progress=1.0), None, ALONE)
+    for axis, gradient in tangent_to_budget(topology, keep, surrogate, raises).items():
+        steep = gradient.abs() > 1e-4
+        assert steep.any()
+        moved = gates.score[axis] - before[axis]
+        torch.testing.assert_close(moved[steep], -LEARNING_RATE * gradient[steep].sign(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_a_step_of_the_paper_follows_the_gradient_of_its_loss(
+    clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cross-entropy, KL and penalty by plain autograd, where every draw of the noise is 1."""
+    model = tiny_model("llama")
+    topology, windows = Topology.of(model.config), WINDOWS[:2].long()
+    options = replace(PAPER, clip=clip, kl_weight=PerAxis(3e-4, 2e-4, 1e-4))
+    gates = PaperGates(topology, options, 0.3, AXES, torch.device("cpu"), seed=0)
+    gates.multipliers.copy_(torch.tensor([0.5, 0.7]))
+    mean = {axis: gates.mean[axis].clone().requires_grad_() for axis in AXES}
+    log_var = {axis: gates.log_var[axis].clone().requires_grad_() for axis in AXES}
+    steps: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(NoisePool, "draw", lambda _, shape, site: torch.ones(shape))
+    monkeypatch.setattr(paper, "take_step", lambda _, gradients, lr: steps.append(gradients))
+    with GatedModel(model, topology).inserted() as gated:
+        row = gates.step(gated, windows, 8, ALONE)
+        gated.set({axis: mean[axis] + torch.exp(log_var[axis] / 2) for axis in AXES}, topology.hidden)
+        loss = objective(model, windows)
+    counts = [torch.sigmoid(options.slope * log_alpha(mean[axis], log_var[axis])).sum(-1) for axis in AXES]
+    gap = 1 - decoder_parameters(topology, *counts) / dense_decoder_parameters(topology) - 0.3 * 9 / 18
+    bottleneck = [
+        weight * 0.5 * torch.log1p(mean[axis] ** 2 / (log_var[axis].exp() + 1e-8)).sum()
+        for axis, weight in zip(AXES, (3e-4, 2e-4, 1e-4), strict=True)
+    ]
+    (loss + sum(bottleneck) + 0.5 * gap + 0.7 * gap**2).backward()
+    missing = float(gap.detach())
+    expected = [leaf.grad for leaf in (*mean.values(), *log_var.values())]
+    norm = float(torch.cat([each.flatten() for each in expected]).norm())
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    assert norm > 0.01, "nothing was clipped"
+    for own, plain in zip(steps[0], expected, strict=True):
+        torch.testing.assert_close(own, plain if clip is None else plain * clip / norm, rtol=1e-3, atol=1e-6)
+    assert steps[1][0].tolist() == pytest.approx([missing, missing**2], rel=1e-3)
+
+
+def test_the_multipliers_of_the_paper_climb_while_the_sparsity_is_too_low() -> None:
+    model = tiny_model("llama")
+    gates = PaperGates(Topology.of(model.config), PAPER, 0.3, AXES, torch.device("cpu"), seed=0)
+    with GatedModel(model, gates.topology).inserted() as gated:
+        row = gates.step(gated, WINDOWS[:2].long(), 8, ALONE)
+    assert row["sparsity"] < row["target"]
+    assert gates.multipliers[0] < 0 < gates.multipliers[1]  # of the gap, and of its square
+
+
 def test_schedule_rises_to_the_target_and_stays() -> None:
     values = [cubic_ramp(step / 100, 0.5, 0.7) for step in range(101)]
     assert values[0] == 0
     assert values == sorted(values)
     assert values[70:] == [pytest.approx(0.5)] * 31
+
+
+def test_means_learn_at_full_rate_up_to_the_end_of_the_ramp_and_then_less_and_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(budget, "take_step", lambda optimizer, gradients, lr: rates.append(lr))
+    learn(TVA)
+    ramp = round(TVA.ramp * TVA.steps)
+    falling = [1 - step / (TVA.steps - ramp) for step in range(1, TVA.steps - ramp)]
+    assert [rate / TVA.mean_lr for rate in rates] == pytest.approx([1.0] * ramp + falling + [0.02])
+
+
+@pytest.mark.parametrize("options", [TVA, DETERMINISTIC], ids=["closed form", "straight through"])
+def test_a_head_start_is_added_to_the_first_scores_of_its_axis(options: TvaOptions) -> None:
+    def first_scores(head_start: PerAxis) -> dict[Axis, torch.Tensor]:
+        model = tiny_model("llama")
+        topology, asked = Topology.of(model.config), replace(options, head_start=head_start)
+        gates = new_gates(topology, asked, 0.3, AXES, torch.device("cpu"), seed=0)
+        with GatedModel(model, topology).inserted() as gated:
+            gates.start(gated, WINDOWS, ALONE, progress=False)
+        return gates.score
+
+    none, some = first_scores(PerAxis(0.0, 0.0, 0.0)), first_scores(PerAxis(hidden=3.0, intermediate=0.0, kv_heads=1.0))
+    for axis, added in (("hidden", 3.0), ("intermediate", 0.0), ("kv_heads", 1.0)):
+        torch.testing.assert_close(some[axis], none[axis] + added, rtol=0, atol=1e-4)
 
 
 def test_scores_are_log_alpha_where_noise_and_kl_balance() -> None:
@@ -542,6 +692,15 @@ def test_running_curvature_does_not_depend_on_the_objectives_scale() -> None:
     assert all(torch.allclose(one.mean()[axis], other.mean()[axis], rtol=1e-4) for axis in AXES)
 
 
+def test_a_step_adds_as_many_draws_to_the_curvature_as_it_has_windows() -> None:
+    model = tiny_model("llama")
+    options = replace(TVA, steps=3)
+    gates = new_gates(Topology.of(model.config), options, 0.3, AXES, torch.device("cpu"), seed=0)
+    learn_gates(model, WINDOWS, gates, progress=False)
+    draws = gates.state_dict()["curvature"]["draws"]
+    assert max(float(draws[axis].max()) for axis in AXES) == 3 * options.batch_size
+
+
 def test_scores_follow_the_training() -> None:
     first, last = (learn(options).masks for options in (replace(TVA, steps=1, mean_lr=0.0), TVA))
     assert not torch.equal(first.keep["intermediate"], last.keep["intermediate"])
@@ -565,7 +724,9 @@ def test_usual_gradients_pass_and_an_explosion_is_cut(norms: list[float], explos
     assert [running.factor(norm**2, ratio) for norm in norms] == [1.0] * len(norms)
     cut = running.factor(explosion**2, ratio) * explosion
     assert cut <= 2.0 * ratio * (1 + 1e-9)
-    assert running.factor(1.0, ratio) == 1.0, "what was cut counts as cut"
+    # What was cut counts as cut: with weight ½ at most, so that another explosion is not usual now.
+    again = running.factor(explosion**2, ratio) * explosion
+    assert again <= 2.0 * ratio * ((1 + ratio**2) / 2) ** 0.5 * (1 + 1e-9)
 
 
 def test_one_exploding_window_does_not_decide_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -709,6 +870,12 @@ def test_what_a_method_cannot_do_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"means_steps = 5|budget = latency"):
             MaskRequest(method, options, 0.3, AXES, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0])
+def test_a_sparsity_that_is_no_share_is_refused(sparsity: float) -> None:
+    with pytest.raises(ValueError, match=rf"sparsity = {sparsity}: must be at least 0 and below 1"):
+        check_request(MaskRequest("tva", TVA, sparsity), Topology.of(tiny_model("llama").config))
 
 
 def test_an_unreachable_sparsity_is_refused_before_any_work() -> None:

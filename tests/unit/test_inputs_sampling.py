@@ -84,7 +84,17 @@ def test_a_sample_is_seeded_and_reads_no_more_than_it_needs(tmp_path: Path, kind
 
 def test_where_there_are_fewer_all_are_taken(tmp_path: Path, kind: str) -> None:
     found = taken(source_of(write(tmp_path / "corpus", kind), kind, documents=5000))
-    assert sorted(document.text for document in found) == sorted(TEXTS)
+    texts = [document.text for document in found]
+    assert sorted(texts) == sorted(TEXTS)
+    by_row = [text.split(".")[1] for text in texts]
+    assert by_row != sorted(by_row, key=int), "the order of a file is not that of the sample"
+
+
+def test_another_seed_takes_other_rows_of_a_single_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "corpus", "jsonl") / "0.jsonl"
+    one, other = ({d.text for d in taken(source_of(file, "jsonl", documents=ROWS // 4, seed=s))} for s in (0, 1))
+    assert len(one) == len(other) == ROWS // 4
+    assert one != other
 
 
 @pytest.mark.parametrize("after", [1, 3])

@@ -205,6 +205,22 @@ def test_comparison_is_finite_numbers_under_the_documented_keys() -> None:
         assert metrics[phase]["compact"]["latency_ms"] > 0
 
 
+def test_a_decode_is_timed_a_step_and_nothing_is_collected_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = []
+
+    def thirty(_: torch.device, work: Any) -> float:
+        collected.append(gc.isenabled())
+        work()
+        return 30.0
+
+    monkeypatch.setattr(latency, "_milliseconds", thirty)
+    benchmark = latency.Benchmark(12, decode_prompt_tokens=5, decode_tokens=3, repeats=4, max_warmup=2)
+    prefill, decode = latency.compare({"dense": build()}, [2], benchmark)[2]
+    assert (prefill.latency_ms, prefill.tokens) == ({"dense": [30.0] * 4}, 2 * 12)
+    assert (decode.latency_ms, decode.tokens) == ({"dense": [10.0] * 4}, 2)
+    assert collected == [False] * 2 * (2 + 4)
+
+
 def test_models_that_were_timed_apart_have_the_same_figures() -> None:
     """The order of rounds differs, not what is counted."""
     models, benchmark = {"dense": build(), "compact": build_uneven()}, latency.Benchmark(12, 5, 3, 3, 2)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model, tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import load_config
@@ -23,6 +23,7 @@ from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
 from tvaprune.masks.update import WeightUpdate
+from tvaprune.options.choices import Layout
 from tvaprune.proof.parity import compact_logits, compare, masked_dense_logits
 
 PROMPTS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -207,6 +208,32 @@ def test_streamed_files_hold_what_was_written(
         inside = list(load_file(shard).values())
         assert len(inside) == 1 or sum(tensor.nbytes for tensor in inside) <= limit
     assert (len(list(out.glob("*.safetensors"))) > 1) == (out / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3"])
+@pytest.mark.parametrize("layout", ["uneven", "padded"])
+@pytest.mark.parametrize("block", [1, 3000])  # a row, and some rows of a matrix
+def test_a_checkpoint_cut_in_blocks_is_that_cut_in_one_piece(
+    family: str, layout: Layout, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an 8B model is: no matrix of a tiny one fills a block."""
+    dense = save_tiny_model(family, tmp_path / "dense")
+    topology = Topology.of(load_config(dense))
+    masks, update = adapted(topology, layout, seed=8), random_update(topology, seed=4)
+    compact(dense, masks, update, tmp_path / "whole", layout=layout)
+    monkeypatch.setattr("tvaprune.checkpoint.tensor_files._BLOCK_BYTES", block)
+    compact(dense, masks, update, tmp_path / "blocks", layout=layout)
+    whole, blocks = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "blocks"))
+    assert whole.keys() == blocks.keys()
+    assert all(torch.equal(blocks[name], tensor) for name, tensor in whole.items())
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_left_out() -> None:
+    config = tiny_model("llama").config
+    topology, dense = Topology.of(config), dense_tensors(config)
+    old = dense | {"model.layers.0.self_attn.rotary_emb.inv_freq": TensorInfo((8,), torch.float32)}
+    masks, update = random_masks(topology, seed=8), random_update(topology, seed=4)
+    assert plan(config, old, masks, update).tensors == plan(config, dense, masks, update).tensors
 
 
 def test_a_checkpoint_in_shards_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,21 @@ def test_above_the_limit_the_set_the_share_the_limit_and_the_remedy_are_named(to
     assert "in the calibration windows" not in message
 
 
+def test_the_share_of_finetuning_is_of_its_own_grams(tokenizer: Any) -> None:
+    assert found(tokenizer, f"{PLANTED} {OTHER}", PLANTED, ["x"]).finetuning_in_calibration == 1.0
+    assert 0.2 < found(tokenizer, PLANTED, f"{PLANTED} {OTHER}", ["x"]).finetuning_in_calibration < 0.5
+
+
+@pytest.mark.parametrize("batch", [1, 2, 9])
+def test_the_first_three_leaked_documents_are_examples(
+    batch: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BATCH", batch)
+    overlap = found(tokenizer, PLANTED, "x", [OTHER, *[PLANTED] * 5]).sets["heldout"].overlaps["calibration"]
+    assert overlap.examples == ["page 1", "page 2", "page 3"]
+    assert overlap.documents == 5
+
+
 def test_of_a_row_the_text_that_is_scored_is_compared(tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks", ROWS)
     (tmp_path / "held").mkdir()

@@ -20,6 +20,7 @@ from tvaprune.architecture.parameter_counts import (
 from tvaprune.architecture.topology import Topology, reader_shapes
 from tvaprune.artifacts import ArtifactError
 from tvaprune.masks.adapt import adapt, adapt_metrics, nearest_multiple
+from tvaprune.masks.importance import lost_by_width
 from tvaprune.masks.masks import Masks, read_masks, write_masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, keep_best, project, solve_threshold
 from tvaprune.masks.update import WeightUpdate, read_update, weight_update, write_update
@@ -186,6 +187,28 @@ def test_a_layer_without_an_mlp_stays_without_one(rounding: str) -> None:
     widths = adapted.widths()["intermediate"]
     assert int(widths[2]) == 0
     assert (widths[torch.tensor([0, 1, 3])] >= 16).all()
+
+
+def test_groups_of_units_are_ranked_by_their_mean_score() -> None:
+    """There is room for one group more than each layer's first: the one of mean 2, whose worst unit is a bad one."""
+    masks = Masks.dense(TOPOLOGY)
+    scores = torch.full((4, 96), -3.0)
+    scores[:, :16], scores[0, 16:24], scores[0, 24:32], scores[1, 16:32] = 9.0, 5.0, -1.0, 1.0
+    kept = torch.tensor([32, 16, 16, 16])
+    target = sparsity(TOPOLOGY, {**masks.widths(), "intermediate": kept}) - 1e-6
+    adapted = adapt(TOPOLOGY, Masks(masks.keep, {**masks.score, "intermediate": scores}), target, "budget", 64, 16)
+    assert torch.equal(adapted.widths()["intermediate"], kept)
+
+
+def test_a_width_loses_the_importance_and_the_parameters_of_the_units_it_leaves_out() -> None:
+    masks = random_masks(TOPOLOGY, seed=3)
+    full = [torch.tensor(64), *(torch.full((4,), TOPOLOGY.width(axis)) for axis in AXES[1:])]
+    for axis, cost in unit_costs(TOPOLOGY, *full).items():
+        lost = lost_by_width(TOPOLOGY, masks, axis, steepness=2.0)
+        scores = masks.score[axis].double().view(-1, TOPOLOGY.width(axis)).sort(-1, descending=True).values
+        for width in (0, 1, TOPOLOGY.width(axis)):
+            left_out = (float(cost.flatten()[0]) * (2 * scores[:, width:]).exp()).sum(-1)
+            torch.testing.assert_close(lost[:, width], left_out)
 
 
 def test_kv_heads_are_left_as_they_are() -> None:

@@ -239,6 +239,21 @@ def test_several_runs_make_a_mean_with_a_deviation() -> None:
     assert cell(column("validation"), runs, "compact") == "30.0 ± 2"
     assert cell(column("seeds"), runs, "compact") == "0 1 2"
     assert cell(column("method"), runs, "compact") == "tva"
+    del runs[1]["metrics"]["perplexity"]
+    assert cell(column("validation"), runs, "compact") == "", "one run lacks it"
+
+
+def test_the_perplexity_of_several_texts_is_their_geometric_mean() -> None:
+    run = saved_run("a", 9.0)
+    run["metrics"]["perplexity"]["compact"]["validation"]["news"] = {"ppl": 16.0}
+    assert cell(column("validation"), [run], "compact") == "12.0"
+
+
+@pytest.mark.parametrize(
+    ("ppl", "written"), [(9.994, "9.99"), (9.996, "10.0"), (999.94, "999.9"), (999.96, "1,000"), (12345.6, "12,346")]
+)
+def test_large_figures_have_as_many_digits_once_they_are_rounded(ppl: float, written: str) -> None:
+    assert cell(column("validation"), [saved_run("a", ppl)], "compact") == written
 
 
 def test_recovery_is_a_share_of_the_lost_log_likelihood() -> None:

@@ -56,6 +56,13 @@ def test_other_settings_inputs_or_stages_find_no_state(code: Path) -> None:
         assert run.load() == {"step": 2}
 
 
+def test_another_version_of_torch_finds_no_state(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted({"steps": 3}, code, {"step": 2})
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    with ResumableRun("stage", {"steps": 3}, [code]) as run:
+        assert run.load() is None
+
+
 def test_a_damaged_state_is_ignored_and_said(code: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = interrupted({}, code, {"step": 2})
     path = directory / "state.pt"

@@ -101,7 +101,9 @@ def test_log_likelihoods_equal_lm_evals_own(model: PreTrainedModel, tokenizer: P
     requests += [(("", str(last)), context, [last]) for last in (5, 6)]  # share one input
     requests += [(("", ""), context[:-2], [*context[-2:], 7])]  # shares it too, with a longer continuation
     greedy = model.generate(torch.tensor([context]), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    requests += [(("", "greedy"), context, greedy[0, 15:].tolist())]
+    *first, last = greedy[0, 15:].tolist()
+    requests += [(("", "not to its end"), context, [*first, (last + 1) % 256])]
+    requests += [(("", "greedy"), context, [*first, last])]
 
     # logits_cache=False: lm-eval 0.4.13 reads the wrong position where shared inputs have continuations of two lengths.
     reference = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32", logits_cache=False)

@@ -119,6 +119,7 @@ def prune(
 ) -> None:
     """Prune a model without DVC. The result is neither checked nor measured."""
     import tempfile
+    import warnings
 
     from tvaprune.inputs.sources import TextLocal
     from tvaprune.inputs.texts import read_documents
@@ -130,6 +131,7 @@ def prune(
     with tempfile.TemporaryDirectory() as scratch:
         documents = read_documents(source, Path(scratch), NoState(Path(scratch)))
         texts = [document.text for document in documents]
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     size = prune_directory(model, texts, out, sparsity, method, windows)
     echo(f"{out}: {size.parameters_kept:,} parameters of {size.parameters_dense:,}")
 

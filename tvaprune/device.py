@@ -47,7 +47,10 @@ def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
 def require_trainable(dtype: torch.dtype) -> None:
     """Raise ValueError for float16, whose gradients underflow without a scaled loss, which nothing here has."""
     if dtype == torch.float16:
-        raise ValueError("TVAPRUNE_DTYPE=float16: gradients underflow in it; use bfloat16 or float32")
+        raise ValueError(
+            "the model computes in float16, in which gradients underflow; set TVAPRUNE_DTYPE to bfloat16 or float32, "
+            "or in Python load the model in one of these"
+        )
 
 
 def synchronise(device: torch.device) -> None:

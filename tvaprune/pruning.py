@@ -3,19 +3,21 @@
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tvaprune.architecture.topology import Topology, check_family
+from tvaprune.architecture.topology import Topology, UnsupportedModelError, check_family
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import CheckpointSize, compact
 from tvaprune.checkpoint.loading import load
 from tvaprune.device import pick_device, pick_dtype
 from tvaprune.inputs.calibration import WindowSet, load_tokenizer, sample_windows, tokenise
-from tvaprune.inputs.documents import Document
+from tvaprune.inputs.documents import Document, plain
+from tvaprune.inputs.model import check_tokenizer, check_values
 from tvaprune.inputs.model_files import check_config, check_weights
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
@@ -24,6 +26,7 @@ from tvaprune.methods import check_request, find_masks
 from tvaprune.options.masks import MaskRequest, method_options
 
 SEQ_LEN, VALIDATION_WINDOWS, MULTIPLE = 512, 4, 32
+PRUNED = "pruned"  # of a temporary directory: what becomes `out`
 
 
 def prune(
@@ -43,7 +46,7 @@ def prune(
     that it keeps. The pipeline (`dvc repro`) has a parameter for each of these, proves the result and measures it.
 
     Args:
-        model: dense, on the device to compute on. It is left as it was.
+        model: dense, on the device to compute on, in bfloat16 or float32. It is left as it was.
         texts: what masks are learned on. A few hundred pages; more kinds of text generalise better.
         sparsity: share of the decoder layers' parameters to remove, at least 0 and below 1.
         method: a key of `tvaprune.options.masks.METHOD_OPTIONS`. It prunes all axes that it can.
@@ -53,25 +56,21 @@ def prune(
 
     Raises:
         FileExistsError: `out` is not empty.
-        TypeError: texts is a single string; options are of another method.
-        UnsupportedModelError: the model is pruned already, or of a family that is not supported.
+        TypeError: texts is a single string, or has what is none; options are of another method.
+        UnsupportedModelError: the model is pruned already, has an adapter, or is of a family that is not supported.
+        InputError: the weights or the tokenizer cannot be used.
         ValueError: an argument that is out of range, by its name in params.yaml; texts that are too short.
         UnreachableSparsityError: the pruned axes cannot remove so much.
     """
-    if out is not None:
-        require_empty(Path(out))
-    masks, update = _learn(model, tokenizer, texts, sparsity, method, options, windows)
-    # Beside `out`, because a system's own directory for temporary files can be in memory.
-    parent = None if out is None else Path(out).absolute().parent
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:
-        dense, directory = Path(scratch, "dense"), Path(out) if out is not None else Path(scratch, "compact")
-        model.save_pretrained(dense)
-        compact(dense, masks, update, directory)
-        if out is not None:
-            tokenizer.save_pretrained(directory)
-        return load(directory)
+    place = None if out is None else Path(out)
+    with _room(place) as scratch:
+        masks, update = _learn(model, tokenizer, texts, sparsity, method, options, windows)
+        model.save_pretrained(scratch / "dense")
+        compact(scratch / "dense", masks, update, scratch / PRUNED)
+        if place is None:
+            return load(scratch / PRUNED)
+        tokenizer.save_pretrained(scratch / PRUNED)
+    return load(place)
 
 
 def prune_directory(
@@ -86,15 +85,40 @@ def prune_directory(
         InputError: the model is not complete, or its weights are not in safetensors.
         As `prune`.
     """
-    require_empty(out)
     config = load_config(dense)
     check_family(config)
     check_config(dense, trust_remote_code=False)
     check_weights(dense, config)
-    device = pick_device()
-    model, tokenizer = load(dense, pick_dtype(device), device), load_tokenizer(dense)
-    masks, update = _learn(model, tokenizer, texts, sparsity, method, None, windows)
-    return compact(dense, masks, update, out)
+    with _room(out) as scratch:
+        device = pick_device()
+        model, tokenizer = load(dense, pick_dtype(device), device), load_tokenizer(dense)
+        masks, update = _learn(model, tokenizer, texts, sparsity, method, None, windows)
+        return compact(dense, masks, update, scratch / PRUNED)
+
+
+@contextmanager
+def _room(out: Path | None) -> Iterator[Path]:
+    """A directory for temporary files; what is in its PRUNED at the end becomes `out`, if nothing failed.
+
+    It is in `out`, before anything is learned: a place that cannot be written is found then, and a system's own
+    directory for temporary files can be too small or in memory.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    require_empty(out)
+    there = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
+            yield Path(scratch)
+            for file in sorted(Path(scratch, PRUNED).iterdir()):
+                file.replace(out / file.name)
+    except BaseException:
+        if not there and not any(out.iterdir()):
+            out.rmdir()
+        raise
 
 
 def _learn(
@@ -109,13 +133,17 @@ def _learn(
     """Adapted masks, and what to fold into the weights."""
     if isinstance(texts, str):
         raise TypeError("texts: expected several texts, found one str; pass [text]")
+    if hasattr(model, "peft_config"):
+        raise UnsupportedModelError("the model has an adapter; merge it first (merge_and_unload)")
     check_family(model.config)
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    check_values(model)
     topology = Topology.of(model.config)
     kind = method_options(method)
     request = MaskRequest(method, options or kind(), sparsity, kind.axes)
     check_request(request, topology)
     seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
-    documents = tokenise([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, "texts")
+    documents = tokenise(list(_documents(texts)), tokenizer, "texts")
     sets = [WindowSet("texts", windows, seq_len), WindowSet("validation", VALIDATION_WINDOWS, seq_len)]
     ids = sample_windows({"texts": documents}, sets, packing="auto", eos_token_id=tokenizer.eos_token_id, seed=0)
     attention, asked = model.config._attn_implementation, [p for p in model.parameters() if p.requires_grad]
@@ -130,9 +158,17 @@ def _learn(
         multiple = (1, 1)
     try:
         return adapt(topology, found.masks, sparsity, "budget", *multiple), found.update
-    except ValueError as error:  # what was learned is not lost
-        warnings.warn(f"the widths are no multiples of {multiple}: {error}", stacklevel=3)
+    except ValueError:  # what was learned is not lost
+        problem = f"no widths in multiples of {multiple} meet sparsity = {sparsity}; they stay as learned"
+        warnings.warn(problem, stacklevel=3)
         return found.masks, found.update
+
+
+def _documents(texts: Iterable[str]) -> Iterator[Document]:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts: number {number} is of type {type(text).__name__}, not str")
+        yield Document(str(number), plain(text))
 
 
 def require_empty(directory: Path) -> None:

@@ -1,10 +1,12 @@
 """The front door for a notebook: the same core as the stages, without DVC."""
 
+import errno
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -67,6 +69,7 @@ def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Pa
         ({"method": "wanda"}, "learn_masks.method = 'wanda': use one of tva, paper"),
         ({"windows": 10**6}, "texts"),
         ({"texts": TEXTS[0]}, "found one str; pass [text]"),
+        ({"texts": [*TEXTS, None]}, "texts: number 30 is of type NoneType, not str"),
         ({"options": FlapOptions()}, "'tva' takes TvaOptions, found FlapOptions"),
     ],
 )
@@ -100,6 +103,63 @@ def test_a_directory_is_cut_in_its_own_dtype_and_not_cut_again(tokenizer, tmp_pa
         prune_directory(tmp_path / "absent", TEXTS, tmp_path / "again")
 
 
+def test_half_a_surrogate_pair_in_a_text_is_replaced(tokenizer) -> None:
+    texts = [f"{text} \ud83d" for text in TEXTS]
+    assert tvaprune.prune(tiny_model("llama"), tokenizer, texts, sparsity=0.3, method="flap", windows=8)
+
+
+def test_models_that_cannot_be_pruned_are_refused_before_the_learning(tokenizer, tmp_path: Path) -> None:
+    def refused(model, error: type[Exception], message: str, tokenizer=tokenizer) -> None:
+        with pytest.raises(error, match=message):
+            tvaprune.prune(model, tokenizer, TEXTS, method="depth", windows=8, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    broken = tiny_model("llama")
+    broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    refused(broken, InputError, r"layers\.1\.mlp\.up_proj\.weight has a value that is not finite")
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    refused(adapted, UnsupportedModelError, "has an adapter; merge it first")
+    endless = AutoTokenizer.from_pretrained(tmp_path / "dense", eos_token=None)
+    refused(tiny_model("llama"), InputError, "no end-of-text token", endless)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_model_whose_head_is_not_its_embedding_is_refused(tokenizer, tmp_path: Path, same: bool) -> None:
+    """As a LoRA that trained the head, merged into a tied model, leaves it."""
+    dense = tmp_path / "tied"
+    tiny_model("llama_tied").save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    weights = load_file(dense / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"] = head if same else head + 1
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    if same:
+        prune_directory(dense, TEXTS, tmp_path / "out", 0.3, "flap", 8)
+        return
+    with pytest.raises(InputError, match="tie_word_embeddings is true, but its last matrix is not its embedding"):
+        prune_directory(dense, TEXTS, tmp_path / "out", 0.3, "flap", 8)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_learning(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tvaprune.pruning.find_masks", lambda *_: pytest.fail("learned for nothing"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, windows=8, out=tmp_path / "file" / "out")
+
+
+def test_a_write_that_fails_leaves_nothing_and_can_be_repeated(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    def full(self: Checkpoint, name: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "blocks", full)
+        with pytest.raises(OSError, match="No space left"):
+            prune_directory(tmp_path / "dense", TEXTS, tmp_path / "out", 0.3, "flap", 8)
+    assert not (tmp_path / "out").exists()
+    prune_directory(tmp_path / "dense", TEXTS, tmp_path / "out", 0.3, "flap", 8)
+    assert not list((tmp_path / "out").glob(".unfinished*"))
+
+
 def test_a_directory_with_files_is_left_as_it_is(tokenizer, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is there and not empty"):
         tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, windows=8, out=tmp_path)
@@ -121,6 +181,6 @@ def test_a_second_copy_of_the_weights_is_not_read_and_a_missing_tensor_is_seen_f
 def test_where_no_multiples_meet_the_target_the_learned_widths_stay(tokenizer) -> None:
     model = tiny_model("llama")
     arguments = {"method": "random", "options": RandomOptions(0, 0), "windows": 4}
-    with pytest.warns(UserWarning, match="the widths are no multiples of .*exceeds the budget"):
+    with pytest.warns(UserWarning, match=r"no widths in multiples of \(32, 32\) meet sparsity = 0\.9; they stay"):
         small = tvaprune.prune(model, tokenizer, TEXTS, sparsity=0.9, **arguments)
     assert decoder_parameters(small) <= 0.1 * dense_decoder_parameters(Topology.of(model.config))

@@ -114,8 +114,8 @@ def sample_windows(
             raise InputError(
                 f"{demand.name}: {demand.samples} windows of {demand.seq_len} tokens are needed from {source!r}, "
                 f"which has text for {len(drawn[demand.name])}: {len(documents)} documents and {tokens:,} tokens for "
-                f"all sets (packing {packing}), which need {needed:,}. Add text, lower samples and finetune_samples, "
-                "or give it less weight in the mix"
+                f"all sets (packing {packing}), which need {needed:,}. Add text, ask for fewer windows (samples and "
+                "finetune_samples; `windows` of `prune`), or give it less weight in the mix"
             )
         for name, own in drawn.items():
             windows[name] += own

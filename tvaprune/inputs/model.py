@@ -54,10 +54,8 @@ def fetch_model(source: ModelSource, directory: Path, temporary: Path) -> dict[s
             source = source.model_copy(update={"license": _readme_license(folder)})
     check_family(model.config)
     shorten_context(model.config)
-    _check_tokenizer(tokenizer, model.config.vocab_size)
-    for name, weight in model.named_parameters():
-        if not bool(weight.isfinite().all()):
-            raise InputError(f"the model's {name} has a value that is not finite; fetch another copy or revision of it")
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    check_values(model)
     model.config._name_or_path = ""  # a path of this machine
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -77,7 +75,21 @@ def _readme_license(directory: Path) -> str | None:
     return license if isinstance(license, str) else None
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+def check_values(model: PreTrainedModel) -> None:
+    """Raise InputError for a weight that is not finite, and for a tied model whose two matrices are not one."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"the model's {name} has a value that is not finite; fetch another copy or revision of it")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        raise InputError(
+            "the model's tie_word_embeddings is true, but its last matrix is not its embedding; set it to false in "
+            "config.json if both are as they should be"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise InputError for a tokenizer without an end-of-text token, or with tokens beyond the vocabulary."""
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the model's tokenizer has no end-of-text token, which separates packed documents; set eos_token in its "
@@ -149,7 +161,7 @@ def _from_directory(path: Path, trust: bool) -> tuple[PreTrainedModel, PreTraine
         check_family(config)
         check_weights(path, config)  # before the weights are read
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        _check_tokenizer(tokenizer, config.vocab_size)
+        check_tokenizer(tokenizer, config.vocab_size)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, trust_remote_code=trust)
     except (InputError, UnsupportedModelError):
         raise

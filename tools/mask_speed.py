@@ -25,7 +25,7 @@ from tvaprune.masks.adapt import adapt
 from tvaprune.masks.latency_table import PHASES
 from tvaprune.masks.masks import read_masks
 from tvaprune.measures import markdown
-from tvaprune.measures.latency import Benchmark, Phase, compare
+from tvaprune.measures.latency import Benchmark, PhaseTimes, compare
 from tvaprune.measures.machine import machine_name
 from tvaprune.measures.markdown import SPEEDUP, speedup_cells
 from tvaprune.measures.speed_report import summarise
@@ -40,7 +40,7 @@ def time_widths(
     runtime: Runtime,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[int, tuple[Phase, Phase]]:
+) -> dict[int, tuple[PhaseTimes, PhaseTimes]]:
     """Prefill and decode by batch size, of models with random weights at these widths; one is named "dense"."""
     models = dict(zip(widths, random_models(config, list(widths.values()), dtype, device), strict=True))
     if device.type == "cuda":
@@ -48,7 +48,7 @@ def time_widths(
     return compare(models, batch_sizes, benchmark, runtime)
 
 
-def against_dense(phase: Phase, work_name: str) -> dict[str, dict[str, Any]]:
+def against_dense(phase: PhaseTimes, work_name: str) -> dict[str, dict[str, Any]]:
     """Each model's medians, with its speedup over the dense model, the limit and the efficiency; see `summarise`."""
     found = {}
     for name in phase.latency_ms:

@@ -21,7 +21,7 @@ from tvaprune.masks.latency_table import PHASES
 from tvaprune.measures.columns import value_at
 from tvaprune.report import svg
 from tvaprune.report.page import Figure, Report, Section, Table, html
-from tvaprune.report.run import CURVES, METRICS, RunFiles, read_json, read_rows
+from tvaprune.report.run import CURVES, METRICS, RunFiles, read_csv, read_json
 from tvaprune.report.sections import quality, speed
 
 PICTURES = {"Perplexity": "perplexity", "Speedup of the pruned model": "speedup"}
@@ -107,7 +107,7 @@ def pictures(metrics: Path) -> dict[str, str]:
     """The figures of PICTURES as SVG files' content, by name, from the last run's metrics."""
     run = RunFiles(
         {name: read_json(metrics / f"{name}.json") for name in METRICS},
-        {name: read_rows(metrics / f"{name}.csv") for name in CURVES},
+        {name: read_csv(metrics / f"{name}.csv") for name in CURVES},
     )
     blocks = [*quality(run), *speed(run)]
     drawn = {block.caption: svg.standalone(block.svg) for block in blocks if isinstance(block, Figure)}

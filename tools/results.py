@@ -18,7 +18,7 @@ from typer import Option, echo
 
 from stages._command import command
 from tools import saved_runs, vllm_speed
-from tools.run_rows import DEFINITIONS, Row, read_rows
+from tools.run_rows import DEFINITIONS, Row, read_definitions
 from tools.saved_runs import SAVED, Run
 from tvaprune.measures import markdown
 from tvaprune.measures.columns import ROW_TYPE, SavedRun, cell, column, value_at
@@ -95,7 +95,7 @@ class Results:
                 raise ValueError(f"{DEFINITIONS}: table {name}: {'; '.join(places)}") from None
             for _, each in tables[name].flat():
                 column(each)
-        return cls(read_rows(), tables, {WORKSPACE: workspace_run(), **saved_runs.read_saved(SAVED)})
+        return cls(read_definitions(), tables, {WORKSPACE: workspace_run(), **saved_runs.read_saved(SAVED)})
 
     def render(self, table: Table) -> str:
         """The table in Markdown. Runs without a file are left out, and so are rows without any figure."""

@@ -69,7 +69,7 @@ class Rows(Row):
             yield name, Row(set={**given, **self.set}, target=self.target)
 
 
-def read_rows(path: Path = DEFINITIONS) -> dict[str, Row]:
+def read_definitions(path: Path = DEFINITIONS) -> dict[str, Row]:
     """The rows by name. Raises ValueError for a name, key or stage that is wrong."""
     rows: dict[str, Row] = {}
     stages = read_yaml(Path("dvc.yaml"))["stages"]
@@ -186,7 +186,7 @@ def main(
     show: Annotated[bool, Option("--list", help="Print the rows, whether each is saved, and its settings.")] = False,
 ) -> None:
     """Reads docs/results.yaml and params.yaml; writes metrics/results/NAME.json for each row."""
-    rows = read_rows()
+    rows = read_definitions()
     if unknown := sorted(set(names or ()) - set(rows)):
         raise ValueError(f"{DEFINITIONS} has no row {', '.join(unknown)}")
     chosen = {name: rows[name] for name in names or rows}

@@ -166,7 +166,7 @@ def test_warmup_goes_on_until_all_are_stable_and_is_not_counted() -> None:
 
 
 def test_summary_of_known_latencies() -> None:
-    phase = latency.Phase(
+    phase = latency.PhaseTimes(
         latency_ms={"dense": [10.0, 20.0, 30.0, 40.0, 50.0], "compact": [10.0, 10.0, 20.0, 10.0, 50.0]},
         tokens=60,
         work={"dense": 8.0, "compact": 2.0},
@@ -272,7 +272,7 @@ def test_the_limit_is_the_plain_models_under_every_runtime() -> None:
 
 
 def test_every_round_is_a_row(tmp_path: Path) -> None:
-    phase = latency.Phase(latency_ms={"dense": [3.0, 4.0], "compact": [1.0, 2.0]}, tokens=1, work={})
+    phase = latency.PhaseTimes(latency_ms={"dense": [3.0, 4.0], "compact": [1.0, 2.0]}, tokens=1, work={})
     speed_report.write_rounds(tmp_path / "speed.csv", {2: (phase, phase)}, {"machine": "a, b"})
     lines = (tmp_path / "speed.csv").read_text().splitlines()
     assert lines[0] == "repeat,batch,phase,model,latency_ms,machine"

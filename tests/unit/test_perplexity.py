@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tests.tiny_models import tiny_model
 from tvaprune.artifacts import ArtifactError
 from tvaprune.checkpoint.modeling_tvaprune import TvaPruneConfig, TvaPruneForCausalLM
-from tvaprune.measures.comparison import present_models, read_rows, spread_evenly
+from tvaprune.measures.comparison import present_models, read_jsonl, spread_evenly
 from tvaprune.measures.perplexity import (
     Perplexity,
     describe,
@@ -246,4 +246,4 @@ def test_models_that_are_absent(tmp_path: Path) -> None:
 def test_damaged_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"id": "1", "text": "two"}\n{"id": \n')
     with pytest.raises(ArtifactError, match=r"b\.jsonl, line 2: not valid JSON"):
-        read_rows(tmp_path / "b.jsonl")
+        read_jsonl(tmp_path / "b.jsonl")

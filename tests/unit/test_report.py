@@ -23,7 +23,7 @@ from tvaprune.options.axes import AXES, Axis
 from tvaprune.report import svg
 from tvaprune.report.generation import continuations
 from tvaprune.report.page import Report, html, markdown
-from tvaprune.report.run import CURVES, METRICS, RunFiles, Widths, read_json, read_rows, read_run
+from tvaprune.report.run import CURVES, METRICS, RunFiles, Widths, read_csv, read_json, read_run
 from tvaprune.report.sections import report_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def complete() -> RunFiles:
     kinds = {"stored": {"bytes": 5e6, "mean_kl": 0.0, "test_ratio": 1.0}, "q8_0": QUANTISED}
     return RunFiles(
         {**{name: read_json(folder / f"{name}.json") for name in METRICS}, "quantized": {"enabled": 1, "dense": kinds}},
-        {name: read_rows(folder / f"{name}.csv") for name in CURVES},
+        {name: read_csv(folder / f"{name}.csv") for name in CURVES},
         WIDTHS,
         source={"source": "hub", "repo": "someone/some-model", "revision": "0123abc"},
         made={"made_with": {"learn_masks": {"method": "tva", "seed": 7}}},

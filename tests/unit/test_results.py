@@ -386,7 +386,7 @@ def test_the_rows_of_this_repository_set_parameters_that_exist(monkeypatch: pyte
     """`tools.run_rows` checks their values too, which takes a second a row."""
     monkeypatch.chdir(REPOSITORY)
     params = YAML(typ="safe", pure=True).load(Path("params.yaml"))
-    for name, row in run_rows.read_rows().items():
+    for name, row in run_rows.read_definitions().items():
         for key in row.set:
             section = value_at(params, key.rpartition(".")[0], {}) if "." in key else params
             assert key.rpartition(".")[2] in section or key.startswith("sample_calibration.mix."), f"{name}: {key}"
@@ -419,7 +419,7 @@ def test_wrong_rows_are_refused_together_before_anything_runs() -> None:
 def test_each_combination_of_values_is_a_row(documents: Path) -> None:
     definition = "{each: {seed: [1, 2], sparsity: [0.2, 0.5]}, set: {learn_masks.method: flap}}"
     Path("docs/results.yaml").write_text(f"rows:\n  'a_s{{seed}}_{{sparsity}}': {definition}\n  b: {{}}\n")
-    rows = run_rows.read_rows()
+    rows = run_rows.read_definitions()
     assert list(rows) == ["a_s1_0.2", "a_s1_0.5", "a_s2_0.2", "a_s2_0.5", "b"]
     assert rows["a_s2_0.5"] == run_rows.Row(
         set={"seed": 2, "sparsity": 0.5, "learn_masks.method": "flap"}, target="eval_perplexity"
@@ -440,7 +440,7 @@ def test_each_combination_of_values_is_a_row(documents: Path) -> None:
 def test_wrong_definitions_of_rows_are_refused(documents: Path, definition: str, problem: str) -> None:
     Path("docs/results.yaml").write_text(f"rows:\n  {definition}\n")
     with pytest.raises(ValueError, match=re.escape(problem)):
-        run_rows.read_rows()
+        run_rows.read_definitions()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

@@ -51,7 +51,7 @@ def spread_evenly(available: int, wanted: int) -> list[int]:
     return [(2 * index + 1) * available // (2 * wanted) for index in range(wanted)]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. Raises ArtifactError if it is absent, empty or damaged; names the line."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file; run the fetch_inputs stage")

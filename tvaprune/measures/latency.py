@@ -44,7 +44,7 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseTimes:
     """Prefill or decode of all models at one batch size."""
 
     latency_ms: dict[str, list[float]]  # by model, one value a round: a prefill, or the mean of the decode steps
@@ -145,7 +145,7 @@ def interleave(
 
 def compare(
     models: dict[str, PreTrainedModel], batch_sizes: list[int], benchmark: Benchmark, runtime: Runtime = "eager"
-) -> dict[int, tuple[Phase, Phase]]:
+) -> dict[int, tuple[PhaseTimes, PhaseTimes]]:
     """Time prefill and decode of "dense", "compact" and any other models on one device; returns both by batch size.
 
     A prefill is a forward over the prompt that fills a cache, and the logits of the last position. A decode is the mean
@@ -174,14 +174,14 @@ def compare(
 
     return {
         batch: (
-            Phase(timed("prefill", prefill_probe, batch), batch * benchmark.prefill_tokens, flops),
-            Phase(timed("decode", decode_probe, batch), batch, bytes_read),
+            PhaseTimes(timed("prefill", prefill_probe, batch), batch * benchmark.prefill_tokens, flops),
+            PhaseTimes(timed("decode", decode_probe, batch), batch, bytes_read),
         )
         for batch, (flops, bytes_read) in work.items()
     }
 
 
-def together(parts: Iterable[dict[int, tuple[Phase, Phase]]]) -> dict[int, tuple[Phase, Phase]]:
+def together(parts: Iterable[dict[int, tuple[PhaseTimes, PhaseTimes]]]) -> dict[int, tuple[PhaseTimes, PhaseTimes]]:
     """What `compare` gave for some models and for others, as if they had been timed in turn."""
     first, *others = parts
     for part in others:

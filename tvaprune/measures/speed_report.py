@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.artifacts import write_csv
-from tvaprune.measures.latency import Phase
+from tvaprune.measures.latency import PhaseTimes
 
 
-def speed_metrics(phases: dict[int, tuple[Phase, Phase]]) -> dict[str, Any]:
+def speed_metrics(phases: dict[int, tuple[PhaseTimes, PhaseTimes]]) -> dict[str, Any]:
     """batch, prefill and decode of the first batch size; those of each further one under batch_N."""
     metrics: dict[str, Any] = {}
     for batch, (first, then) in phases.items():
@@ -17,7 +17,7 @@ def speed_metrics(phases: dict[int, tuple[Phase, Phase]]) -> dict[str, Any]:
     return metrics
 
 
-def write_rounds(path: Path, phases: dict[int, tuple[Phase, Phase]], labels: dict[str, str]) -> None:
+def write_rounds(path: Path, phases: dict[int, tuple[PhaseTimes, PhaseTimes]], labels: dict[str, str]) -> None:
     """Every measurement that counts, one row each, as CSV; `labels` are further columns, the same in every row."""
     rows = (
         [repeat, batch, name, model, value, *labels.values()]
@@ -29,7 +29,7 @@ def write_rounds(path: Path, phases: dict[int, tuple[Phase, Phase]], labels: dic
     write_csv(path, ["repeat", "batch", "phase", "model", "latency_ms", *labels], rows)
 
 
-def summarise(phase: Phase, work_name: str) -> dict[str, Any]:
+def summarise(phase: PhaseTimes, work_name: str) -> dict[str, Any]:
     """A phase's part of the metrics file: each model, and compact against dense; `work_name`: key for `phase.work`."""
     median = {name: statistics.median(values) for name, values in phase.latency_ms.items()}
     metrics: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tvaprune.architecture.topology import hidden_states
 from tvaprune.artifacts import ArtifactError
 from tvaprune.distributed import ALONE, World
-from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_rows, spread_evenly
+from tvaprune.measures.comparison import POSITIONS_AT_ONCE, read_jsonl, spread_evenly
 from tvaprune.options.inputs import TASK_METRICS, TaskName
 from tvaprune.progress import Progress
 
@@ -54,7 +54,7 @@ def select_rows(directory: Path, tasks: list[str], limit: int | None) -> Rows:
     selected: Rows = {}
     for task in tasks:
         path = directory / f"{task}.jsonl"
-        rows = read_rows(path)
+        rows = read_jsonl(path)
         missing = [column for column in _TASKS[task].columns if any(column not in row for row in rows)]
         if missing:
             raise ArtifactError(f"{path}: rows without {', '.join(missing)}; run the fetch_inputs stage")

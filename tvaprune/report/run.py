@@ -61,7 +61,7 @@ def read_run(metrics: Path, models: dict[str, Path], masks: Masks, topology: Top
     last = models.get("finetuned", models["compact"])
     return RunFiles(
         metrics={name: read_json(metrics / f"{name}.json") for name in METRICS},
-        curves={name: read_rows(metrics / f"{name}.csv") for name in CURVES},
+        curves={name: read_csv(metrics / f"{name}.csv") for name in CURVES},
         widths={axis: _widths(masks, axis, topology.width(axis)) for axis in AXES},
         source=read_json(models["dense"] / SOURCE_FILE),
         made=read_json(last / "tvaprune.json"),
@@ -89,6 +89,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not valid JSON ({error}); run dvc repro") from error
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; none where there is no file."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []

@@ -27,7 +27,7 @@ from tvaprune.params.loading import ParameterError
 from tvaprune.params.quantize import QuantizeParams
 from tvaprune.proof.certificate import DamagedDirectoryError
 from tvaprune.proof.gguf_runtime import final_states
-from tvaprune.proof.quantized import QUANTIZED, check_quantized
+from tvaprune.proof.quantized import QUANTIZED, check_quantized, kl_check
 from tvaprune.verify import verify
 
 WINDOWS = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -179,3 +179,9 @@ def test_int4_of_torchao_is_refused_with_what_to_use(tmp_path: Path) -> None:
     content["quantize"]["types"] = ["int4_wo"]
     with pytest.raises(ParameterError, match=r"int4_wo is not offered: .*use int8_wo"):
         QuantizeParams.of(content, tmp_path / "params.yaml")
+
+
+def test_a_kl_just_above_its_bound_is_not_said_to_be_the_bound() -> None:
+    check = kl_check("a", "q4_1", 1.04)
+    assert not check.passed
+    assert check.figures["mean_kl"] > check.bounds["mean_kl"] == 1.0

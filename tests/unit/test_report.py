@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from tools import report as tool
+from tools.saved_runs import Run
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.loading import load
 from tvaprune.conversation import Speaker
@@ -329,3 +330,12 @@ def test_a_figure_of_its_own_follows_light_and_dark() -> None:
     alone = svg.standalone(svg.bars("T", "D", [svg.Bar("a", 1.0, "1")], "x"))
     assert "prefers-color-scheme:dark" in alone
     assert alone.index("<style>") < alone.index("<title>T</title>")
+
+
+def test_experiments_of_one_name_are_told_apart_by_their_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC's names are unique among the experiments of one commit alone."""
+    refs = [f"refs/exps/{number * 2}/{number * 38}/{name}" for number, name in (("1", "a"), ("2", "a"), ("1", "b"))]
+    runs = {ref: Run(lambda _: None, "".join(ref.split("/")[2:4]), dirty=False) for ref in refs}
+    monkeypatch.setattr(tool, "experiment_refs", lambda: refs)
+    monkeypatch.setattr(Run, "of_ref", runs.__getitem__)
+    assert set(tool.experiments()) == {"workspace", "a (1111111)", "a (2222222)", "b"}

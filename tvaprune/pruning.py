@@ -63,7 +63,7 @@ def prune(
         UnreachableSparsityError: the pruned axes cannot remove so much.
     """
     place = None if out is None else Path(out)
-    with _room(place) as scratch:
+    with _scratch_for(place) as scratch:
         masks, update = _learn(model, tokenizer, texts, sparsity, method, options, windows)
         model.save_pretrained(scratch / "dense")
         compact(scratch / "dense", masks, update, scratch / PRUNED)
@@ -89,7 +89,7 @@ def prune_directory(
     check_family(config)
     check_config(dense, trust_remote_code=False)
     check_weights(dense, config)
-    with _room(out) as scratch:
+    with _scratch_for(out) as scratch:
         device = pick_device()
         model, tokenizer = load(dense, pick_dtype(device), device), load_tokenizer(dense)
         masks, update = _learn(model, tokenizer, texts, sparsity, method, None, windows)
@@ -97,7 +97,7 @@ def prune_directory(
 
 
 @contextmanager
-def _room(out: Path | None) -> Iterator[Path]:
+def _scratch_for(out: Path | None) -> Iterator[Path]:
     """A directory for temporary files; what is in its PRUNED at the end becomes `out`, if nothing failed.
 
     It is in `out`, before anything is learned: a place that cannot be written is found then, and a system's own

@@ -543,6 +543,16 @@ def test_means_learn_at_full_rate_up_to_the_end_of_the_ramp_and_then_less_and_le
     assert [rate / TVA.mean_lr for rate in rates] == pytest.approx([1.0] * ramp + falling + [0.02])
 
 
+@pytest.mark.parametrize(("given", "rate"), [(None, 0.01 * 0.3), (0.007, 0.007), (0.0, 0.0)])
+def test_the_rate_of_the_means_follows_the_target_where_none_is_given(
+    given: float | None, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(budget, "take_step", lambda optimizer, gradients, lr: rates.append(lr))
+    learn(replace(TVA, mean_lr=given), sparsity=0.3)
+    assert rates[0] == pytest.approx(rate)
+
+
 @pytest.mark.parametrize("options", [TVA, DETERMINISTIC], ids=["closed form", "straight through"])
 def test_a_head_start_is_added_to_the_first_scores_of_its_axis(options: TvaOptions) -> None:
     def first_scores(head_start: PerAxis) -> dict[Axis, torch.Tensor]:

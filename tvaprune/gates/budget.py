@@ -27,6 +27,10 @@ from tvaprune.masks.update import WeightUpdate
 from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.gates import TvaOptions
 
+# Learning rate of the means for a target of 1. The more is removed, the further the means of the rest have to move; a
+# faster rate learns the calibration text instead (docs/lab-log.md).
+MEAN_RATE = 0.01
+
 
 def cubic_ramp(progress: float, target: float, ramp: float) -> float:
     """Scheduled sparsity: rises fast, then slowly, over a share `ramp` of the steps; 0: at once (Zhu, Gupta 2017)."""
@@ -125,7 +129,8 @@ class BudgetGates:
         self.mean = {axis: torch.ones(topology.gate_shape(axis), device=device) for axis in AXES}
         sites = GATED_SITES if options.channel_means else ()
         self.channel_mean = {site: torch.ones(topology.site_shape(site), device=device) for site in sites}
-        self._optimizer = adamw([*self.mean.values(), *self.channel_mean.values()], options.mean_lr)
+        self._mean_lr = MEAN_RATE * target if options.mean_lr is None else options.mean_lr
+        self._optimizer = adamw([*self.mean.values(), *self.channel_mean.values()], self._mean_lr)
         self._norm = RunningNorm()
 
     def start(self, gated: GatedModel, input_ids: Tensor, world: World, progress: bool) -> None:
@@ -175,7 +180,7 @@ class BudgetGates:
             decay = 1.0 if progress <= options.ramp else max((1 - progress) / (1 - options.ramp), 0.02)
             on_means = [on_gates[axis] * keep[axis] for axis in AXES] + [gradient(m) for m in channel_mean.values()]
             on_masks = {axis: on_gates[axis] * self.mean[axis] for axis in AXES}
-            take_step(self._optimizer, on_means, options.mean_lr * decay)
+            take_step(self._optimizer, on_means, self._mean_lr * decay)
             self.rescore(Step(keep, threshold, on_masks, decay, clip_factor, progress), squares, world)
         widths = {axis: keep[axis].sum(-1) for axis in AXES}
         return row(loss, norm, sparsity(topology, widths), scheduled, widths["hidden"])

@@ -54,7 +54,13 @@ class TvaOptions(MethodOptions):
         PerAxis,
         Field(description="Added to the scores of an axis, in standard deviations of the intermediate scores."),
     ] = field(default=PerAxis(hidden=3.0, intermediate=0.0, kv_heads=0.0))
-    mean_lr: Annotated[float, Field(ge=0, description="Learning rate of the means; 0 keeps them at 1.")] = 0.005
+    mean_lr: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="Learning rate of the means; 0 keeps them at 1; null: 0.01 times the share to remove.",
+        ),
+    ] = None
     channel_means: Annotated[
         bool, Field(description="Learn a mean per channel and layer where one gate multiplies several channels.")
     ] = True

@@ -97,9 +97,13 @@ def sentences(kind: str, runs: list[SavedRun]) -> Iterator[str]:
     if kind == "texts" and isinstance(tokens := value_at(metrics, "perplexity.tokens"), dict):
         counts = [f"{sum(tokens[part].values()):,} {part} tokens" for part in ("validation", "test") if part in tokens]
         yield f"Perplexity on {' and '.join(counts)} in windows of {metrics['perplexity']['window']}."
+        if error := value_at(metrics, "perplexity.compact.test_ratio_stderr"):
+            yield f"Test × dense of the pruned model has a standard error of {error:.2f} over the windows."
     if kind == "speed" and (speed := metrics.get("speed")):
-        paired = " and ".join(f"{speed[phase]['speedup_paired']:.2f}× in {phase}" for phase in ("prefill", "decode"))
-        yield f"Rates are medians of {speed['repeats']} rounds; the median of the rounds' own ratios is {paired}."
+        yield (
+            f"Rates are medians of {speed['repeats']} rounds; in brackets, the median of the speedups over the dense "
+            "model in the same round."
+        )
     if kind == "zeroshot" and (error := value_at(metrics, "zeroshot.dense.mean_stderr")):
         rows = f"{limit:.0f}" if (limit := metrics["zeroshot"]["limit"]) else "all"
         yield f"Zero-shot on {rows} rows of each task (standard error of the mean about {error:.3f})."

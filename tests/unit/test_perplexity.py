@@ -207,11 +207,14 @@ def test_more_rows_than_there_are_is_refused() -> None:
 
 
 def test_report_is_finite_numbers(tmp_path: Path) -> None:
-    def measured(*ppl: float) -> dict[str, dict[str, Perplexity]]:
-        wiki, *others = (Perplexity(one, math.log(one), one / 40, 100) for one in ppl)
+    def measured(spread: float, *ppl: float) -> dict[str, dict[str, Perplexity]]:
+        wiki, *others = (
+            Perplexity(one, math.log(one), one / 40, 100, [math.log(one) - spread, math.log(one) + spread])
+            for one in ppl
+        )
         return {"validation": {"wiki": wiki}, "test": dict(zip(("wiki", "code"), others, strict=True))}
 
-    results = {"dense": measured(20, 10, 5), "compact": measured(30, 20, 40)}
+    results = {"dense": measured(0.1, 20, 10, 5), "compact": measured(0.3, 30, 20, 40)}
     metrics = json.loads(json.dumps(report(results, window=16), allow_nan=False))
     assert metrics["tokens"] == {"validation": {"wiki": 100}, "test": {"wiki": 100, "code": 100}}
     assert metrics["dense"]["validation"] == {
@@ -220,6 +223,9 @@ def test_report_is_finite_numbers(tmp_path: Path) -> None:
     assert metrics["compact"]["test"]["code"]["ratio_to_dense"] == pytest.approx(8)
     assert metrics["compact"]["validation_ratio"] == pytest.approx(1.5)
     assert metrics["compact"]["test_ratio"] == pytest.approx(4)
+    # Paired by window, the log ratio of each text is 0.2 below and above its mean, so its standard error is 0.2.
+    assert metrics["compact"]["validation_ratio_stderr"] == pytest.approx(1.5 * 0.2)
+    assert metrics["compact"]["test_ratio_stderr"] == pytest.approx(4 * 0.2 / 2**0.5)
     assert set(metrics["dense"]) == {"validation", "test"}
     assert "finetuned" not in metrics
     assert describe("dense", metrics["dense"]) == "dense: perplexity, validation wiki 20.00; test wiki 10.00, code 5.00"

@@ -200,9 +200,14 @@ def saved_run(name: str, ppl: float, seed: int = 0, **params: Any) -> dict[str, 
         "perplexity": {"dense": measured(20.0), "compact": measured(ppl) | ratios},
         "zeroshot": {"limit": 9, "dense": scores | {"mean": 0.5}, "compact": scores},
         "masks": {"seconds": 61.4, "steps": 150},
+        "speed": {
+            "repeats": 5,
+            "decode": {"dense": {"tokens_per_s": 40.0}, "compact": {"tokens_per_s": 50.0, "speedup_paired": 1.2}},
+        },
         "quantized": {"compact": {"q8_0": {"bytes": 5e6, "decode": {"tokens_per_s": 71.2}}}},
     }
     content = {"sparsity": 0.2, "learn_masks": {"method": "tva", "axes": ["intermediate"]}, **params}
+    content["eval_zeroshot"] = {"mean_of": ["piqa", "hellaswag"]}
     return {"name": name, "commit": "0" * 40, "seed": seed, "params": content, "metrics": metrics}
 
 
@@ -220,6 +225,10 @@ def saved_run(name: str, ppl: float, seed: int = 0, **params: Any) -> dict[str, 
         ("piqa", "compact", "0.500"),
         ("hellaswag_stderr", "compact", "0.600 ± 0.030"),
         ("mean_of_dense", "compact", "1.10"),
+        ("margin_of_dense", "compact", "1.40"),  # guessing has 0.375
+        ("margin_of_dense", "dense", "1.00"),
+        ("decode_rate", "compact", "50 (1.20×)"),
+        ("decode_rate", "dense", "40 (1.00×)"),
         ("prefill", "compact", ""),
         ("seconds", "compact", "61"),
         ("axes", "compact", "intermediate"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvaprune.masks.latency_table import PHASES
 from tvaprune.options.axes import AXES
-from tvaprune.options.inputs import TASK_METRICS, TASK_TITLES
+from tvaprune.options.inputs import GUESSING, TASK_METRICS, TASK_TITLES
 
 SavedRun = dict[str, Any]
 Value = float | str | None
@@ -136,18 +136,25 @@ def _axes(run: SavedRun, _model: str) -> Value:
 
 
 def _rate(phase: str) -> Callable[[SavedRun, str], Value]:
-    """Tokens a second, and in brackets how many times the dense model's."""
+    """Tokens a second, and in brackets the speedup over the dense model in the same rounds."""
 
     def value(run: SavedRun, model: str) -> Value:
-        rate, dense = (value_at(run["metrics"], f"speed.{phase}.{each}.tokens_per_s") for each in (model, "dense"))
-        return f"{rate:.{0 if rate >= 10 else 2}f} ({rate / dense:.2f}×)" if rate and dense else None
+        rate = value_at(run["metrics"], f"speed.{phase}.{model}.tokens_per_s")
+        speedup = 1 if model == "dense" else value_at(run["metrics"], f"speed.{phase}.{model}.speedup_paired")
+        return f"{rate:.{0 if rate >= 10 else 2}f} ({speedup:.2f}×)" if rate and speedup else None
 
     return value
 
 
-def _mean_of_dense(run: SavedRun, model: str) -> Value:
+def _mean_of_dense(run: SavedRun, model: str, guessed: float = 0) -> Value:
     mean, dense = (value_at(run["metrics"], f"zeroshot.{each}.mean") for each in (model, "dense"))
-    return mean / dense if mean and dense else None
+    return (mean - guessed) / (dense - guessed) if mean and dense else None
+
+
+def _margin_of_dense(run: SavedRun, model: str) -> Value:
+    """What the mean has above guessing, as a share of the same of the dense model."""
+    tasks = value_at(run["params"], "eval_zeroshot.mean_of") or []
+    return _mean_of_dense(run, model, statistics.fmean(GUESSING[task] for task in tasks)) if tasks else None
 
 
 def _large(value: float) -> str:
@@ -175,7 +182,11 @@ def _zeroshot() -> dict[str, Column]:
         columns[task] = Column(f"{title} ({metric})", at(path), "{:.3f}".format)
         error[task] = at(f"{path}_stderr")
     both = {f"{name}_stderr": Column(each.head, each.value, each.write, error[name]) for name, each in columns.items()}
-    return columns | both | {"mean_of_dense": Column("mean, of dense", _mean_of_dense)}
+    shares = {
+        "mean_of_dense": Column("mean, of dense", _mean_of_dense),
+        "margin_of_dense": Column("above guessing, of dense", _margin_of_dense),
+    }
+    return columns | both | shares
 
 
 def _speed() -> dict[str, Column]:

@@ -30,13 +30,15 @@ class Perplexity:
     nll_per_token: float  # mean negative log-likelihood, in nats
     ppl_stderr: float  # over windows, by the delta method: ppl times that of their mean nll; NaN for a single window
     tokens: int  # predicted: all but the first of each window
+    window_nll: list[float]  # mean negative log-likelihood of each window, to compare two models on the same windows
 
     @classmethod
     def of(cls, window_nll: Float64[Tensor, " windows"], window: int) -> "Perplexity":
         """From each window's mean negative log-likelihood; the windows have `window` tokens each."""
         mean = window_nll.mean().item()  # windows have equal lengths, so this is the mean over tokens
         stderr = (window_nll.std() / math.sqrt(len(window_nll))).item() if len(window_nll) > 1 else math.nan
-        return cls(math.exp(mean), mean, math.exp(mean) * stderr, tokens=len(window_nll) * (window - 1))
+        tokens = len(window_nll) * (window - 1)
+        return cls(math.exp(mean), mean, math.exp(mean) * stderr, tokens, window_nll.tolist())
 
 
 # By set, "validation" and "test", and by source label: the windows of a text, and a model's results on it.
@@ -189,6 +191,18 @@ def ratios_to_dense(texts: Mapping[str, Perplexity], dense: Mapping[str, Perplex
     return {label: math.exp(log) for label, log in logs.items()}, math.exp(sum(logs.values()) / len(logs))
 
 
+def ratio_stderr(texts: Mapping[str, Perplexity], dense: Mapping[str, Perplexity]) -> float:
+    """Standard error of the geometric mean of `ratios_to_dense`, by the delta method; NaN where a text has one window.
+
+    The models are paired by window; the windows of a text are a sample, the texts are not.
+    """
+    variance = 0.0
+    for label, one in texts.items():
+        logs = torch.tensor(one.window_nll, dtype=torch.float64) - torch.tensor(dense[label].window_nll).double()
+        variance += (logs.var() / len(logs)).item() if len(logs) > 1 else math.nan
+    return ratios_to_dense(texts, dense)[1] * math.sqrt(variance) / len(texts)
+
+
 def plain(results: Results) -> dict[str, Any]:
     """One model's results as JSON holds them."""
     return {name: {label: asdict(one) for label, one in texts.items()} for name, texts in results.items()}
@@ -201,7 +215,8 @@ def from_plain(content: Mapping[str, Any]) -> Results:
 def report(results: Mapping[str, Results], window: int) -> dict[str, Any]:
     """The metrics file, from the results of each model: perplexity by set and text, and `ratios_to_dense`.
 
-    `validation_ratio` and `test_ratio` are the geometric means of the ratios of that set's texts.
+    `validation_ratio` and `test_ratio` are the geometric means of the ratios of that set's texts, `ratio_stderr` their
+    standard errors.
     """
     dense = results["dense"]
     tokens = {name: {label: one.tokens for label, one in texts.items()} for name, texts in dense.items()}
@@ -215,6 +230,7 @@ def report(results: Mapping[str, Results], window: int) -> dict[str, Any]:
             }
             if model != "dense" and texts:
                 ratios, metrics[model][f"{name}_ratio"] = ratios_to_dense(texts, dense[name])
+                metrics[model][f"{name}_ratio_stderr"] = ratio_stderr(texts, dense[name])
                 for label, ratio in ratios.items():
                     metrics[model][name][label]["ratio_to_dense"] = ratio
     return metrics

@@ -30,7 +30,10 @@ def write_rounds(path: Path, phases: dict[int, tuple[PhaseTimes, PhaseTimes]], l
 
 
 def summarise(phase: PhaseTimes, work_name: str) -> dict[str, Any]:
-    """A phase's part of the metrics file: each model, and compact against dense; `work_name`: key for `phase.work`."""
+    """A phase's part of the metrics file: each model, and compact against dense; `work_name`: key for `phase.work`.
+
+    speedup_paired: of each pruned model, the median over the rounds of dense / pruned latency in the same round.
+    """
     median = {name: statistics.median(values) for name, values in phase.latency_ms.items()}
     metrics: dict[str, Any] = {}
     for name, values in phase.latency_ms.items():
@@ -42,12 +45,13 @@ def summarise(phase: PhaseTimes, work_name: str) -> dict[str, Any]:
             work_name: phase.work[name],
             f"{work_name}_per_s": 1000 * phase.work[name] / median[name],
         }
-    rounds = zip(phase.latency_ms["dense"], phase.latency_ms["compact"], strict=True)
+        if name != "dense":
+            rounds = zip(phase.latency_ms["dense"], values, strict=True)
+            metrics[name]["speedup_paired"] = statistics.median(dense / pruned for dense, pruned in rounds)
     speedup, limit = median["dense"] / median["compact"], phase.work["dense"] / phase.work["compact"]
     return {
         **metrics,
         "speedup": speedup,
-        "speedup_paired": statistics.median(dense / compact for dense, compact in rounds),
         "limit": limit,
         "efficiency": speedup / limit,
     }

@@ -15,6 +15,16 @@ TASK_METRICS: dict[TaskName, Literal["acc", "acc_norm"]] = {
     "arc_challenge": "acc_norm",
 }
 
+# Accuracy of a choice at random: one over the number of choices, which is four in nearly all rows of ARC.
+GUESSING: dict[TaskName, float] = {
+    "boolq": 0.5,
+    "piqa": 0.5,
+    "hellaswag": 0.25,
+    "winogrande": 0.5,
+    "arc_easy": 0.25,
+    "arc_challenge": 0.25,
+}
+
 # In tables, in this order.
 TASK_TITLES: dict[TaskName, str] = {
     "piqa": "PIQA",

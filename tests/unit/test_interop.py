@@ -17,7 +17,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
@@ -82,6 +88,32 @@ def test_a_static_cache_generates_the_same(model: PreTrainedModel) -> None:
     dynamic = generated(model)
     assert torch.equal(generated(model, cache_implementation="static", disable_compile=True), dynamic)
     assert torch.equal(generated(model, use_cache=False), dynamic)
+
+
+@pytest.mark.parametrize("empty_layer", [None, 0, 1])
+def test_assisted_decoding_crops_the_caches_of_a_sliding_window(empty_layer: int | None, tmp_path: Path) -> None:
+    directory = pruned("mistral", empty_layer, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(directory, sliding_window=6)
+    prompt = PROMPTS[:1]
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(prompt, use_cache=False, **settings)
+    assert not torch.equal(load(directory).generate(prompt, **settings), expected)
+    for options in ({}, {"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(prompt, **options, **settings), expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_continuous_batching_generates_the_same(implementation: str, model: PreTrainedModel) -> None:
+    """Its pages are as wide as the dense model's heads in every layer; here a batch holds less than all prompts."""
+    model.set_attn_implementation(implementation)
+    expected = {tuple(row[:11].tolist()): row[11:].tolist() for row in generated(model, eos_token_id=None)}
+    answers = model.generate_batch(
+        PROMPTS.tolist(),
+        GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        ContinuousBatchingConfig(page_size=8, num_blocks=16, max_batch_tokens=16),
+        progress_bar=False,
+    )
+    assert {tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()} == expected
 
 
 def test_a_compiled_model_computes_the_same(model: PreTrainedModel) -> None:

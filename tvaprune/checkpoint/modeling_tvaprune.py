@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -134,10 +135,11 @@ class _NoHeads(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
         batch, tokens, _ = hidden_states.shape
-        if past_key_values is not None and self.layer_idx == 0:
-            # Caches read the sequence length off layer 0.
+        sliding = getattr(self.config, "sliding_window", None) is not None
+        if past_key_values is not None and (self.layer_idx == 0 or sliding):
+            # Caches read the sequence length off layer 0, and those of a sliding window crop no layer without keys.
             placeholder = hidden_states.new_zeros(batch, 1, tokens, self.config.head_dim)
-            past_key_values.update(placeholder, placeholder, 0)
+            past_key_values.update(placeholder, placeholder, self.layer_idx)
         implementation = self.config._attn_implementation
         if implementation == "vllm":
             # vLLM takes no layer that does not call the attention function, which it looks for in the source: one
@@ -161,6 +163,29 @@ class _NoMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         return 0.0 if self.down_proj is None else self.down_proj()
+
+
+class _UnevenPages(PagedAttentionCache):
+    """The cache of continuous batching, whose pages hold the dense model's head count in every layer.
+
+    It shares the tensors and tables of the cache that it is made of. The heads that a layer lost stay zeros.
+    """
+
+    def __init__(self, pages: PagedAttentionCache, kv_heads: int) -> None:
+        vars(self).update(vars(pages))
+        self.kv_heads = kv_heads
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the base class, for states of [1, heads, tokens, head_dim] with the layer's own number of heads."""
+        own = key_states.shape[1]
+        lost = (0, 0, 0, 0, 0, self.kv_heads - own)
+        padded = (nn.functional.pad(states, lost) for states in (key_states, value_states))
+        keys, values = super().update(*padded, layer_idx, kwargs)
+        for name in {"k_cache", "v_cache"} & kwargs.keys():  # what flash attention reads, [pages, tokens, heads, dim]
+            kwargs[name] = kwargs[name][:, :, :own]
+        return keys[:, :own], values[:, :own]
 
 
 class TvaPrunePreTrainedModel(PreTrainedModel):
@@ -248,6 +273,8 @@ class TvaPruneModel(TvaPrunePreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[torch.Tensor, ...]:
         """As the base family's model; a tuple where `return_dict` is False."""
+        if isinstance(kwargs.get("cache"), PagedAttentionCache):
+            kwargs["cache"] = _UnevenPages(kwargs["cache"], vars(self.config)["num_key_value_heads"])
         return self._stock_class.forward(
             self,
             input_ids=input_ids,

@@ -192,6 +192,24 @@ def test_outputs_are_those_of_a_stock_model(model: PreTrainedModel) -> None:
     assert [tuple(weights.shape) for weights in attentions] == expected
 
 
+def test_logits_of_some_positions_are_those_of_a_stock_model(model: PreTrainedModel) -> None:
+    """The last ones, the same or other ones of each sequence, and where a mask is true, which joins the sequences."""
+    stock = tiny_model("llama")
+    mask = torch.rand(PROMPTS.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    with torch.inference_mode():
+        for positions in (0, 3, torch.tensor([4, 2]), torch.tensor([[4, 2, 0], [1, 1, 9]]), mask):
+            part = model(PROMPTS, logits_to_keep=positions).logits
+            assert part.shape == stock(PROMPTS, logits_to_keep=positions).logits.shape
+            every = model(PROMPTS).logits
+            if isinstance(positions, int):
+                expected = every[:, -positions:]
+            elif positions is mask:
+                expected = every[mask]
+            else:
+                expected = torch.stack([row[index] for row, index in zip(every, positions.expand(2, -1), strict=True)])
+            torch.testing.assert_close(part, expected)
+
+
 def test_blocks_that_are_gone_but_for_their_bias_come_back_from_disk(tmp_path: Path) -> None:
     directory = pruned("llama_bias", 1, tmp_path)
     model = load(directory)

@@ -287,6 +287,22 @@ class TvaPruneModel(TvaPrunePreTrainedModel):
         )
 
 
+def _kept(states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    """The states, [batch, tokens, hidden], of some positions.
+
+    Args:
+        positions: a number of last ones (0 for all), the same ones of every sequence [kept], those of each sequence
+            [batch, kept], or booleans [batch, tokens], which give states of [all that are true, hidden].
+    """
+    if isinstance(positions, int):
+        return states[:, -positions:]
+    if positions.dtype == torch.bool and positions.dim() == 2:
+        return states[positions]
+    if positions.dim() == 2:
+        return states[torch.arange(len(states), device=positions.device)[:, None], positions]
+    return states[:, positions]
+
+
 class TvaPruneForCausalLM(TvaPrunePreTrainedModel, GenerationMixin):
     """A causal language model with per-layer widths. Tensor names are those of the base family."""
 
@@ -321,8 +337,7 @@ class TvaPruneForCausalLM(TvaPrunePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

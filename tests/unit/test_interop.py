@@ -4,10 +4,14 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +28,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.utils.import_utils import is_serve_available
 
 from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
@@ -31,6 +36,7 @@ from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPTS = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
@@ -321,3 +327,49 @@ def test_the_directory_uploads_to_a_hub(directory: Path, hub: str, monkeypatch: 
     sent = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir() if path.is_file()}
     assert {"config.json", "model.safetensors", "modeling_tvaprune.py", "tokenizer.json"} <= sent.keys()
     assert Hub.received == sent
+
+
+def completion(server: subprocess.Popen, port: int, request: dict[str, Any]) -> dict[str, Any]:
+    """What a server answers, once it is up. Raises AssertionError where it ended, or is not up after two minutes."""
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        assert server.poll() is None, "the server ended"
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            break
+        except OSError:
+            time.sleep(0.5)
+    headers = {"Content-Type": "application/json"}
+    sent = urllib.request.Request(f"{url}/v1/completions", json.dumps(request).encode(), headers)
+    with urllib.request.urlopen(sent, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.skipif(not is_serve_available(), reason="needs fastapi, uvicorn and openai")
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")],
+    ids=["alone", "continuous batching"],
+)
+def test_the_server_of_transformers_completes_a_prompt(options: tuple[str, ...], tmp_path: Path) -> None:
+    """Started as docs/serving.md says."""
+    directory = pruned("llama_tied", 0, tmp_path)
+    (program,) = re.findall(
+        r"```python\n(# serve\.py\n.*?)```", (REPOSITORY / "docs/serving.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "serve.py").write_text(program)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "serve.py", "serve", str(directory), "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen([*command, "--device", "cpu", *options], cwd=tmp_path, env=environment)
+    try:
+        request = {"model": str(directory), "prompt": "The bank", "max_tokens": 8, "temperature": 0}
+        answer = completion(server, port, request)
+    finally:
+        server.kill()
+        server.wait()
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), load(directory)
+    prompt = tokenizer("The bank", return_tensors="pt")
+    new = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(new, skip_special_tokens=True) != ""

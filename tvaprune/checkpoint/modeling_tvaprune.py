@@ -172,7 +172,7 @@ class _UnevenPages(PagedAttentionCache):
     """
 
     def __init__(self, pages: PagedAttentionCache, kv_heads: int) -> None:
-        vars(self).update(vars(pages))
+        self.__dict__.update(vars(pages))
         self.kv_heads = kv_heads
 
     def update(

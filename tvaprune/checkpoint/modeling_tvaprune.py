@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -165,27 +164,26 @@ class _NoMLP(nn.Module):
         return 0.0 if self.down_proj is None else self.down_proj()
 
 
-class _UnevenPages(PagedAttentionCache):
-    """The cache of continuous batching, whose pages hold the dense model's head count in every layer.
+def _uneven_pages(pages: Any, kv_heads: int) -> Any:
+    """The cache of continuous batching for layers of fewer heads than its pages hold, which are the dense model's.
 
-    It shares the tensors and tables of the cache that it is made of. The heads that a layer lost stay zeros.
+    A copy that shares the pages; the heads that a layer lost stay zeros in them.
     """
 
-    def __init__(self, pages: PagedAttentionCache, kv_heads: int) -> None:
-        self.__dict__.update(vars(pages))
-        self.kv_heads = kv_heads
-
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+        key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the base class, for states of [1, heads, tokens, head_dim] with the layer's own number of heads."""
         own = key_states.shape[1]
-        lost = (0, 0, 0, 0, 0, self.kv_heads - own)
+        lost = (0, 0, 0, 0, 0, kv_heads - own)
         padded = (nn.functional.pad(states, lost) for states in (key_states, value_states))
-        keys, values = super().update(*padded, layer_idx, kwargs)
+        keys, values = pages.update(*padded, layer_idx, kwargs)
         for name in {"k_cache", "v_cache"} & kwargs.keys():  # what flash attention reads, [pages, tokens, heads, dim]
             kwargs[name] = kwargs[name][:, :, :own]
         return keys[:, :own], values[:, :own]
+
+    copied = copy.copy(pages)
+    copied.update = update
+    return copied
 
 
 class TvaPrunePreTrainedModel(PreTrainedModel):
@@ -273,8 +271,8 @@ class TvaPruneModel(TvaPrunePreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[torch.Tensor, ...]:
         """As the base family's model; a tuple where `return_dict` is False."""
-        if isinstance(kwargs.get("cache"), PagedAttentionCache):
-            kwargs["cache"] = _UnevenPages(kwargs["cache"], vars(self.config)["num_key_value_heads"])
+        if kwargs.get("cache") is not None:  # which only continuous batching gives
+            kwargs["cache"] = _uneven_pages(kwargs["cache"], vars(self.config)["num_key_value_heads"])
         return self._stock_class.forward(
             self,
             input_ids=input_ids,

@@ -28,7 +28,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils.import_utils import is_serve_available
 
 from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
@@ -345,7 +344,6 @@ def completion(server: subprocess.Popen, port: int, request: dict[str, Any]) -> 
         return json.load(answer)
 
 
-@pytest.mark.skipif(not is_serve_available(), reason="needs fastapi, uvicorn and openai")
 @pytest.mark.parametrize(
     "options",
     [(), ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")],

@@ -2,9 +2,7 @@
 
 import json
 import sys
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from tests.http_servers import post
 from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint import tensor_files
@@ -55,16 +54,10 @@ def greedy_tokens(file: Path, prompts: list[list[int]], tokens: int) -> list[lis
 def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
     """Token ids by the file's own tokenizer, with the special tokens that it adds and those named in the text."""
     server = start_server(file, context=32)  # it listens while there is a reference to it
-    return [ask(server, "tokenize", content=text, add_special=True, parse_special=True)["tokens"] for text in texts]
-
-
-def ask(server: Any, path: str, **content: Any) -> Any:
-    """What the server answers over HTTP."""
-    request = urllib.request.Request(
-        f"{server.listening_address}/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
+    return [
+        post(f"{server.listening_address}/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        for text in texts
+    ]
 
 
 @torch.inference_mode()
@@ -128,7 +121,7 @@ def test_the_server_completes_over_http(tmp_path: Path) -> None:
     write_gguf(directory, tmp_path / "model.gguf", "f32")
     server = start_server(tmp_path / "model.gguf", context=32)
     asked = {"prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 1}
-    (choice,) = ask(server, "v1/completions", **asked)["choices"]
+    (choice,) = post(f"{server.listening_address}/v1/completions", **asked)["choices"]
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = load(directory, dtype=torch.float32).generate(torch.tensor(PROMPTS[:1]), **settings)
     chosen = [step["id"] for step in choice["logprobs"]["content"]]

@@ -6,12 +6,9 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests.http_servers import post, serving
 from tests.tiny_models import random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import load_config
@@ -328,22 +326,6 @@ def test_the_directory_uploads_to_a_hub(directory: Path, hub: str, monkeypatch: 
     assert Hub.received == sent
 
 
-def completion(server: subprocess.Popen, port: int, request: dict[str, Any]) -> dict[str, Any]:
-    """What a server answers, once it is up. Raises AssertionError where it ended, or is not up after two minutes."""
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        assert server.poll() is None, "the server ended"
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            break
-        except OSError:
-            time.sleep(0.5)
-    headers = {"Content-Type": "application/json"}
-    sent = urllib.request.Request(f"{url}/v1/completions", json.dumps(request).encode(), headers)
-    with urllib.request.urlopen(sent, timeout=60) as answer:
-        return json.load(answer)
-
-
 @pytest.mark.parametrize(
     "options",
     [(), ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")],
@@ -356,17 +338,10 @@ def test_the_server_of_transformers_completes_a_prompt(options: tuple[str, ...],
         r"```python\n(# serve\.py\n.*?)```", (REPOSITORY / "docs/serving.md").read_text(), re.DOTALL
     )
     (tmp_path / "serve.py").write_text(program)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "serve.py", "serve", str(directory), "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen([*command, "--device", "cpu", *options], cwd=tmp_path, env=environment)
-    try:
-        request = {"model": str(directory), "prompt": "The bank", "max_tokens": 8, "temperature": 0}
-        answer = completion(server, port, request)
-    finally:
-        server.kill()
-        server.wait()
+    command = [sys.executable, "serve.py", "serve", str(directory), "--device", "cpu", *options]
+    request = {"model": str(directory), "prompt": "The bank", "max_tokens": 8, "temperature": 0}
+    with serving(command, tmp_path, PYTHONPATH=str(REPOSITORY), HF_HUB_OFFLINE="1") as address:
+        answer = post(f"{address}/v1/completions", **request)
     tokenizer, model = AutoTokenizer.from_pretrained(directory), load(directory)
     prompt = tokenizer("The bank", return_tensors="pt")
     new = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]

@@ -1,15 +1,6 @@
 """The pruned directory in vLLM: what its transformers backend asks of the modeling file, and vLLM itself."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
+from tests.http_servers import post, serving
 from tests.tiny_models import random_masks, random_update, tiny_model, tiny_tokenizer
 from tests.vllm_environment import vllm_python
 from tools.vllm_speed import agreement, row, table
@@ -193,44 +185,16 @@ def test_vllm_generates_the_same(family: str, layout: Layout, empty: int | None,
     assert json.loads(figures.read_text())["vllm"]["top5_agreement"] == 1
 
 
-@contextmanager
-def server(directory: Path, logs: Path) -> Iterator[str]:
-    """The address of vLLM's OpenAI server of docs/serving.md, once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    command += ["--model-impl", "transformers", "--trust-remote-code", "--enforce-eager", "--max-model-len", "64"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    variables = {**os.environ, **ENVIRONMENT, **EAGER, "HF_HOME": str(logs.parent)}
-    with logs.open("w") as log:
-        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 300
-            while True:
-                assert process.poll() is None, logs.read_text()
-                assert time.monotonic() < deadline, logs.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
-            process.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_server_completes_over_http(tmp_path: Path) -> None:
+    """vLLM's OpenAI server of docs/serving.md."""
     out, prompt = pruned(tmp_path, "llama", empty=0), PROMPT[0].tolist()
+    command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(out)]
+    command += ["--model-impl", "transformers", "--trust-remote-code", "--enforce-eager", "--max-model-len", "64"]
     asked = {"model": str(out), "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    body = json.dumps({**asked, "return_token_ids": True}).encode()
-    with server(out, tmp_path / "log") as address:
-        request = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            (choice,) = json.load(answer)["choices"]
+    with serving([*command, "--dtype", "float32"], tmp_path, **ENVIRONMENT, **EAGER, HF_HOME=str(tmp_path)) as address:
+        (choice,) = post(f"{address}/v1/completions", **asked, return_token_ids=True)["choices"]
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = load(out, dtype=torch.float32).generate(PROMPT, **settings)
     assert choice["token_ids"] == expected[0, len(prompt) :].tolist()

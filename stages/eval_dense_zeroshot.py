@@ -30,5 +30,5 @@ def main(
         model = process.put(load(dense, process.dtype))
         found = evaluate(model, tokenizer, rows, params.batch_size, "dense", process.world)
         if process.world.is_main:
-            write_reference(out, process.dtype, params.measured(), found)
-            echo(f"dense: {len(found)} tasks measured")
+            write_reference(out, process.dtype, params.measured(), found._asdict())
+            echo(f"dense: {len(found.figures)} tasks measured")

@@ -10,7 +10,7 @@ from stages._options import Compact, Finetuned, Metrics, Model, ParamsFile, Refe
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.measures.comparison import present_models, read_reference
-from tvaprune.measures.zeroshot import describe, evaluate, select_rows, summarise
+from tvaprune.measures.zeroshot import Scores, describe, evaluate, select_rows, summarise
 from tvaprune.params.eval_zeroshot import EvalZeroshotParams
 
 
@@ -31,18 +31,23 @@ def main(
     models = present_models(dense, compact, finetuned)
     rows = select_rows(zeroshot, list(params.tasks), params.limit)
     tokenizer = quiet_tokenizer(dense)
-    results = {}
+    measured: dict[str, Scores] = {}
     with join_processes() as process:
         for name, path in models.items():
-            scores = read_reference(reference, process.dtype, params.measured()) if name == "dense" else None
-            if scores is None:
-                # Without a name of its own a model is freed before the next one is loaded.
-                scores = evaluate(
-                    process.put(load(path, process.dtype)), tokenizer, rows, params.batch_size, name, process.world
-                )
-            results[name] = summarise(scores, params.mean_of)
+            known = read_reference(reference, process.dtype, params.measured()) if name == "dense" else None
+            if known is not None:
+                measured[name] = Scores(**known)
+                continue
+            # Without a name of its own a model is freed before the next one is loaded.
+            measured[name] = evaluate(
+                process.put(load(path, process.dtype)), tokenizer, rows, params.batch_size, name, process.world
+            )
         if not process.world.is_main:
             return
+    results = {
+        name: summarise(scores, params.mean_of, None if name == "dense" else measured["dense"])
+        for name, scores in measured.items()
+    }
     write_json(metrics, {"limit": params.limit or 0, **results})
     for name, result in results.items():
         echo(describe(name, result))

@@ -107,6 +107,14 @@ def sentences(kind: str, runs: list[SavedRun]) -> Iterator[str]:
     if kind == "zeroshot" and (error := value_at(metrics, "zeroshot.dense.mean_stderr")):
         rows = f"{limit:.0f}" if (limit := metrics["zeroshot"]["limit"]) else "all"
         yield f"Zero-shot on {rows} rows of each task (standard error of the mean about {error:.3f})."
+        names = {"compact": "pruning", "finetuned": "pruning and LoRA"}
+        changes = [
+            f"{value_at(metrics, f'zeroshot.{model}.mean_minus_dense'):+.3f} ± {stderr:.3f} by {name}"
+            for model, name in names.items()
+            if (stderr := value_at(metrics, f"zeroshot.{model}.mean_minus_dense_stderr"))
+        ]
+        if changes:
+            yield f"The mean changes by {' and '.join(changes)}, where the rows of both models are paired."
     if kind == "learning" and "masks" in metrics:
         yield f"Masks learned in {metrics['masks']['seconds']:.0f} s."
     if kind == "machine":

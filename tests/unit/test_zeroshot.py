@@ -3,9 +3,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from scipy.stats import ttest_rel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,6 +19,7 @@ from tvaprune.distributed import ALONE
 from tvaprune.measures.zeroshot import (
     TASKS,
     Rows,
+    Scores,
     _LanguageModel,
     describe,
     evaluate,
@@ -137,7 +140,7 @@ def test_the_mean_is_of_each_tasks_own_metric_and_leaves_the_other_tasks_out() -
         "hellaswag": {"acc": 0.9, "acc_stderr": 0.9, "acc_norm": 0.4, "acc_norm_stderr": 0.03},
         "piqa": {"acc": 0.6, "acc_stderr": 0.04, "acc_norm": 0.9, "acc_norm_stderr": 0.9},
     }
-    summary = summarise(scores, ["piqa", "hellaswag"])
+    summary = summarise(Scores(scores, {}), ["piqa", "hellaswag"])
     assert summary["mean"] == pytest.approx(0.5)
     assert summary["mean_stderr"] == pytest.approx(0.025)
     assert summary["boolq"] == scores["boolq"]
@@ -145,17 +148,44 @@ def test_the_mean_is_of_each_tasks_own_metric_and_leaves_the_other_tasks_out() -
     assert describe("compact", summary) == line
 
 
+def test_the_difference_from_dense_pairs_the_rows() -> None:
+    """Each task's error is that of the mean of its differences, row by row; here with scipy's paired t statistic."""
+    generator = np.random.default_rng(1)
+    own, other = ({"piqa": rows[0], "hellaswag": rows[1][:30]} for rows in generator.integers(0, 2, (2, 2, 50)))
+    figures = {
+        "piqa": {"acc": 0.5, "acc_stderr": 0.07},
+        "hellaswag": {"acc": 0.9, "acc_stderr": 0.9, "acc_norm": 0.4, "acc_norm_stderr": 0.03},
+    }
+    pruned, dense = (
+        Scores(figures, {task: rows.astype(float).tolist() for task, rows in answers.items()})
+        for answers in (own, other)
+    )
+    summary = summarise(pruned, ["piqa", "hellaswag"], dense)
+    differences, errors = [], []
+    for task in ("piqa", "hellaswag"):
+        differences.append(float(np.mean(own[task]) - np.mean(other[task])))
+        errors.append(differences[-1] / ttest_rel(own[task], other[task]).statistic)
+    assert summary["mean_minus_dense"] == pytest.approx(sum(differences) / 2)
+    assert summary["mean_minus_dense_stderr"] == pytest.approx(math.hypot(*errors) / 2)
+    assert describe("compact", summary).endswith(
+        f"{summary['mean_minus_dense']:+.3f} ± {summary['mean_minus_dense_stderr']:.3f} from dense"
+    )
+    same = summarise(dense, ["piqa", "hellaswag"], dense)
+    assert same["mean_minus_dense"] == same["mean_minus_dense_stderr"] == 0
+
+
 def test_accuracy_equals_a_direct_computation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Path
 ) -> None:
     rows = select_rows(data, ["piqa", "boolq"], limit=None)
-    right = normed = 0
+    right: list[float] = []
+    normed = 0
     for row in rows["piqa"]:
         scores = [
             log_likelihood(model, tokenizer, f"Question: {row['goal']}\nAnswer:", f" {row[sol]}")
             for sol in ("sol1", "sol2")
         ]
-        right += scores.index(max(scores)) == row["label"]
+        right.append(float(scores.index(max(scores)) == row["label"]))
         by_byte = [scores[0] / len(row["sol1"]), scores[1] / len(row["sol2"])]
         normed += by_byte.index(max(by_byte)) == row["label"]
     yes = 0
@@ -163,11 +193,12 @@ def test_accuracy_equals_a_direct_computation(
         prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
         scores = [log_likelihood(model, tokenizer, prompt, choice) for choice in (" no", " yes")]
         yes += scores.index(max(scores)) == row["label"]
-    result = evaluate(model, tokenizer, rows, batch_size=3)
-    assert result["piqa"]["acc"] == right / 8
+    result, answers = evaluate(model, tokenizer, rows, batch_size=3)
+    assert answers["piqa"] == right
+    assert result["piqa"]["acc"] == sum(right) / 8
     assert result["piqa"]["acc_norm"] == normed / 8
     assert result["boolq"]["acc"] == yes / 8
-    p = right / 8
+    p = sum(right) / 8
     assert result["piqa"]["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 7))
 
 
@@ -195,12 +226,13 @@ def test_the_stage_scores_the_artifact_it_is_given(
     assert first["compact"] != first["dense"]
     (tmp_path / "compact" / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
     second = scores()
-    assert second["compact"] == second["dense"] == first["dense"]
+    assert second["compact"] == {**first["dense"], "mean_minus_dense": 0, "mean_minus_dense_stderr": 0}
+    assert second["dense"] == first["dense"]
     measure_dense(tmp_path / "dense", data, reference, params)
     assert scores() == second
     # It is read: another figure in it is reported; figures of another dtype are not, and the model is measured here.
     content = json.loads(reference.read_text())
-    content["figures"]["piqa"]["acc"] = 0.25
+    content["figures"]["figures"]["piqa"]["acc"] = 0.25
     reference.write_text(json.dumps(content))
     assert scores()["dense"]["piqa"]["acc"] == 0.25
     reference.write_text(json.dumps(content | {"dtype": "torch.float16"}))

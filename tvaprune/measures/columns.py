@@ -43,7 +43,7 @@ def cell(column: Column, runs: Sequence[SavedRun], model: str) -> str:
     if len(numbers) > 1:
         return f"{text} ± {statistics.stdev(numbers):.2g}"
     error = column.error(runs[0], model) if column.error else None
-    return f"{text} ± {column.write(error)}" if isinstance(error, int | float) else text
+    return f"{text} ± {column.write(error).lstrip('+')}" if isinstance(error, int | float) else text
 
 
 def _of_finetuned(take: Take) -> Take:
@@ -182,7 +182,9 @@ def _zeroshot() -> dict[str, Column]:
         columns[task] = Column(f"{title} ({metric})", at(path), "{:.3f}".format)
         error[task] = at(f"{path}_stderr")
     both = {f"{name}_stderr": Column(each.head, each.value, each.write, error[name]) for name, each in columns.items()}
+    path = "zeroshot.{model}.mean_minus_dense"
     shares = {
+        "mean_minus_dense": Column("mean - dense", at(path), "{:+.3f}".format, at(f"{path}_stderr")),
         "mean_of_dense": Column("mean, of dense", _mean_of_dense),
         "margin_of_dense": Column("above guessing, of dense", _margin_of_dense),
     }

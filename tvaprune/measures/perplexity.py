@@ -36,7 +36,7 @@ class Perplexity:
     def of(cls, window_nll: Float64[Tensor, " windows"], window: int) -> "Perplexity":
         """From each window's mean negative log-likelihood; the windows have `window` tokens each."""
         mean = window_nll.mean().item()  # windows have equal lengths, so this is the mean over tokens
-        stderr = (window_nll.std() / math.sqrt(len(window_nll))).item() if len(window_nll) > 1 else math.nan
+        stderr = _variance_of_mean(window_nll) ** 0.5
         tokens = len(window_nll) * (window - 1)
         return cls(math.exp(mean), mean, math.exp(mean) * stderr, tokens, window_nll.tolist())
 
@@ -198,9 +198,14 @@ def ratio_stderr(texts: Mapping[str, Perplexity], dense: Mapping[str, Perplexity
     """
     variance = 0.0
     for label, one in texts.items():
-        logs = torch.tensor(one.window_nll, dtype=torch.float64) - torch.tensor(dense[label].window_nll).double()
-        variance += (logs.var() / len(logs)).item() if len(logs) > 1 else math.nan
+        own, other = (torch.tensor(each.window_nll, dtype=torch.float64) for each in (one, dense[label]))
+        variance += _variance_of_mean(own - other)
     return ratios_to_dense(texts, dense)[1] * math.sqrt(variance) / len(texts)
+
+
+def _variance_of_mean(values: Float64[Tensor, " windows"]) -> float:
+    """Of the mean of a sample; NaN for a single value."""
+    return (values.var() / len(values)).item() if len(values) > 1 else math.nan
 
 
 def plain(results: Results) -> dict[str, Any]:

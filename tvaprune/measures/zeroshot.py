@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class _Task(NamedTuple):
 
 _HELLASWAG = ("ctx_a", "ctx_b", "activity_label", "endings", "label")
 _ARC = ("question", "choices", "answerKey")
-_TASKS = {
+_TASKS: dict[TaskName, _Task] = {
     "boolq": _Task("super_glue/boolq/default.yaml", "validation", ("passage", "question", "label")),
     "piqa": _Task("piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
     "hellaswag": _Task("hellaswag/hellaswag.yaml", "validation", _HELLASWAG),
@@ -46,10 +47,22 @@ _TASKS = {
 }
 TASKS = tuple(_TASKS)
 
-Rows = dict[str, list[dict[str, Any]]]
+Rows = dict[TaskName, list[dict[str, Any]]]
 
 
-def select_rows(directory: Path, tasks: list[str], limit: int | None) -> Rows:
+class Scores(NamedTuple):
+    """How a model answers the rows of each task.
+
+    Attributes:
+        figures: acc and acc_stderr, and where lm-eval defines them acc_norm and acc_norm_stderr; fractions of 1.
+        right: for each row, in order, 1 where the answer is right by the task's metric in `TASK_METRICS`, else 0.
+    """
+
+    figures: dict[str, dict[str, float]]
+    right: dict[str, list[float]]
+
+
+def select_rows(directory: Path, tasks: list[TaskName], limit: int | None) -> Rows:
     """Of each task all rows, or `limit` spread evenly. Raises ArtifactError, which names an unusable file."""
     selected: Rows = {}
     for task in tasks:
@@ -69,11 +82,10 @@ def evaluate(
     batch_size: int,
     progress: str | None = None,
     world: World = ALONE,
-) -> dict[str, dict[str, float]]:
+) -> Scores:
     """Score a model on each task's rows, from `select_rows`, without examples in the prompt.
 
-    All processes of `world` share the forwards and get the result; without `progress` there is no progress bar. Returns
-    acc and acc_stderr by task, and where lm-eval defines them acc_norm and acc_norm_stderr; fractions of 1.
+    All processes of `world` share the forwards and get the result; without `progress` there is no progress bar.
     """
     was_training = model.training
     model.eval()
@@ -82,36 +94,58 @@ def evaluate(
         # Without the defaults: indexing lm-eval's thousands of tasks takes seconds.
         manager = TaskManager(include_path=folder, include_defaults=False)
         # Not simple_evaluate: it adds a report on the machine, seconds of subprocesses for each model.
-        results = lm_eval.evaluate(
+        found = lm_eval.evaluate(
             lm=_LanguageModel(model, tokenizer, batch_size, progress, world),
             task_dict=manager.load(list(rows)),
-            log_samples=False,
-        )["results"]
+            log_samples=True,
+        )
     model.train(was_training)
     kinds = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-    return {
-        task: {k: float(results[task][f"{k},none"]) for k in kinds if f"{k},none" in results[task]} for task in rows
-    }
+    figures: dict[str, dict[str, float]] = {}
+    right: dict[str, list[float]] = {}
+    for task in rows:
+        result = found["results"][task]
+        figures[task] = {kind: float(result[f"{kind},none"]) for kind in kinds if f"{kind},none" in result}
+        answers = sorted(found["samples"][task], key=lambda answer: answer["doc_id"])
+        right[task] = [float(answer[TASK_METRICS[task]]) for answer in answers]
+    return Scores(figures, right)
 
 
-def summarise(accuracies: dict[str, dict[str, float]], mean_of: Sequence[TaskName]) -> dict[str, object]:
+def summarise(scores: Scores, mean_of: Sequence[TaskName], dense: Scores | None = None) -> dict[str, object]:
     """One model's part of the metrics file: its tasks, and the mean over `mean_of` with its standard error.
 
-    Each task counts by its own metric, see `TASK_METRICS`. The standard error is that of rows drawn at random.
+    Each task counts by its own metric, see `TASK_METRICS`. The standard error is that of rows drawn at random. With the
+    dense model's scores on the same rows also the difference of the means, `mean_minus_dense`. Its standard error is of
+    paired rows, so it is less than that of two means: most rows are easy or hard for both models.
     """
-    scores = [accuracies[task][TASK_METRICS[task]] for task in mean_of]
-    errors = [accuracies[task][f"{TASK_METRICS[task]}_stderr"] for task in mean_of]
+    means = [scores.figures[task][TASK_METRICS[task]] for task in mean_of]
+    errors = [scores.figures[task][f"{TASK_METRICS[task]}_stderr"] for task in mean_of]
+    summary: dict[str, object] = {**scores.figures, "mean": fmean(means), "mean_stderr": _error_of_mean(errors)}
+    if dense is None:
+        return summary
+    differences = [
+        [own - other for own, other in zip(scores.right[task], dense.right[task], strict=True)] for task in mean_of
+    ]
+    errors = [stdev(rows) / len(rows) ** 0.5 for rows in differences]
     return {
-        **accuracies,
-        "mean": sum(scores) / len(scores),
-        "mean_stderr": sum(error**2 for error in errors) ** 0.5 / len(errors),
+        **summary,
+        "mean_minus_dense": fmean(fmean(rows) for rows in differences),
+        "mean_minus_dense_stderr": _error_of_mean(errors),
     }
+
+
+def _error_of_mean(errors: Sequence[float]) -> float:
+    """The standard error of the mean of independent estimates."""
+    return sum(error**2 for error in errors) ** 0.5 / len(errors)
 
 
 def describe(model: str, summary: Mapping[str, Any]) -> str:
     """One line about a model, from its part of the metrics file."""
     tasks = ", ".join(f"{task} {summary[task][TASK_METRICS[task]]:.3f}" for task in TASK_METRICS if task in summary)
-    return f"{model}: accuracy {tasks}; mean {summary['mean']:.3f} ± {summary['mean_stderr']:.3f}"
+    line = f"{model}: accuracy {tasks}; mean {summary['mean']:.3f} ± {summary['mean_stderr']:.3f}"
+    if "mean_minus_dense" not in summary:
+        return line
+    return f"{line}, {summary['mean_minus_dense']:+.3f} ± {summary['mean_minus_dense_stderr']:.3f} from dense"
 
 
 def _write_tasks(folder: Path, rows: Rows) -> None:

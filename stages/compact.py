@@ -38,8 +38,9 @@ def main(
 ) -> None:
     """Reads data/model, artifacts/adapted, artifacts/update and params.yaml (compact); writes artifacts/compact, a
     Hugging Face directory with its certificate and model card, and metrics/compact.json. Fails where compact and masked
-    logits differ by more than compact.max_rel_logit_diff, here, in a fresh process, or in llama.cpp; and where they
-    differ by more than rounding from those of the gates over the dense weights.
+    logits differ by more than compact.max_rel_logit_diff, here or in a fresh process; where they differ by more than
+    rounding from those of the gates over the dense weights; and where llama.cpp runs model.gguf and finds it further
+    off than its type allows.
     """
     params = CompactParams.load(params_file)
     topology = Topology.of(load_config(model))

@@ -8,6 +8,7 @@ from stages._command import command
 from stages._options import Heldout, Marker, Model, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import check_context, load_config
+from tvaprune.checkpoint.layouts import check_biases
 from tvaprune.export.gguf import check_export
 from tvaprune.export.widths import check_group_multiples, check_types, check_widths
 from tvaprune.inputs.calibration import load_tokenizer
@@ -34,9 +35,10 @@ def main(
 ) -> None:
     """Reads the config and the tokenizer of data/model, data/heldout and params.yaml (learn_masks, adapt_dimensions,
     sparsity, seed, quantize, the lengths of windows and prompts, and the windows of eval_perplexity); writes
-    artifacts/model.ok. A sparsity that no mask reaches, axes that the method cannot prune, a multiple that does not
-    divide a width or does not fit a quantised type, a model that GGUF cannot hold, a length beyond the model's context,
-    or too little held-out text stops `dvc repro` here, not after the learning.
+    artifacts/model.ok. A sparsity that no mask reaches, axes that the method cannot prune, biases that the model or the
+    layout cannot hold, a multiple that does not divide a width or does not fit a quantised type, a model that GGUF
+    cannot hold, a length beyond the model's context, or too little held-out text stops `dvc repro` here, not after the
+    learning.
     """
     learn, adapt = LearnMasksParams.load(params_file), AdaptDimensionsParams.load(params_file)
     windows, cut = SampleCalibrationParams.load(params_file), CompactParams.load(params_file)
@@ -60,6 +62,8 @@ def main(
     check_context(config, lengths)
     topology = Topology.of(config)
     check_request(learn.request(), topology)
+    if learn.method == "flap" and learn.flap.bias:
+        check_biases(config.model_type, adapt.layout)
     if multiples := adapt.multiples():
         check_multiples(topology, *multiples)
     if quantised.enabled:

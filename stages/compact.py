@@ -62,8 +62,9 @@ def main(
     }
     write_json(metrics, {**report, **proof, **cost})
     _, meta = read_artifact(adapted, "masks")
-    made_with = meta["made_with"] | read_artifact(update, "update")[1]["made_with"] | params.used()
-    figures = report | {f"validation_ppl_{name}": ppl for name, ppl in meta["validation_ppl"].items()}
+    _, folded_meta = read_artifact(update, "update")
+    made_with = meta["made_with"] | folded_meta["made_with"] | params.used()
+    figures = report | {f"validation_ppl_{name}": ppl for name, ppl in folded_meta["validation_ppl"].items()}
     made = Provenance(Base.of(model), params.layout, meta["widths"], made_with, figures)
     checks = certify(out, reference, bound, made, [parity, folded_right])
     require(out, checks)

@@ -10,7 +10,7 @@ from stages._options import Config, ParamsFile
 from tvaprune.architecture.topology import Topology
 from tvaprune.artifacts import read_artifact
 from tvaprune.checkpoint.config import load_config
-from tvaprune.masks.update import read_update, weight_update, write_update
+from tvaprune.masks.update import perplexities_after, read_update, weight_update, write_update
 from tvaprune.params.update_weights import UpdateWeightsParams
 
 
@@ -24,7 +24,9 @@ def main(
     """Reads data/model/config.json, artifacts/means and params.yaml (update_weights); writes artifacts/update."""
     params = UpdateWeightsParams.load(params_file)
     topology = Topology.of(load_config(model))
-    learned = weight_update(topology, read_update(means, topology), params.method)
+    learned = read_update(means, topology)
+    folded = weight_update(topology, learned, params.method)
     _, meta = read_artifact(means, "update")
-    write_update(update, learned, made_with=meta["made_with"] | params.used(), validation_ppl=meta["validation_ppl"])
+    measured = perplexities_after(meta["validation_ppl"], learned, folded)
+    write_update(update, folded, made_with=meta["made_with"] | params.used(), validation_ppl=measured)
     echo(f"update: {params.method}")

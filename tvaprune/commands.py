@@ -170,7 +170,9 @@ def _lines() -> Iterator[str]:
 
 @app.command()
 def verify(
-    directory: Annotated[Path, Argument(metavar="DIR", help="A model directory with a parity.json, or artifacts/quantized.")],
+    directory: Annotated[
+        Path, Argument(metavar="DIR", help="A model directory with a parity.json, or artifacts/quantized.")
+    ],
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run the directory's modeling file even where it is unknown.")
     ] = False,

@@ -63,6 +63,11 @@ def check_request(request: MaskRequest, topology: Topology) -> None:
         raise TypeError(f"options: learn_masks.method = {request.method!r} takes {kind.__name__}, found {found}")
     check_sparsity(request.sparsity)
     kind.check_axes(request.axes)
+    if getattr(request.options, "bias", False) and (topology.output_bias or topology.mlp_bias):
+        raise ValueError(
+            f"learn_masks.{request.method}.bias = true: its biases would replace those of o_proj and down_proj, and "
+            "this model has some; set it to false"
+        )
     if request.latency is not None:
         return  # the table says which latencies the axes reach
     if kind.uniform_share or getattr(request.options, "allocation", None) == "uniform":

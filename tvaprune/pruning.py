@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.architecture.topology import Topology, UnsupportedModelError, check_family
+from tvaprune.baselines.gradients import frozen
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.cut import CheckpointSize, compact
 from tvaprune.checkpoint.loading import load
@@ -27,6 +29,7 @@ from tvaprune.options.masks import MaskRequest, method_options
 
 SEQ_LEN, VALIDATION_WINDOWS, MULTIPLE = 512, 4, 32
 PRUNED = "pruned"  # of a temporary directory: what becomes `out`
+UNFINISHED = ".unfinished-"  # the name of that directory begins with it
 
 
 def prune(
@@ -62,14 +65,16 @@ def prune(
         ValueError: an argument that is out of range, by its name in params.yaml; texts that are too short.
         UnreachableSparsityError: the pruned axes cannot remove so much.
     """
+    request = _request(model, tokenizer, texts, sparsity, method, options, windows)
     place = None if out is None else Path(out)
     with _scratch_for(place) as scratch:
-        masks, update = _learn(model, tokenizer, texts, sparsity, method, options, windows)
+        # First, so that a model that cannot be written, or a full disk, costs no learning.
         model.save_pretrained(scratch / "dense")
+        tokenizer.save_pretrained(scratch / "dense")
+        masks, update = _learn(model, tokenizer, texts, request, windows)
         compact(scratch / "dense", masks, update, scratch / PRUNED)
         if place is None:
             return load(scratch / PRUNED)
-        tokenizer.save_pretrained(scratch / PRUNED)
     return load(place)
 
 
@@ -92,7 +97,8 @@ def prune_directory(
     with _scratch_for(out) as scratch:
         device = pick_device()
         model, tokenizer = load(dense, pick_dtype(device), device), load_tokenizer(dense)
-        masks, update = _learn(model, tokenizer, texts, sparsity, method, None, windows)
+        request = _request(model, tokenizer, texts, sparsity, method, None, windows)
+        masks, update = _learn(model, tokenizer, texts, request, windows)
         return compact(dense, masks, update, scratch / PRUNED)
 
 
@@ -111,7 +117,7 @@ def _scratch_for(out: Path | None) -> Iterator[Path]:
     there = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as scratch:
             yield Path(scratch)
             for file in sorted(Path(scratch, PRUNED).iterdir()):
                 file.replace(out / file.name)
@@ -121,7 +127,7 @@ def _scratch_for(out: Path | None) -> Iterator[Path]:
         raise
 
 
-def _learn(
+def _request(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
@@ -129,8 +135,10 @@ def _learn(
     method: str,
     options: Any,
     windows: int,
-) -> tuple[Masks, WeightUpdate]:
-    """Adapted masks, and what to fold into the weights."""
+) -> MaskRequest:
+    """What is asked for. Raises, before any work, what `prune` does for all but the texts themselves."""
+    if windows < 1:
+        raise ValueError(f"windows = {windows}: must be at least 1")
     if isinstance(texts, str):
         raise TypeError("texts: expected several texts, found one str; pass [text]")
     if hasattr(model, "peft_config"):
@@ -138,30 +146,59 @@ def _learn(
     check_family(model.config)
     check_tokenizer(tokenizer, model.config.vocab_size)
     check_values(model)
-    topology = Topology.of(model.config)
     kind = method_options(method)
     request = MaskRequest(method, options or kind(), sparsity, kind.axes)
-    check_request(request, topology)
-    seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
+    check_request(request, Topology.of(model.config))
+    return request
+
+
+def _learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    request: MaskRequest,
+    windows: int,
+) -> tuple[Masks, WeightUpdate]:
+    """Adapted masks, and what to fold into the weights."""
+    topology, seq_len = Topology.of(model.config), _window_tokens(model, request)
     documents = tokenise(list(_documents(texts)), tokenizer, "texts")
     sets = [WindowSet("texts", windows, seq_len), WindowSet("validation", VALIDATION_WINDOWS, seq_len)]
     ids = sample_windows({"texts": documents}, sets, packing="auto", eos_token_id=tokenizer.eos_token_id, seed=0)
-    attention, asked = model.config._attn_implementation, [p for p in model.parameters() if p.requires_grad]
+    attention = model.config._attn_implementation
     try:
-        found = find_masks(model, ids["texts"], ids["validation"], request)
+        with frozen(model), _usual_modes():
+            found = find_masks(model, ids["texts"], ids["validation"], request)
     finally:
         model.set_attn_implementation(attention)
-        for parameter in asked:
-            parameter.requires_grad_(True)
     multiple = (math.gcd(MULTIPLE, topology.hidden), math.gcd(MULTIPLE, topology.intermediate))
     if found.update.weight:
         multiple = (1, 1)
     try:
-        return adapt(topology, found.masks, sparsity, "budget", *multiple), found.update
+        return adapt(topology, found.masks, request.sparsity, "budget", *multiple), found.update
     except ValueError:  # what was learned is not lost
-        problem = f"no widths in multiples of {multiple} meet sparsity = {sparsity}; they stay as learned"
+        problem = f"no widths in multiples of {multiple} meet sparsity = {request.sparsity}; they stay as learned"
         warnings.warn(problem, stacklevel=3)
         return found.masks, found.update
+
+
+@contextmanager
+def _usual_modes() -> Iterator[None]:
+    """Gradients, and new tensors in float32, whatever the caller has set for all of torch."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _window_tokens(model: PreTrainedModel, request: MaskRequest) -> int:
+    """SEQ_LEN, or what the model's context and sliding window have room for, in whole blocks of the method."""
+    config = model.config
+    room = min(SEQ_LEN, config.max_position_embeddings, getattr(config, "sliding_window", None) or SEQ_LEN)
+    block = min(getattr(request.options, "curvature_tokens", None) or 1, room)
+    return int(room // block * block)
 
 
 def _documents(texts: Iterable[str]) -> Iterator[Document]:
@@ -173,5 +210,9 @@ def _documents(texts: Iterable[str]) -> Iterator[Document]:
 
 def require_empty(directory: Path) -> None:
     """Raise FileExistsError for a directory that holds files."""
-    if directory.exists() and any(directory.iterdir()):
+    if not directory.exists():
+        return
+    if left := sorted(directory.glob(f"{UNFINISHED}*")):
+        raise FileExistsError(f"{left[0]}: a run that was killed left it there; remove it, or name another directory")
+    if any(directory.iterdir()):
         raise FileExistsError(f"{directory}: is there and not empty; name another directory")

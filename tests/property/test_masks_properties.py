@@ -16,8 +16,16 @@ from tvaprune.architecture.parameter_counts import (
 from tvaprune.architecture.topology import Topology
 from tvaprune.masks.adapt import adapt, nearest_multiple
 from tvaprune.masks.masks import Masks
-from tvaprune.masks.projection import keep_above, keep_best, level_layers, project, solve_threshold
-from tvaprune.options.axes import AXES
+from tvaprune.masks.projection import (
+    UnreachableSparsityError,
+    keep_above,
+    keep_best,
+    level_layers,
+    project,
+    solve_threshold,
+)
+from tvaprune.options.axes import AXES, Axis
+from tvaprune.options.choices import Layout, Rounding
 
 topologies = st.builds(
     Topology,
@@ -157,3 +165,36 @@ def test_level_scores_keep_as_many_of_every_layer_and_its_best(layers: int, unit
         keep = level > threshold
         (count,) = keep.sum(-1).unique().tolist()
         assert all(torch.equal(kept, keep_best(score, count)) for kept, score in zip(keep, scores, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    topology=topologies,
+    target=st.floats(0.05, 0.5),
+    seed=seeds,
+    multiple=st.sampled_from([1, 4, 8]),
+    axes=st.sets(st.sampled_from(AXES), min_size=1, max_size=2),
+    rounding=st.sampled_from(["budget", "nearest"]),
+    layout=st.sampled_from(["uneven", "padded"]),
+)
+def test_an_axis_that_is_not_pruned_stays_whole(
+    topology: Topology, target: float, seed: int, multiple: int, axes: set[Axis], rounding: Rounding, layout: Layout
+) -> None:
+    """Also where hidden rounds up, or where the widest layer's heads do not fit a whole hidden width."""
+    pruned = tuple(axis for axis in AXES if axis in axes)
+    heads_divide = topology.hidden % (topology.kv_heads * topology.group_size) == 0  # as of every LlamaConfig
+    topology = replace(topology, heads_divide_hidden=heads_divide)
+    try:
+        before = project(topology, random_masks(topology, seed).score, target, pruned)
+        after = adapt(topology, before, target, rounding, multiple, multiple, layout=layout)
+    except ValueError as error:
+        if not isinstance(error, UnreachableSparsityError) and "use a smaller" not in str(error):
+            raise
+        return
+    for axis in AXES:
+        assert axis in axes or after.keep[axis].all()
+    if layout == "padded":
+        heads = topology.stock_heads(int(after.widths()["hidden"]), max(1, int(after.widths()["kv_heads"].max())))
+        assert int(after.widths()["hidden"]) % topology.hidden_divisor(heads) == 0
+    if rounding == "budget":
+        assert kept_decoder_parameters(topology, after.keep) <= (1 - target) * dense_decoder_parameters(topology)

@@ -311,6 +311,13 @@ def test_protection_is_checked_before_any_work() -> None:
     )
 
 
+def test_biases_where_the_model_has_some_are_refused_before_any_work() -> None:
+    topology = Topology.of(tiny_model("llama_bias").config)
+    with pytest.raises(ValueError, match=r"learn_masks\.flap\.bias = true: its biases would replace those of o_proj"):
+        check_request(MaskRequest("flap", FlapOptions(), 0.3, UNIT_AXES), topology)
+    check_request(MaskRequest("flap", FlapOptions(bias=False), 0.3, UNIT_AXES), topology)
+
+
 def test_percentiles_give_ties_to_the_lower_index() -> None:
     assert percentiles(torch.tensor([1.0, 3.0, 1.0, 2.0])).tolist() == [0.375, 0.875, 0.125, 0.625]
 

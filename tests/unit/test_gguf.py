@@ -18,6 +18,8 @@ from tvaprune.checkpoint.cut import compact
 from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import check_export, interleave, write_gguf
 from tvaprune.export.gguf_tokenizer import _LLAMA3, _QWEN2, _TEKKEN
+from tvaprune.inputs.model import _read_gguf
+from tvaprune.inputs.sources import InputError
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
 from tvaprune.proof.gguf_runtime import greedy_steps, start_server
@@ -87,6 +89,27 @@ def assert_exports_alike(directory: Path, architecture: str) -> None:
 def test_a_stock_model_runs_alike_in_llama_cpp(family: str, tmp_path: Path) -> None:
     architecture = {"mistral": "llama"}.get(family, family.split("_")[0])
     assert_exports_alike(saved(family, tmp_path), architecture)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_is_read_as_the_model_that_it_was_or_refused(family: str, tmp_path: Path) -> None:
+    """transformers reads neither scaled rotary frequencies nor Llama's biases from GGUF, nor Qwen3's head_dim."""
+    directory, file = saved(family, tmp_path / "model"), tmp_path / "file" / "model.gguf"
+    file.parent.mkdir()
+    write_gguf(directory, file, "f32")
+    refused = {
+        "llama_scaled": "its rotary frequencies are scaled",
+        "llama_bias": "weights, of which transformers reads",
+        "qwen3": "cannot read this model from GGUF",
+    }
+    if family in refused:
+        with pytest.raises(InputError, match=refused[family]):
+            _read_gguf(file)
+        return
+    weights = load(directory, dtype=torch.bfloat16).state_dict()
+    read = _read_gguf(file)[0].state_dict()
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weight) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen2", "qwen3"])

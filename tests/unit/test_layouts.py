@@ -107,7 +107,7 @@ def test_flap_biases_fit_a_llama_config_and_no_other(tmp_path: Path) -> None:
         masks = adapted(topology, "padded")
         update = WeightUpdate(random_update(topology, seed=4).scale, {name: torch.randn(64) for name in names})
         if family == "mistral":
-            with pytest.raises(ValueError, match=r"does not support FLAP's biases: set learn_masks\.flap\.bias"):
+            with pytest.raises(ValueError, match=r"does not support FLAP's biases; set learn_masks\.flap\.bias"):
                 compact(dense, masks, update, tmp_path / "out", layout="padded")
             continue
         compact(dense, masks, update, tmp_path / "out", layout="padded")

@@ -19,12 +19,14 @@ from tvaprune.architecture.parameter_counts import (
 )
 from tvaprune.architecture.topology import Topology, reader_shapes
 from tvaprune.artifacts import ArtifactError
+from tvaprune.export.card import _quality
 from tvaprune.masks.adapt import adapt, adapt_metrics, nearest_multiple
 from tvaprune.masks.importance import lost_by_width
 from tvaprune.masks.masks import Masks, read_masks, write_masks
 from tvaprune.masks.projection import UnreachableSparsityError, keep_above, keep_best, project, solve_threshold
-from tvaprune.masks.update import WeightUpdate, read_update, weight_update, write_update
+from tvaprune.masks.update import WeightUpdate, perplexities_after, read_update, weight_update, write_update
 from tvaprune.options.axes import AXES
+from tvaprune.options.choices import Fold
 
 TOPOLOGY = Topology(layers=4, hidden=64, intermediate=96, kv_heads=4, group_size=2, head_dim=8)
 
@@ -137,6 +139,23 @@ def test_an_update_reads_back_as_written_and_none_keeps_biases_and_matrices(tmp_
     assert all((scale == 1).all() for scale in none.scale.values())
 
 
+def test_the_perplexity_that_is_told_is_that_of_what_is_folded() -> None:
+    measured = {"dense": 10.0, "mean": 12.0, "binary": 20.0}
+    scaled, nothing = random_update(TOPOLOGY, seed=1), WeightUpdate.none(TOPOLOGY)
+    biased = WeightUpdate.none(TOPOLOGY, {"model.layers.0.mlp.down_proj": torch.ones(64)})
+
+    def told(learned: WeightUpdate, method: Fold) -> set[str]:
+        return set(perplexities_after(measured, learned, weight_update(TOPOLOGY, learned, method)))
+
+    assert told(WeightUpdate(scaled.scale), "mean") == {"dense", "mean", "binary"}
+    assert told(WeightUpdate(scaled.scale), "none") == {"dense", "binary"}
+    assert told(nothing, "none") == {"dense", "mean", "binary"}
+    assert told(biased, "mean") == told(biased, "none") == {"dense", "mean"}
+    assert told(replace(biased, scale=scaled.scale), "none") == {"dense"}
+    assert "20.0, dense model 10.0" in _quality({"validation_ppl_dense": 10.0, "validation_ppl_binary": 20.0})
+    assert not _quality({"validation_ppl_dense": 10.0})
+
+
 @pytest.mark.parametrize(
     ("changed", "named"), [({"intermediate": 128}, "intermediate.scale"), ({"layers": 3}, "inter")]
 )
@@ -196,7 +215,8 @@ def test_groups_of_units_are_ranked_by_their_mean_score() -> None:
     scores[:, :16], scores[0, 16:24], scores[0, 24:32], scores[1, 16:32] = 9.0, 5.0, -1.0, 1.0
     kept = torch.tensor([32, 16, 16, 16])
     target = sparsity(TOPOLOGY, {**masks.widths(), "intermediate": kept}) - 1e-6
-    adapted = adapt(TOPOLOGY, Masks(masks.keep, {**masks.score, "intermediate": scores}), target, "budget", 64, 16)
+    masks = Masks({**masks.keep, "intermediate": scores > 0}, {**masks.score, "intermediate": scores})
+    adapted = adapt(TOPOLOGY, masks, target, "budget", 64, 16)
     assert torch.equal(adapted.widths()["intermediate"], kept)
 
 

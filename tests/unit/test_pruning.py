@@ -2,7 +2,10 @@
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,8 @@ from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.inputs.sources import InputError
 from tvaprune.options.baselines import FlapOptions, RandomOptions
 from tvaprune.options.gates import GraspruneOptions, TvaOptions
-from tvaprune.pruning import prune_directory
+from tvaprune.options.masks import MaskRequest
+from tvaprune.pruning import _window_tokens, prune_directory
 
 TEXTS = [
     f"The bank's engineer number {number} thinks that they will pay {number * 7} of it. " * 12 for number in range(30)
@@ -68,6 +72,7 @@ def test_a_pruned_model_is_smaller_generates_and_reloads(tokenizer, tmp_path: Pa
         ({"sparsity": 1.5}, "sparsity = 1.5"),
         ({"method": "wanda"}, "learn_masks.method = 'wanda': use one of tva, paper"),
         ({"windows": 10**6}, "texts"),
+        ({"windows": 0}, "windows = 0: must be at least 1"),
         ({"texts": TEXTS[0]}, "found one str; pass [text]"),
         ({"texts": [*TEXTS, None]}, "texts: number 30 is of type NoneType, not str"),
         ({"options": FlapOptions()}, "'tva' takes TvaOptions, found FlapOptions"),
@@ -147,6 +152,52 @@ def test_a_place_that_cannot_be_written_is_found_before_the_learning(tokenizer, 
         tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, windows=8, out=tmp_path / "file" / "out")
 
 
+def test_a_model_that_cannot_be_written_is_found_before_the_learning(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tvaprune.pruning.find_masks", lambda *_: pytest.fail("learned for nothing"))
+    model = tiny_model("llama")
+    model.generation_config.temperature = 0.7  # transformers refuses to save it without do_sample
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        tvaprune.prune(model, tokenizer, TEXTS, windows=8, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@contextmanager
+def bfloat16_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, bfloat16_by_default])
+@pytest.mark.parametrize(("method", "options"), [("tva", TvaOptions(steps=2, curvature_windows=2)), ("flap", None)])
+def test_what_a_caller_has_set_for_all_of_torch_changes_nothing(tokenizer, mode: Any, method: str, options) -> None:
+    arguments = {"sparsity": 0.3, "method": method, "options": options, "windows": 8}
+    expected = tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, **arguments).state_dict()
+    model = tiny_model("llama").requires_grad_(True)
+    with mode():
+        found = tvaprune.prune(model, tokenizer, TEXTS, **arguments).state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "tokens"),
+    [
+        ({}, TvaOptions(), 512),
+        ({"max_position_embeddings": 100}, TvaOptions(), 96),
+        ({"max_position_embeddings": 100}, TvaOptions(curvature_tokens=None), 100),
+        ({"max_position_embeddings": 20}, TvaOptions(), 20),
+        ({"sliding_window": 48}, FlapOptions(), 48),
+    ],
+)
+def test_windows_fit_the_model_in_whole_blocks(changed: dict, options, tokens: int) -> None:
+    model = tiny_model("mistral", **({"max_position_embeddings": 512} | changed))
+    assert _window_tokens(model, MaskRequest(options.method, options, 0.2)) == tokens
+
+
 def test_a_write_that_fails_leaves_nothing_and_can_be_repeated(tokenizer, tmp_path: Path, monkeypatch) -> None:
     def full(self: Checkpoint, name: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -163,6 +214,9 @@ def test_a_write_that_fails_leaves_nothing_and_can_be_repeated(tokenizer, tmp_pa
 def test_a_directory_with_files_is_left_as_it_is(tokenizer, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is there and not empty"):
         tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, windows=8, out=tmp_path)
+    (tmp_path / "out" / ".unfinished-x").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"out/\.unfinished-x: a run that was killed left it there; remove it"):
+        tvaprune.prune(tiny_model("llama"), tokenizer, TEXTS, windows=8, out=tmp_path / "out")
 
 
 def test_a_second_copy_of_the_weights_is_not_read_and_a_missing_tensor_is_seen_first(tokenizer, tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def test_each_token_is_the_likeliest_whatever_the_checkpoint_says(
     monkeypatch.setenv("TVAPRUNE_DEVICE", "cpu")
     tiny_tokenizer(save_tiny_model("llama", tmp_path))
     settings = {"repetition_penalty": 4.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    settings |= {"suppress_tokens": list(range(0, 100, 2)), "min_new_tokens": 3}
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]

@@ -124,6 +124,14 @@ class Topology:
         """What a hidden width has to be a multiple of for the family's own config to take it."""
         return kv_heads * self.group_size if self.heads_divide_hidden else 1
 
+    def stock_heads(self, hidden: int, kv_heads: int) -> int:
+        """The fewest key-value heads, `kv_heads` or more, with which the family's own config takes a hidden width.
+
+        `kv_heads` where none does.
+        """
+        counts = range(kv_heads, self.kv_heads + 1)
+        return next((count for count in counts if hidden % self.hidden_divisor(count) == 0), kv_heads)
+
     @property
     def query_rows(self) -> int:
         """Rows of q_proj (and columns of o_proj) that belong to one key-value head, contiguous."""

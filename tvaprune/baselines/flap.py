@@ -26,17 +26,11 @@ def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
     head that the budget has no room for, units fill the rest; the published code stops at the nearest size (391).
 
     Raises:
-        ValueError: only one window; with `bias`, the model's projections have biases of their own, which a compact
-            model would lose.
+        ValueError: only one window.
     """
     topology = problem.topology
     if len(problem.windows) < 2:
         raise ValueError("learn_masks: flap's fluctuation leaves out the first window, so it needs two or more")
-    if options.bias and (topology.output_bias or topology.mlp_bias):
-        raise ValueError(
-            "learn_masks: flap's bias replaces those of o_proj and down_proj, and this model has some; "
-            "set learn_masks.flap.bias to false"
-        )
     statistics = input_statistics(problem)
     allocate = allocate_global if options.allocation == "adaptive" else allocate_uniform
     masks = allocate(topology, flap_scores(problem, statistics), problem.target_sparsity)

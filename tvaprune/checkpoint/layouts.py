@@ -65,7 +65,7 @@ def plan(
         ValueError: masks that keep no hidden dimension, or sizes that the layout's config does not accept.
     """
     topology, tied = Topology.of(config), bool(config.tie_word_embeddings)
-    sizes = _sizes_on_disk(masks, layout)
+    sizes = _sizes_on_disk(topology, masks, layout)
     stay_tied = tied and can_stay_tied(masks, update)
     describe = _uneven_config if layout == "uneven" else _stock_config
     written = describe(config, sizes, stay_tied, bool(update.bias))
@@ -86,8 +86,11 @@ def plan(
     return Plan(topology, written, tensors, stay_tied, tied and not stay_tied)
 
 
-def _sizes_on_disk(masks: Masks, layout: Layout) -> LayerWidths:
-    """The masks' widths; where every layer has the same config, each as wide as the widest."""
+def _sizes_on_disk(topology: Topology, masks: Masks, layout: Layout) -> LayerWidths:
+    """The masks' widths; where every layer has the same config, each as wide as the widest.
+
+    Padding adds heads where the config does not take the widest layer's number with the hidden width.
+    """
     widths = masks.widths()
     if not widths["hidden"]:
         raise ValueError("masks: no hidden dimension is kept, so there is no model left")
@@ -100,7 +103,10 @@ def _sizes_on_disk(masks: Masks, layout: Layout) -> LayerWidths:
                 f"compact.layout = uniform, but the masks keep {min(counts)} to {max(counts)} of {axis}; run "
                 "adapt_dimensions with the same layout, or use padded"
             )
-    return LayerWidths(sizes.hidden, *([max(1, *counts)] * len(counts) for counts in sizes[1:]))
+    intermediate, kv_heads = (max(1, *counts) for counts in sizes[1:])
+    if layout == "padded":
+        kv_heads = topology.stock_heads(sizes.hidden, kv_heads)
+    return LayerWidths(sizes.hidden, [intermediate] * topology.layers, [kv_heads] * topology.layers)
 
 
 def _shape(topology: Topology, name: str, info: TensorInfo, sizes: LayerWidths) -> tuple[int, ...]:
@@ -160,11 +166,8 @@ def _stock_config(config: PreTrainedConfig, sizes: LayerWidths, tied: bool, proj
             f"a {config.model_type} config does not accept a hidden_size of {sizes.hidden} with {heads} heads: it is "
             "not a multiple. Run adapt_dimensions with the same compact.layout, or use the layout uneven"
         )
-    if projection_bias and config.model_type != "llama":
-        raise ValueError(
-            f"a {config.model_type} config does not support FLAP's biases: set learn_masks.flap.bias to "
-            "false, or use the layout uneven"
-        )
+    if projection_bias:
+        check_biases(config.model_type, "padded")
     return {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]],
         **_as_json(config),
@@ -177,6 +180,15 @@ def _stock_config(config: PreTrainedConfig, sizes: LayerWidths, tied: bool, proj
         **({"attention_bias": True, "mlp_bias": True} if projection_bias else {}),
         **_older_rope(config),
     }
+
+
+def check_biases(family: str, layout: Layout) -> None:
+    """Raise a ValueError where a layout's config has no place for FLAP's biases on o_proj and down_proj."""
+    if layout != "uneven" and family != "llama":
+        raise ValueError(
+            f"learn_masks.flap.bias = true with compact.layout = {layout}: a {family} config does not support FLAP's "
+            "biases; set learn_masks.flap.bias to false, or use the layout uneven"
+        )
 
 
 def _older_rope(config: PreTrainedConfig) -> dict[str, Any]:

@@ -87,10 +87,11 @@ def write_card(directory: Path, made: Provenance, checks: list[Check]) -> None:
 
 def _quality(figures: dict[str, float]) -> str:
     text = ""
-    if "validation_ppl_dense" in figures:
+    pruned = figures.get("validation_ppl_mean", figures.get("validation_ppl_binary"))
+    if pruned is not None:
         text += (
             " Perplexity on held-out windows of the calibration sources, before the widths were adapted: "
-            f"{figures['validation_ppl_mean']:.1f}, dense model {figures['validation_ppl_dense']:.1f}."
+            f"{pruned:.1f}, dense model {figures['validation_ppl_dense']:.1f}."
         )
     if "finetuned_nll_best" in figures:
         text += (

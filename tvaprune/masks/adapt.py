@@ -16,6 +16,7 @@ from tvaprune.architecture.topology import LayerWidths, Topology
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import keep_widths
 from tvaprune.masks.uniform import UniformWidths, uniform_widths
+from tvaprune.options.axes import AXES
 from tvaprune.options.choices import Layout, Rounding
 
 
@@ -49,16 +50,18 @@ def adapt(
     """Resize the masks of hidden and of each layer's intermediate to multiples, and to what the layout can hold.
 
     Best units first by score (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays without one.
+    An axis that the masks leave whole stays whole, but for the intermediate units of `uniform` where nothing fits then.
     kv_heads are aligned by head_dim already.
 
     rounding:
         nearest: each width to its nearest multiple, as in the paper; the sparsity moves with it.
         budget: hidden to its nearest multiple; then whole multiples of intermediate units, over all layers
-            together, best mean score first, while the parameters stay within the target.
+            together, best mean score first, while the parameters stay within the target. Where the masks leave all
+            units, hidden takes the largest multiple within the target, up to the nearest.
     layout:
         uneven: nothing more is asked.
         padded: the base family's config describes the widest layer, so hidden takes the nearest width that it accepts
-            (LlamaConfig wants a multiple of the query heads).
+            (LlamaConfig wants a multiple of the query heads); where hidden is whole, heads are padded instead.
         uniform: every layer the same widths, which that config accepts; with `budget` the least lost within the
             target, with `nearest` the layers' mean widths rounded.
 
@@ -72,30 +75,53 @@ def adapt(
             same = uniform_widths(topology, masks, target_sparsity, hidden_multiple, intermediate_multiple)
         else:
             heads = max(1, round(sum(kv_heads) / topology.layers))
+            if hidden == topology.hidden:
+                heads = topology.stock_heads(hidden, heads)
             mean = round(sum(intermediate) / topology.layers)
             units = nearest_multiple(mean, intermediate_multiple, topology.intermediate)
-            same = UniformWidths(_nearest_hidden(topology, hidden, hidden_multiple, heads), units, heads)
+            step = _hidden_step(topology, hidden, hidden_multiple, heads)
+            same = UniformWidths(_nearest_hidden(topology, hidden, step), units, heads)
         return keep_widths(masks, same.hidden, [same.intermediate] * topology.layers, [same.kv_heads] * topology.layers)
-    hidden = _nearest_hidden(topology, hidden, hidden_multiple, 0 if layout == "uneven" else max(1, *kv_heads))
+    step = _hidden_step(topology, hidden, hidden_multiple, 0 if layout == "uneven" else max(1, *kv_heads))
+    hidden, budget = _nearest_hidden(topology, hidden, step), parameter_budget(topology, target_sparsity)
     if rounding == "nearest":
         counts = [nearest_multiple(n, intermediate_multiple, topology.intermediate) if n else 0 for n in intermediate]
+    elif masks.keep["intermediate"].all():
+        hidden, counts = _hidden_within(topology, masks, hidden, step, budget), intermediate
     else:
-        budget = parameter_budget(topology, target_sparsity)
         counts = _share_budget(topology, masks, hidden, intermediate_multiple, budget)
     # Heads stay those of the masks, which need not be a layer's best by score.
     resized = keep_widths(masks, hidden, counts, kv_heads)
     return replace(masks, keep=resized.keep | {"kv_heads": masks.keep["kv_heads"]})
 
 
-def _nearest_hidden(topology: Topology, hidden: int, multiple: int, kv_heads: int) -> int:
-    """The nearest multiple to a hidden width that a config with so many heads takes; 0 heads: any multiple."""
+def _hidden_step(topology: Topology, hidden: int, multiple: int, kv_heads: int) -> int:
+    """What a hidden width is a multiple of so that a config with so many heads takes it; 0 heads: the multiple."""
+    if hidden == topology.hidden:
+        return topology.hidden  # stays whole
     step = lcm(multiple, topology.hidden_divisor(kv_heads)) if kv_heads else multiple
     if step > topology.hidden:
         raise ValueError(
             f"adapt_dimensions.multiple.hidden = {multiple}: no multiple of it is a hidden width that the model's "
             f"config takes with {kv_heads * topology.group_size} heads; use a smaller one, or compact.layout uneven"
         )
+    return step
+
+
+def _nearest_hidden(topology: Topology, hidden: int, step: int) -> int:
     return nearest_multiple(hidden, step, topology.hidden // step * step)
+
+
+def _hidden_within(topology: Topology, masks: Masks, hidden: int, step: int, budget: float) -> int:
+    """The largest hidden width within the budget of those that are whole steps below this one, units and heads kept."""
+    _, units, kv_heads = (masks.widths()[axis] for axis in AXES)
+    for width in range(hidden, 0, -step):
+        if float(decoder_parameters(topology, torch.tensor(width), units, kv_heads)) <= budget:
+            return width
+    raise ValueError(
+        f"adapt_dimensions.multiple.hidden = {step}: no hidden width in multiples of it meets sparsity = "
+        f"{1 - budget / dense_decoder_parameters(topology):.4g} where intermediate is whole; use a smaller one"
+    )
 
 
 def _share_budget(topology: Topology, masks: Masks, hidden: int, multiple: int, budget: float) -> list[int]:

@@ -90,7 +90,8 @@ def latency_metrics(topology: Topology, table: LatencyTable, masks: Masks, padde
     """
     hidden, intermediate, kv_heads = LayerWidths.of_counts(masks.widths())
     if padded:
-        intermediate, kv_heads = ([max(counts)] * topology.layers for counts in (intermediate, kv_heads))
+        heads = topology.stock_heads(hidden, max(kv_heads))
+        intermediate, kv_heads = topology.layers * [max(intermediate)], topology.layers * [heads]
     metrics: dict[str, Any] = {
         "profile_threads": table.made_on["threads"],
         "profile_is_cuda": int(table.made_on["device"] != "cpu"),

@@ -78,8 +78,11 @@ def widths_within_parameters(
 
 
 def _fits(topology: Topology, chosen: Chosen, layout: Layout) -> bool:
-    """Whether a config for all layers takes the hidden width with the most heads of any layer."""
-    return layout == "uneven" or chosen.hidden % topology.hidden_divisor(max(1, *chosen.kv_heads)) == 0
+    """Whether a config for all layers takes the hidden width with the most heads of any layer, padded or not."""
+    heads = max(1, *chosen.kv_heads)
+    if layout == "padded":
+        heads = topology.stock_heads(chosen.hidden, heads)
+    return layout == "uneven" or chosen.hidden % topology.hidden_divisor(heads) == 0
 
 
 class _Program(NamedTuple):

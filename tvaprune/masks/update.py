@@ -48,6 +48,18 @@ def weight_update(topology: Topology, learned: WeightUpdate, method: Fold) -> We
     return learned if method == "mean" else WeightUpdate.none(topology, learned.bias, learned.weight)
 
 
+def perplexities_after(measured: dict[str, float], learned: WeightUpdate, folded: WeightUpdate) -> dict[str, float]:
+    """Of the perplexities that `learn_masks` measured, those that are true of what is folded.
+
+    `dense` always is, `mean` (of the whole update) where nothing of it is left out, and `binary` (of 0/1 gates alone)
+    where no biases or matrices are folded.
+    """
+    whole = all(torch.equal(folded.scale[axis], scale) for axis, scale in learned.scale.items())
+    false = {"mean": not whole or folded.channel_scale.keys() != learned.channel_scale.keys()}
+    false["binary"] = bool(folded.bias or folded.weight)
+    return {name: value for name, value in measured.items() if not false.get(name)}
+
+
 @contextmanager
 def replaced(model: nn.Module, update: WeightUpdate) -> Iterator[None]:
     """The dense model with the update's biases and matrices, in its own dtype, as long as the context lasts.

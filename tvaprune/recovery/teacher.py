@@ -57,11 +57,12 @@ class CachedTeacher:
         self.head = teacher.head.clone()  # a copy, because the teacher's will leave the device
         self._row = {window: row for row, window in enumerate(sorted(set(windows)))}
         shape = (len(self._row), teacher.window_tokens, self.head.shape[1])
-        done = path.with_suffix(".done")
-        complete = done.exists()
+        done, size = path.with_suffix(".done"), math.prod(shape) * self.head.dtype.itemsize
+        complete = done.exists() and path.is_file() and path.stat().st_size == size
         if not complete:
+            done.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-            _reserve(path, math.prod(shape) * self.head.dtype.itemsize)
+            _reserve(path, size)
         states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.head.dtype)
         self._states = states.view(shape)
         starts = range(0, len(self._row), batch_size)

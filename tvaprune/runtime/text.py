@@ -1,20 +1,7 @@
 """The text that a model writes after a prompt."""
 
-from typing import Any
-
 import torch
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-
-# Of the checkpoint's generation_config.json nothing may change which token is the likeliest.
-_LIKELIEST: dict[str, Any] = {
-    "do_sample": False,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 
 @torch.inference_mode()
@@ -29,7 +16,8 @@ def continuation(
     """At most `new_tokens` tokens after one tokenised prompt, or as many as the model's context has room for, as text.
 
     Args:
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        temperature: 0 takes the likeliest token each time, whatever generation_config.json says; above, tokens are
+            drawn, by its settings.
         streamer: is given the tokens as they come.
 
     Raises:
@@ -41,8 +29,13 @@ def continuation(
     if length == 0:
         raise ValueError("the prompt is empty: this model's tokenizer has no token that begins a text; give a prompt")
     inputs = {name: prompt[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else _LIKELIEST
+    choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    room = min(new_tokens, context - length)
-    found = model.generate(**inputs, **choice, max_new_tokens=room, pad_token_id=padding, streamer=streamer)
+    room, own = min(new_tokens, context - length), model.generation_config
+    try:
+        if temperature <= 0:  # a configuration that is given to generate() is completed from the model's
+            model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+        found = model.generate(**inputs, **choice, max_new_tokens=room, pad_token_id=padding, streamer=streamer)
+    finally:
+        model.generation_config = own
     return str(tokenizer.decode(found[0, length:], skip_special_tokens=True))

@@ -50,7 +50,7 @@ def adapt(
     """Resize the masks of hidden and of each layer's intermediate to multiples, and to what the layout can hold.
 
     Best units first by score (Eq. 4-5), ties to the lower index. A layer whose MLP lost every unit stays without one.
-    An axis that the masks leave whole stays whole, but for the intermediate units of `uniform` where nothing fits then.
+    An axis that the masks leave whole stays whole, except in `uniform` where nothing would fit.
     kv_heads are aligned by head_dim already.
 
     rounding:

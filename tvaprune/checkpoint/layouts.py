@@ -62,11 +62,13 @@ def plan(
     """Decide what a dense model becomes: the config, and the tensors' names, shapes and order. No weight is read.
 
     Raises:
-        ValueError: masks that keep no hidden dimension, or sizes that the layout's config does not accept.
+        ValueError: masks that keep no hidden dimension, or sizes or biases that the layout's config does not accept.
     """
     topology, tied = Topology.of(config), bool(config.tie_word_embeddings)
     sizes = _sizes_on_disk(topology, masks, layout)
     stay_tied = tied and can_stay_tied(masks, update)
+    if update.bias:
+        check_biases(config.model_type, layout)
     describe = _uneven_config if layout == "uneven" else _stock_config
     written = describe(config, sizes, stay_tied, bool(update.bias))
     sources = {name: info for name, info in dense.items() if not name.endswith(ROTARY_FREQUENCIES)}
@@ -166,8 +168,6 @@ def _stock_config(config: PreTrainedConfig, sizes: LayerWidths, tied: bool, proj
             f"a {config.model_type} config does not accept a hidden_size of {sizes.hidden} with {heads} heads: it is "
             "not a multiple. Run adapt_dimensions with the same compact.layout, or use the layout uneven"
         )
-    if projection_bias:
-        check_biases(config.model_type, "padded")
     return {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]],
         **_as_json(config),

@@ -191,7 +191,8 @@ def test_names_that_are_no_file_names_are_refused(name: str) -> None:
 
 def saved_run(name: str, ppl: float, seed: int = 0, **params: Any) -> dict[str, Any]:
     def measured(ppl: float) -> dict[str, Any]:
-        return {"validation": {"wikipedia": {"ppl": ppl}}, "test": {"news": {"ppl": ppl, "ratio_to_dense": ppl / 20}}}
+        validation = {"wikipedia": {"ppl": ppl, "ratio_to_dense": ppl / 16}}
+        return {"validation": validation, "test": {"news": {"ppl": ppl, "ratio_to_dense": ppl / 20}}}
 
     ratios = {"validation_ratio": ppl / 20, "test_ratio": ppl / 10}
     task = {"acc": 0.5, "acc_stderr": 0.02, "acc_norm": 0.6, "acc_norm_stderr": 0.03}
@@ -219,6 +220,8 @@ def saved_run(name: str, ppl: float, seed: int = 0, **params: Any) -> dict[str, 
         ("validation", "dense", "20.0"),
         ("validation", "finetuned", ""),
         ("validation_ratio", "compact", "1.50"),
+        ("validation_ratio.wikipedia", "compact", "1.88"),
+        ("validation_ratio.wikipedia", "dense", "1.00"),
         ("test_ratio", "compact", "3.00"),
         ("test_ratio.news", "compact", "1.50"),
         ("test_ratio", "dense", "1.00"),

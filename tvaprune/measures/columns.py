@@ -58,9 +58,9 @@ def column(name: str) -> Column:
         return Column(f"+ LoRA {found.head}", _of_finetuned(found.value), found.write, error)
     if name.startswith(("params.", "metrics.")):
         return Column(name.rpartition(".")[2].replace("_", " "), lambda run, _: _plain(value_at(run, name)), _number)
-    if name.startswith("test_ratio."):
-        label = name.removeprefix("test_ratio.")
-        return Column(f"{label} × dense", lambda run, model: _ratio(run, model, f"test.{label}"), _large)
+    if name.startswith(("validation_ratio.", "test_ratio.")):
+        part, _, label = name.partition("_ratio.")
+        return Column(f"{label} × dense", lambda run, model: _ratio(run, model, f"{part}.{label}"), _large)
     if name.startswith("quantized."):
         _, kind, key = name.split(".")
         if key in QUANTIZED:
@@ -69,7 +69,7 @@ def column(name: str) -> Column:
             return Column(head, at(f"quantized.{{model}}.{kind}.{path}", scale), write)
     if name not in COLUMNS:
         raise ValueError(
-            f"no column {name}; columns are {', '.join(COLUMNS)}, test_ratio.LABEL, "
+            f"no column {name}; columns are {', '.join(COLUMNS)}, validation_ratio.LABEL, test_ratio.LABEL, "
             f"quantized.TYPE.{{{','.join(QUANTIZED)}}}, params.KEY, metrics.KEY"
         )
     return COLUMNS[name]

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tvaprune.architecture.topology import SITES, Topology
+from tvaprune.architecture.topology import SITES, Topology, reader_shapes
 from tvaprune.masks.latency_table import PHASES, LatencyTable
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.update import WeightUpdate
@@ -123,6 +123,12 @@ def random_update(topology: Topology, seed: int) -> WeightUpdate:
     scale = {axis: 1 + 0.3 * torch.randn(topology.gate_shape(axis), generator=generator) for axis in AXES}
     channels = {site: 1 + 0.2 * torch.randn(topology.site_shape(site), generator=generator) for site in SITES}
     return WeightUpdate(scale, channel_scale=channels)
+
+
+def random_mean_inputs(topology: Topology, size: float = 20.0) -> dict[str, torch.Tensor]:
+    """Mean inputs of every o_proj and down_proj, large enough for their biases to change the logits."""
+    shapes = reader_shapes(topology)
+    return {name.removesuffix(".weight"): size * torch.randn(inputs) for name, (_, inputs) in shapes.items()}
 
 
 def write_published(file: Path, masks: Masks, update: WeightUpdate) -> Path:

@@ -170,7 +170,7 @@ def validation_nll(
                     int(masks.keep["hidden"].sum()),
                     {site: mean.to(device) for site, mean in used.channel_scale.items()},
                 )
-            with replaced(model, used or nothing):
+            with replaced(model, used or nothing, masks):
                 for index, counts in world.turns(len(windows)):
                     totals[name] += counts * float(objective(model, windows[index][None].long().to(device)))
     summed = world.sum_(torch.tensor(list(totals.values()), dtype=torch.float64, device=device))

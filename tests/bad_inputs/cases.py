@@ -314,7 +314,7 @@ def _artifacts() -> list[Case]:
         ), "hidden"),
         cut("uneven masks for a uniform checkpoint", param("compact.layout", "uniform"), "compact.layout"),
         cut("an update for a module that the model lacks", both(change_tensors(
-            update, lambda tensors: tensors.update({"bias.model.layers.9.mlp.down_proj": torch.zeros(64)})
+            update, lambda tensors: tensors.update({"mean_input.model.layers.9.mlp.down_proj": torch.zeros(64)})
         )), "model.layers.9.mlp.down_proj"),
         Case("a compact model without its certificate", "stages.finetune_lora", remove("artifacts/compact/parity.json"),
              "parity.json"),

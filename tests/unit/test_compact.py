@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_mean_inputs, random_update, save_tiny_model
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import Topology, reader_shapes
 from tvaprune.checkpoint.config import load_config
@@ -151,8 +151,7 @@ def test_flap_biases_are_added_to_the_projections(tmp_path: Path) -> None:
     dense = save_tiny_model("llama", tmp_path / "dense")
     topology = Topology.of(load_config(dense))
     masks = random_masks(topology, seed=15, empty_layer=1)
-    names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
-    update = WeightUpdate(random_update(topology, seed=16).scale, {name: torch.randn(64) for name in names})
+    update = WeightUpdate(random_update(topology, seed=16).scale, random_mean_inputs(topology))
     compact(dense, masks, update, tmp_path / "compact")
     reloaded = compact_logits(tmp_path / "compact", PROMPTS)
     assert compare(masked_dense_logits(dense, masks, update, PROMPTS), reloaded).max_rel_logit_diff < 1e-5

@@ -256,7 +256,7 @@ def test_means_are_trained_on_a_baselines_masks(method: str) -> None:
     assert trained.validation_nll["mean"] < min(bare.validation_nll["binary"], bare.validation_nll["mean"])
     for axis, keep in trained.masks.keep.items():
         assert bool((trained.update.scale[axis][~keep] == 1).all()), "what is dropped learns no mean"
-    assert not trained.update.bias
+    assert not trained.update.mean_input
     assert trained.update.weight.keys() == bare.update.weight.keys()
     assert all(torch.equal(weight, bare.update.weight[name]) for name, weight in trained.update.weight.items())
     assert [row["sparsity"] for row in trained.curve] == pytest.approx([row["target"] for row in trained.curve])

@@ -11,7 +11,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.http_servers import post
-from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.tiny_models import (
+    FAMILIES,
+    random_masks,
+    random_mean_inputs,
+    random_update,
+    save_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint import tensor_files
 from tvaprune.checkpoint.cut import compact
@@ -39,8 +47,7 @@ def pruned(family: str, directory: Path, masks: Masks, layout: str = "uneven", b
     dense = saved(family, directory / "dense")
     update = random_update(Topology.of(tiny_model(family).config), seed=4)
     if bias:
-        names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
-        update = WeightUpdate(update.scale, {name: torch.randn(64) for name in names})
+        update = WeightUpdate(update.scale, random_mean_inputs(Topology.of(tiny_model(family).config)))
     compact(dense, masks, update, directory / "compact", layout)
     return directory / "compact"
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import FAMILIES, random_masks, random_update, save_tiny_model, tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_mean_inputs, random_update, save_tiny_model, tiny_model
 from tvaprune.architecture.parameter_counts import dense_decoder_parameters, kept_decoder_parameters
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import load_config
@@ -100,12 +100,11 @@ def test_older_readers_find_the_rotary_parameters(family: str, tmp_path: Path) -
 
 
 def test_flap_biases_fit_a_llama_config_and_no_other(tmp_path: Path) -> None:
-    names = [f"model.layers.{i}.{p}" for i in range(3) for p in ("self_attn.o_proj", "mlp.down_proj")]
     for family in ("llama", "mistral"):
         dense = save_tiny_model(family, tmp_path / family)
         topology = Topology.of(load_config(dense))
         masks = adapted(topology, "padded")
-        update = WeightUpdate(random_update(topology, seed=4).scale, {name: torch.randn(64) for name in names})
+        update = WeightUpdate(random_update(topology, seed=4).scale, random_mean_inputs(topology))
         if family == "mistral":
             with pytest.raises(ValueError, match=r"does not support FLAP's biases; set learn_masks\.flap\.bias"):
                 compact(dense, masks, update, tmp_path / "out", layout="padded")

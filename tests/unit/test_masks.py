@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_models import FAMILIES, random_masks, random_update, tiny_model
+from tests.tiny_models import FAMILIES, random_masks, random_mean_inputs, random_update, tiny_model
 from tvaprune.architecture.parameter_counts import (
     decoder_parameters,
     dense_decoder_parameters,
@@ -124,17 +124,17 @@ def test_an_update_reads_back_as_written_and_none_keeps_biases_and_matrices(tmp_
     shapes = reader_shapes(TOPOLOGY)
     update = replace(
         random_update(TOPOLOGY, seed=1),
-        bias={"model.layers.0.mlp.down_proj": torch.randn(64)},
+        mean_input=random_mean_inputs(TOPOLOGY),
         weight={name: torch.randn(shapes[name]).bfloat16() for name in list(shapes)[:3]},
     )
     write_update(tmp_path, update, made_with={})
     again = read_update(tmp_path, TOPOLOGY)
-    for part in ("scale", "bias", "channel_scale", "weight"):
+    for part in ("scale", "mean_input", "channel_scale", "weight"):
         assert getattr(update, part).keys() == getattr(again, part).keys()
         assert all(torch.equal(value, getattr(again, part)[name]) for name, value in getattr(update, part).items())
     assert weight_update(TOPOLOGY, update, "mean") is update
     none = weight_update(TOPOLOGY, update, "none")
-    assert (none.bias, none.weight) == (update.bias, update.weight)
+    assert (none.mean_input, none.weight) == (update.mean_input, update.weight)
     assert not none.channel_scale
     assert all((scale == 1).all() for scale in none.scale.values())
 
@@ -142,7 +142,7 @@ def test_an_update_reads_back_as_written_and_none_keeps_biases_and_matrices(tmp_
 def test_the_perplexity_that_is_told_is_that_of_what_is_folded() -> None:
     measured = {"dense": 10.0, "mean": 12.0, "binary": 20.0}
     scaled, nothing = random_update(TOPOLOGY, seed=1), WeightUpdate.none(TOPOLOGY)
-    biased = WeightUpdate.none(TOPOLOGY, {"model.layers.0.mlp.down_proj": torch.ones(64)})
+    biased = WeightUpdate.none(TOPOLOGY, random_mean_inputs(TOPOLOGY))
 
     def told(learned: WeightUpdate, method: Fold) -> set[str]:
         return set(perplexities_after(measured, learned, weight_update(TOPOLOGY, learned, method)))

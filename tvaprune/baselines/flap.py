@@ -1,6 +1,5 @@
 """FLAP: fluctuation of the inputs, with biases in place of what the dropped inputs contributed on average."""
 
-import torch
 from torch import Tensor
 
 from tvaprune.architecture.topology import layer_modules
@@ -20,7 +19,7 @@ def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
     input's score is standardised within its layer and module (368), o_proj's squared before (336) and down_proj's not;
     a head's score is the mean of its inputs' (373); the budget is counted in parameters (390). The paper does not
     mention the square, which sets the balance of heads and units. Var is `InputStatistics.fluctuation`. Dropped inputs
-    are replaced by their mean: b = W · (mean(X) ⊙ (1 - m)) on o_proj and down_proj (172, 188).
+    are replaced by their mean: b = W · (mean(X) ⊙ (1 - m)) on o_proj and down_proj (172, 188), `WeightUpdate.bias`.
 
     Departures: heads are pooled over whole groups; the published code knows no groups. Where the threshold is a
     head that the budget has no room for, units fill the rest; the published code stops at the nearest size (391).
@@ -34,8 +33,7 @@ def flap(problem: Problem, options: FlapOptions) -> tuple[Masks, WeightUpdate]:
     statistics = input_statistics(problem)
     allocate = allocate_global if options.allocation == "adaptive" else allocate_uniform
     masks = allocate(topology, flap_scores(problem, statistics), problem.target_sparsity)
-    biases = _mean_biases(problem, statistics, masks) if options.bias else {}
-    return masks, WeightUpdate.none(topology, biases)
+    return masks, WeightUpdate.none(topology, _mean_inputs(problem, statistics) if options.bias else {})
 
 
 def flap_scores(problem: Problem, statistics: dict[Axis, InputStatistics]) -> Scores:
@@ -51,16 +49,12 @@ def flap_scores(problem: Problem, statistics: dict[Axis, InputStatistics]) -> Sc
     return scores
 
 
-@torch.no_grad()
-def _mean_biases(problem: Problem, statistics: dict[Axis, InputStatistics], masks: Masks) -> dict[str, Tensor]:
-    """b = W · (mean(X) ⊙ (1 - m)) for every module that lost inputs: float32 [hidden] by its name, on the CPU."""
+def _mean_inputs(problem: Problem, statistics: dict[Axis, InputStatistics]) -> dict[str, Tensor]:
+    """mean(X) of every module that reads units of a pruned axis: float32 [inputs] by its name, on the CPU."""
     names = {module: name for name, module in problem.model.named_modules()}
-    biases = {}
-    for index, layer in enumerate(layer_modules(problem.model)):
-        for axis, module in readers(layer).items():
-            keep = masks.keep[axis][index]
-            if not keep.all():
-                kept_inputs = keep.repeat_interleave(module.in_features // len(keep)).to(module.weight.device)
-                lost = statistics[axis].mean[index].masked_fill(kept_inputs, 0)
-                biases[names[module]] = (module.weight.double() @ lost).float().cpu()
-    return biases
+    return {
+        names[module]: statistics[axis].mean[index].float().cpu()
+        for index, layer in enumerate(layer_modules(problem.model))
+        for axis, module in readers(layer).items()
+        if axis in problem.axes
+    }

@@ -92,9 +92,10 @@ def _blocks(planned: Plan, source: Checkpoint, masks: Masks, update: WeightUpdat
             if block.dim() == 2 and block.shape[1] < info.shape[1]:
                 block = torch.nn.functional.pad(block, (0, info.shape[1] - block.shape[1]))
             yield block
-    elif projection in update.bias:
+    elif projection in update.mean_input:
         missing = 0
-        yield (update.bias[projection] * update.scale["hidden"])[masks.keep["hidden"]].to(info.dtype)
+        rows = (update.bias(projection, block, masks) for _, block in source.blocks(f"{projection}.weight"))
+        yield (torch.cat(list(rows)) * update.scale["hidden"])[masks.keep["hidden"]].to(info.dtype)
     if missing:
         yield torch.zeros((missing, *info.shape[1:]), dtype=info.dtype)
 

@@ -67,16 +67,16 @@ def plan(
     topology, tied = Topology.of(config), bool(config.tie_word_embeddings)
     sizes = _sizes_on_disk(topology, masks, layout)
     stay_tied = tied and can_stay_tied(masks, update)
-    if update.bias:
+    if update.mean_input:
         check_biases(config.model_type, layout)
     describe = _uneven_config if layout == "uneven" else _stock_config
-    written = describe(config, sizes, stay_tied, bool(update.bias))
+    written = describe(config, sizes, stay_tied, bool(update.mean_input))
     sources = {name: info for name, info in dense.items() if not name.endswith(ROTARY_FREQUENCIES)}
     if tied:
         sources.pop(HEAD, None)
         if not stay_tied:
             sources[HEAD] = sources[EMBEDDING]
-    if update.bias:
+    if update.mean_input:
         # FLAP's biases are on o_proj and down_proj; a stock config then expects biases on all of a block's projections.
         dtype = next(iter(dense.values())).dtype
         for layer in range(topology.layers):

@@ -10,20 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tvaprune.architecture.topology import SITES, Site, Topology, bias_names, reader_shapes
+from tvaprune.architecture.topology import AXIS_OF_UNITS, SITES, Site, Topology, cut, reader_shapes
 from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
-from tvaprune.masks.masks import check_shapes
+from tvaprune.masks.masks import Masks, check_shapes
 from tvaprune.options.axes import AXES, Axis
 from tvaprune.options.choices import Fold
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """Factors to fold into the weights of the kept units (TVA-Prune section 3.3, Eq. 6), biases and new matrices.
+    """Factors to fold into the weights of the kept units (TVA-Prune section 3.3, Eq. 6), mean inputs and new matrices.
 
     Attributes:
         scale: per axis, shapes of `Topology.gate_shape`; the gates' means, 1 where a method learns none.
-        bias: float32 [hidden] by projection, for example "model.layers.3.mlp.down_proj" (FLAP); empty for the others.
+        mean_input: float32 [inputs] by projection, for example "model.layers.3.mlp.down_proj" (FLAP); empty for the
+            others. What the masks drop of it becomes a bias; see `bias`.
         channel_scale: per site, multiplied with the unit's own scale where a gate is; empty where a method learns none.
         weight: matrices in place of the dense ones, by parameter, for example "model.layers.3.mlp.down_proj.weight"
             (OSSCAR): the dense shape, in the dtype of the model that they were solved for. They are scaled and cut
@@ -31,21 +32,36 @@ class WeightUpdate:
     """
 
     scale: dict[Axis, Float[Tensor, "..."]]
-    bias: dict[str, Float[Tensor, " hidden"]] = field(default_factory=dict)
+    mean_input: dict[str, Float[Tensor, " inputs"]] = field(default_factory=dict)
     channel_scale: dict[Site, Float[Tensor, "..."]] = field(default_factory=dict)
     weight: dict[str, Float[Tensor, "hidden inputs"]] = field(default_factory=dict)
 
     @classmethod
     def none(
-        cls, topology: Topology, bias: dict[str, Tensor] | None = None, weight: dict[str, Tensor] | None = None
+        cls, topology: Topology, mean_input: dict[str, Tensor] | None = None, weight: dict[str, Tensor] | None = None
     ) -> "WeightUpdate":
         """Nothing is scaled; biases are added and matrices replaced where given."""
-        return cls({axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}, bias or {}, weight=weight or {})
+        return cls(
+            {axis: torch.ones(topology.gate_shape(axis)) for axis in AXES}, mean_input or {}, weight=weight or {}
+        )
+
+    @torch.no_grad()
+    def bias(self, projection: str, weight: Float[Tensor, "rows inputs"], masks: Masks) -> Float[Tensor, " rows"]:
+        """What a projection's dropped inputs contributed on average: W · (mean ⊙ (1 - m)), float32, for rows of it.
+
+        The masks are those that the model is cut by: after adaptation others than the method found.
+        """
+        where = cut(f"{projection}.weight")
+        units = where.dims[1]
+        assert units, f"{projection} reads no units"
+        mean, keep = self.mean_input[projection], masks.keep[AXIS_OF_UNITS[units]][where.layer]
+        dropped = mean.double().masked_fill(keep.repeat_interleave(len(mean) // len(keep)), 0)
+        return (weight.double() @ dropped.to(weight.device)).float()
 
 
 def weight_update(topology: Topology, learned: WeightUpdate, method: Fold) -> WeightUpdate:
     """What to fold of what a method learned. mean: all of it; none: its biases and matrices alone."""
-    return learned if method == "mean" else WeightUpdate.none(topology, learned.bias, learned.weight)
+    return learned if method == "mean" else WeightUpdate.none(topology, learned.mean_input, learned.weight)
 
 
 def perplexities_after(measured: dict[str, float], learned: WeightUpdate, folded: WeightUpdate) -> dict[str, float]:
@@ -56,17 +72,20 @@ def perplexities_after(measured: dict[str, float], learned: WeightUpdate, folded
     """
     whole = all(torch.equal(folded.scale[axis], scale) for axis, scale in learned.scale.items())
     false = {"mean": not whole or folded.channel_scale.keys() != learned.channel_scale.keys()}
-    false["binary"] = bool(folded.bias or folded.weight)
+    false["binary"] = bool(folded.mean_input or folded.weight)
     return {name: value for name, value in measured.items() if not false.get(name)}
 
 
 @contextmanager
-def replaced(model: nn.Module, update: WeightUpdate) -> Iterator[None]:
-    """The dense model with the update's biases and matrices, in its own dtype, as long as the context lasts.
+def replaced(model: nn.Module, update: WeightUpdate, masks: Masks | None = None) -> Iterator[None]:
+    """The dense model with the update's matrices and its biases for these masks, in its own dtype, in the context.
 
-    Nothing is scaled.
+    Nothing is scaled. Without masks there are no biases.
     """
-    given = {f"{name}.bias": bias for name, bias in update.bias.items()} | update.weight
+    given = dict(update.weight)
+    if masks is not None:
+        for name in update.mean_input:
+            given[f"{name}.bias"] = update.bias(name, model.get_submodule(name).get_parameter("weight"), masks)
     before: dict[str, nn.Parameter | None] = {}
     try:
         for name, tensor in given.items():
@@ -90,7 +109,7 @@ def _owner(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
 def write_update(directory: Path, update: WeightUpdate, **meta: Any) -> None:
     tensors = {f"{axis}.scale": update.scale[axis].float() for axis in AXES}
     tensors |= {f"channel.{site}": scale.float() for site, scale in update.channel_scale.items()}
-    tensors |= {f"bias.{name}": bias.float() for name, bias in update.bias.items()}
+    tensors |= {f"mean_input.{name}": mean.float() for name, mean in update.mean_input.items()}
     tensors |= {f"weight.{name}": weight for name, weight in update.weight.items()}
     write_artifact(directory, "update", tensors, **meta)
 
@@ -101,21 +120,20 @@ def read_update(directory: Path, topology: Topology) -> WeightUpdate:
     sites = [site for site in SITES if f"channel.{site}" in tensors]
     shapes: dict[str, tuple[int, ...]] = {f"{axis}.scale": topology.gate_shape(axis) for axis in AXES}
     shapes |= {f"channel.{site}": topology.site_shape(site) for site in sites}
-    shapes |= {name: (topology.hidden,) for name in tensors if name.startswith("bias.")}
-    readers = {f"weight.{name}": shape for name, shape in reader_shapes(topology).items()}
+    readers: dict[str, tuple[int, ...]] = {}
+    for name, (rows, inputs) in reader_shapes(topology).items():
+        readers[f"weight.{name}"] = (rows, inputs)
+        readers[f"mean_input.{name.removesuffix('.weight')}"] = (inputs,)
     shapes |= {name: shape for name, shape in readers.items() if name in tensors}
     check_shapes(directory, tensors, shapes)
-    outputs = {f"bias.{name}" for layer in range(topology.layers) for name in bias_names(layer, outputs_only=True)}
     for name, tensor in tensors.items():
-        if name.startswith("bias.") and f"{name}.bias" not in outputs:
-            raise ArtifactError(f"{directory}: {name} is no projection with a bias in this model; run dvc repro")
-        if name.startswith("weight.") and name not in readers:
+        if name.startswith(("weight.", "mean_input.")) and name not in readers:
             raise ArtifactError(f"{directory}: {name} is no o_proj or down_proj of this model; run dvc repro")
         if not bool(tensor.isfinite().all()):
             raise ArtifactError(f"{directory}: {name} has a value that is not finite; learn the masks again")
     return WeightUpdate(
         {axis: tensors[f"{axis}.scale"] for axis in AXES},
-        {name.removeprefix("bias."): bias for name, bias in tensors.items() if name.startswith("bias.")},
+        {name.removeprefix("mean_input."): mean for name, mean in tensors.items() if name.startswith("mean_input.")},
         {site: tensors[f"channel.{site}"] for site in sites},
         {name.removeprefix("weight."): weight for name, weight in tensors.items() if name.startswith("weight.")},
     )

@@ -81,8 +81,9 @@ def masked_dense_logits(
             weight = update.weight.get(name, dense_weight).to(dense_weight.dtype)
             parameters[name].copy_(fold(weight, scales(topology, name, update, tied=stay_tied)).float())
     stored = checkpoint.info[EMBEDDING].dtype
-    for name, bias in update.bias.items():
+    for name in update.mean_input:
         projection = model.get_submodule(name)
+        bias = update.bias(name, checkpoint.read(f"{name}.weight"), masks)
         # The hidden gate is 0 or 1 here, so mu is folded into the bias as it is into the rows.
         projection.bias = nn.Parameter((bias * update.scale["hidden"]).to(stored).float(), requires_grad=False)
     with GatedModel(model, topology).inserted() as gated:
@@ -99,7 +100,7 @@ def gated_logits(
     As while learning: nothing is folded, so this and the compact model share no code that scales weights.
     """
     model = load(dense, dtype=torch.float32)
-    with replaced(model, update), GatedModel(model, Topology.of(model.config)).inserted() as gated:
+    with replaced(model, update, masks), GatedModel(model, Topology.of(model.config)).inserted() as gated:
         kept = int(masks.keep["hidden"].sum())
         gated.set(hard_gates(masks.keep, update.scale), kept, update.channel_scale)
         return model(input_ids=input_ids, use_cache=False).logits

@@ -10,7 +10,7 @@ from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.config import check_context, load_config
 from tvaprune.checkpoint.layouts import check_biases
 from tvaprune.export.gguf import check_export
-from tvaprune.export.widths import check_group_multiples, check_types, check_widths
+from tvaprune.export.widths import check_group_heads, check_group_multiples, check_types, check_widths
 from tvaprune.inputs.calibration import load_tokenizer
 from tvaprune.inputs.documents import load_texts
 from tvaprune.masks.adapt import check_multiples
@@ -71,6 +71,8 @@ def main(
         check_widths("dense", config, quantised.types)
         own = zip(("hidden", "intermediate"), multiples or (), strict=False)  # measured widths: in the stage
         check_group_multiples(quantised.types, {axis: multiple for axis, multiple in own if axis in learn.axes})
+        if "kv_heads" in learn.axes:
+            check_group_heads(quantised.types, topology.query_rows)
     if adapt.layout == "uniform" and learn.method == "tva" and not learn.tva.uniform_layers:
         secho(
             "warning: compact.layout = uniform with masks learned for layers of different widths loses quality; set "

@@ -131,7 +131,9 @@ def memory(found: Sizes, dtype: torch.dtype = torch.bfloat16, device_type: str =
 
 def size_lines(found: Sizes) -> Iterator[str]:
     yield f"dense   {found.parameters_dense:,} parameters"
-    yield f"pruned  {found.parameters_kept:,} parameters; {found.sparsity:.4f} of the decoder layers' removed"
+    # Widths that a latency gives are known once this machine is timed and the masks are learned.
+    unless = " (by sparsity; learn_masks.budget = latency decides)" if found.request.latency else ""
+    yield f"pruned  {found.parameters_kept:,} parameters; {found.sparsity:.4f} of the decoder layers' removed{unless}"
     for axis, widths in found.masks.widths().items():
         shown = f"{int(widths)}" if axis == "hidden" else f"{int(widths.min())} to {int(widths.max())} a layer"
         yield f"        {axis}: {shown}, of {found.masks.keep[axis].shape[-1]}"

@@ -397,6 +397,25 @@ def trained_adapter(student: PreTrainedModel, directory: Path, options: Recovery
     return model.eval()
 
 
+def test_dropped_heads_and_units_of_a_padded_model_stay_zero(tmp_path):
+    student = tiny()
+    attention, mlp = student.model.layers[0].self_attn, student.model.layers[0].mlp
+    with torch.no_grad():
+        for rows in (attention.q_proj.weight[32:], attention.k_proj.weight[16:], attention.v_proj.weight[16:]):
+            rows.zero_()
+        attention.o_proj.weight[:, 32:] = 0
+        mlp.gate_proj.weight[40:] = mlp.up_proj.weight[40:] = 0
+        mlp.down_proj.weight[:, 40:] = 0
+    before = copy.deepcopy(student)
+    after = run_finetune(NoState(tmp_path), replace(OPTIONS, learning_rate=0.01), student).model.merge_and_unload()
+    for name, weight in before.named_parameters():
+        if "layers.0." in name and "_proj" in name:
+            changed = after.get_parameter(name) != weight
+            assert changed.any(), name
+            assert not changed[(weight == 0).all(1)].any(), name
+            assert not changed[:, (weight == 0).all(0)].any(), name
+
+
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}])
 def test_the_merged_directory_computes_what_the_adapter_did(tmp_path, kind):
     original = pruned(tiny())

@@ -90,6 +90,29 @@ def test_where_there_are_fewer_all_are_taken(tmp_path: Path, kind: str) -> None:
     assert by_row != sorted(by_row, key=int), "the order of a file is not that of the sample"
 
 
+def test_rows_whose_other_fields_differ_in_type_are_sampled_as_they_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [
+        {"text": None, "meta": {"x": 1}},
+        {"text": "2020-01-01", "meta": "s"},
+        {"text": "a\u2028line", "only": "here"},
+        {"text": "half \ud800 a pair"},
+    ]
+    for number, row in enumerate(rows):
+        (folder / f"{number}.jsonl").write_text("\n" + json.dumps(row) + "\n\n")
+    source = TextLocal(label="corpus", kind="web", path=folder, documents=9, seed=0)
+    every = TextLocal(label="corpus", kind="web", path=folder)
+    state = ResumableRun("fetch_inputs", {}, [])
+    with state:
+        sampled = {document.text for document in read_documents(source, tmp_path, state)}
+        assert sampled == {document.text for document in read_documents(every, tmp_path, state)}
+        assert len(sampled) == 4
+        (folder / "0.jsonl").write_text('{"text": \n')
+        with pytest.raises(InputError, match=r"corpus.*row 0 of the sample: not valid JSON"):
+            read_documents(source, tmp_path, state)
+
+
 def test_another_seed_takes_other_rows_of_a_single_file(tmp_path: Path) -> None:
     file = write(tmp_path / "corpus", "jsonl") / "0.jsonl"
     one, other = ({d.text for d in taken(source_of(file, "jsonl", documents=ROWS // 4, seed=s))} for s in (0, 1))

@@ -206,6 +206,17 @@ def test_osscar_is_refused_where_adaptation_would_cut_what_it_refitted(tmp_path:
         check_everything(written(tmp_path, learn_masks=osscar))
     one = {**CONTENT["adapt_dimensions"], "multiple": 1}
     check_everything(written(tmp_path, learn_masks=osscar, adapt_dimensions=one))
+    uniform = {**CONTENT["compact"], "layout": "uniform"}
+    with pytest.raises(ParameterError, match=r"compact\.layout = uniform: osscar refits matrices"):
+        check_everything(written(tmp_path, learn_masks=osscar, adapt_dimensions=one, compact=uniform))
+
+
+def test_dora_is_refused_where_rows_are_padded_with_zeros(tmp_path: Path) -> None:
+    padded, dora = {**CONTENT["compact"], "layout": "padded"}, {**CONTENT["finetune_lora"], "use_dora": True}
+    with pytest.raises(ParameterError, match=r"use_dora = true with compact\.layout = padded: DoRA divides"):
+        check_everything(written(tmp_path, compact=padded, finetune_lora=dora))
+    check_everything(written(tmp_path, compact=padded, finetune_lora={**dora, "enabled": False}))
+    check_everything(written(tmp_path, finetune_lora=dora))
 
 
 def test_a_latency_budget_is_in_what_an_artifact_was_made_with_and_the_default_is_as_it_was(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tvaprune.checkpoint.loading import load
 from tvaprune.export.gguf import write_gguf
 from tvaprune.export.quantized import write_files
 from tvaprune.export.torchao import write_int8
-from tvaprune.export.widths import check_group_multiples, check_widths
+from tvaprune.export.widths import check_group_heads, check_group_multiples, check_widths
 from tvaprune.masks.adapt import adapt
 from tvaprune.measures.perplexity import nll_by_window
 from tvaprune.measures.quantized import STORED, mean_kl, measure_files, output_matrix
@@ -172,6 +172,13 @@ def test_a_multiple_that_does_not_fit_a_group_is_told_what_to_be(group: int, mon
     check_group_multiples(["q8_0", "int8_wo"], {"intermediate": group, "hidden": 2 * group})
     with pytest.raises(ValueError, match=rf"multiple\.hidden = 24: q8_0 .* of {group}; raise it to {3 * group}"):
         check_group_multiples(["q8_0"], {"intermediate": group, "hidden": 24})
+
+
+def test_heads_that_may_not_hold_a_group_are_refused_before_any_is_pruned() -> None:
+    check_group_heads(["bf16", "q8_0", "int8_wo"], 192)
+    check_group_heads(["bf16", "int8_wo"], 48)
+    with pytest.raises(ValueError, match=r"q8_0 needs .* of 32, and a key-value head of this model has 48 rows"):
+        check_group_heads(["bf16", "q8_0"], 48)
 
 
 def test_int4_of_torchao_is_refused_with_what_to_use(tmp_path: Path) -> None:

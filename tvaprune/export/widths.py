@@ -33,6 +33,16 @@ def check_group_multiples(types: Sequence[FileType], multiples: Mapping[str, int
                 )
 
 
+def check_group_heads(types: Sequence[FileType], query_rows: int) -> None:
+    """Raise ValueError where pruned heads, each of so many query rows, may not hold whole groups of a type."""
+    for kind in types:
+        if query_rows % GROUPS[kind]:
+            raise ValueError(
+                f"quantize.types: {kind} needs widths that are multiples of {GROUPS[kind]}, and a key-value head of "
+                f"this model has {query_rows} rows of queries; leave {kind} out, or kv_heads out of learn_masks.axes"
+            )
+
+
 def check_widths(name: str, config: PreTrainedConfig, types: Sequence[FileType]) -> None:
     """Raise ValueError for the first width of a model that does not hold whole groups of a type; names the layer.
 

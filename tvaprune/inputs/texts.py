@@ -153,7 +153,8 @@ def open_stream(source: TextHub | TextLocal, files: list[Path]) -> Any:
                 f"{source}: documents = {source.documents} samples rows of .jsonl or of .parquet, but there is "
                 f"{', '.join(sorted(kinds))}; name a folder of one kind, or leave documents out to read all"
             )
-        builder = {".jsonl": "json", ".parquet": "parquet"}[kinds.pop()]
+        # Lines of text, not "json": that reads the files as one table, and fails where a field's type differs.
+        builder = {".jsonl": "text", ".parquet": "parquet"}[kinds.pop()]
         rows = load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
     # It warns that the rows in its buffer are lost when it continues. Its buffer is empty here: _take keeps the rows.
     logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
@@ -175,16 +176,24 @@ def sample(
     taken = state.directory / f"{key}.jsonl"
     try:
         if not taken.exists():
-            _take(source, open_stream(source, files), state, taken, min(buffer, source.documents), save_every)
+            json_lines = bool(files) and files[0].suffix.lower() == ".jsonl"
+            buffer = min(buffer, source.documents)
+            _take(source, open_stream(source, files), state, taken, buffer, save_every, json_lines)
     except OSError as error:
         raise InputError(f"{source}: reading stopped ({error}); run it again, and it continues where it was") from error
     return (Document(**row) for row in read_json_lines(taken))
 
 
 def _take(
-    source: TextHub | TextLocal, stream: Any, state: SavedState, taken: Path, buffer: int, save_every: int
+    source: TextHub | TextLocal,
+    stream: Any,
+    state: SavedState,
+    taken: Path,
+    buffer: int,
+    save_every: int,
+    json_lines: bool,
 ) -> None:
-    """Write the sample to `taken`, continuing from the state if it is this sample's."""
+    """Write the sample to `taken`, continuing from the state if it is this sample's; `json_lines`: rows are text."""
     key, unfinished = taken.stem, taken.with_suffix(".unfinished")
     number, held, done, length = 0, [], 0, 0
     saved = state.load()
@@ -198,6 +207,9 @@ def _take(
         file.truncate(length)  # what was written after the state was saved comes again
         for row in stream:
             where = f"{source}, row {number} of the sample"
+            if json_lines and not row["text"].strip():
+                continue
+            row = _parsed(row["text"], where) if json_lines else row
             document = vars(document_of(row, source.text_field, where, str(number), plain))
             index = random.Random(f"{source.seed} {number}").randrange(buffer)
             number += 1
@@ -217,6 +229,13 @@ def _take(
         random.Random(source.seed).shuffle(held)
         file.writelines(_line(document) for document in held[: source.documents - done])
     unfinished.replace(taken)
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON: {error}") from error
 
 
 def _line(document: dict[str, str | None]) -> bytes:

@@ -38,5 +38,7 @@ class QuantizeOptions:
         WindowCounts, Field(description="Held-out text -> windows for the final report; use them for no decision.")
     ]
     prefill_tokens: Annotated[int, Field(ge=1, description="Prompt length of the prefill timing.")]
-    decode_tokens: Annotated[int, Field(ge=1, description="Greedy steps timed after a prompt of as many tokens.")]
+    decode_tokens: Annotated[
+        int, Field(ge=2, description="Greedy steps timed after a prompt of as many tokens; the prompt gives the first.")
+    ]
     repeats: Annotated[int, Field(ge=3, description="Rounds that are measured; each times every file once.")]

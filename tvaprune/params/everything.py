@@ -67,6 +67,8 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     profile, adapt = loaded.get("profile_hardware"), loaded.get("adapt_dimensions")
     problems += _steps_between_multiples(profile, adapt) if masks and profile and adapt and masks.latency else []
     problems += _cut_refit(masks, adapt) if masks and adapt else []
+    recovery = loaded.get("finetune_lora")
+    problems += _zero_norms(recovery, adapt) if recovery and adapt else []
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
 
@@ -127,9 +129,25 @@ def _steps_between_multiples(profile: ProfileHardwareParams, adapt: AdaptDimensi
     ]
 
 
+def _zero_norms(recovery: FinetuneLoraParams, adapt: AdaptDimensionsParams) -> list[str]:
+    if not (recovery.enabled and recovery.use_dora and adapt.layout == "padded"):
+        return []
+    return [
+        f"{recovery.section}.use_dora = true with compact.layout = padded: DoRA divides by the norm of a row, and the "
+        "rows of the padding are zero; set it to false, or use the layout uneven or uniform"
+    ]
+
+
 def _cut_refit(masks: LearnMasksParams, adapt: AdaptDimensionsParams) -> list[str]:
     """Adaptation drops units that refitted matrices count on."""
-    if not METHOD_OPTIONS[masks.method].refits or adapt.multiples() == (1, 1):
+    if not METHOD_OPTIONS[masks.method].refits:
+        return []
+    if adapt.layout == "uniform":
+        return [
+            f"compact.layout = uniform: {masks.method} refits matrices to the widths that it chooses, which differ by "
+            "layer; use uneven or padded"
+        ]
+    if adapt.multiples() == (1, 1):
         return []
     found = " and ".join(map(str, dict.fromkeys(adapt.multiples() or ["measured"])))
     return [

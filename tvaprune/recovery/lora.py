@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -58,7 +59,24 @@ def add_lora(model: PreTrainedModel, options: RecoveryOptions) -> PeftModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    _leave_padding(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def _leave_padding(model: PeftModel) -> None:
+    """Zero the columns of every A where the weight's column is zero, as the layout `padded` has them.
+
+    The input there is 0, because the padding's rows are zero too. So the gradients of that column of A, and of the rows
+    of B that would change the padding's rows, are 0, and padding stays padding. With random columns LoRA would bring
+    dropped heads back.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            padding = (module.get_base_layer().weight == 0).all(0)
+            for down in module.lora_A.values():
+                down.weight[:, padding] = 0
 
 
 def save_adapter(model: PeftModel, directory: Path, base_model: str) -> None:

@@ -238,6 +238,10 @@ def test_the_stage_scores_the_artifact_it_is_given(
     reference.write_text(json.dumps(content | {"dtype": "torch.float16"}))
     assert scores() == second
     reference.write_text(json.dumps(content))
+    (data / "changed.jsonl").write_text("{}")  # other contents of what is measured on
+    assert scores() == second
+    (data / "changed.jsonl").unlink()
+    assert scores()["dense"]["piqa"]["acc"] == 0.25
     params.write_text(params.read_text().replace("limit: 8", "limit: 6"))  # other rows
     assert scores()["dense"]["piqa"]["acc"] != 0.25
 

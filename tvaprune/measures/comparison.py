@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tvaprune.artifacts import ArtifactError, read_json_lines, write_json
+from tvaprune.resume import hash_files
 
 # Positions whose logits exist at once: in float32, 48 MiB at a vocabulary of 49,152.
 POSITIONS_AT_ONCE = 256
@@ -21,8 +22,13 @@ def present_models(dense: Path, compact: Path, finetuned: Path) -> dict[str, Pat
     return {name: directory for name, directory in models.items() if (directory / "config.json").is_file()}
 
 
+def how_measured(settings: dict[str, Any], dense: Path, rows: Path) -> dict[str, Any]:
+    """What the dense model's figures depend on: settings as JSON, and the contents of the model and of the rows."""
+    return {**settings, "inputs": hash_files([dense, rows])}
+
+
 def write_reference(path: Path, dtype: torch.dtype, settings: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Write the dense model's figures, which no pruning changes, and how they were computed; `settings` is JSON."""
+    """Write the dense model's figures, which no pruning changes; `settings` from `how_measured`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"dtype": str(dtype), "settings": settings, "figures": figures})
 

@@ -12,7 +12,7 @@ Finetuned = Annotated[Path, Option(help="The fine-tuned model's directory; skipp
 Windows = Annotated[Path, Option(help="Artifact with windows of token ids, int32 [windows, tokens].")]
 Heldout = Annotated[Path, Option(help='Directory of held-out text, JSONL files of {"id", "text"}.')]
 Zeroshot = Annotated[Path, Option(help="Directory of one JSONL file a task.")]
-Reference = Annotated[Path, Option(help="The dense model's figures; measured here unless they are of its dtype and text.")]
+Reference = Annotated[Path, Option(help="The dense model's figures; measured here where they are of other inputs.")]
 Metrics = Annotated[Path, Option(help="JSON to write.")]
 Curve = Annotated[Path, Option(help="CSV of the training by step to write.")]
 Marker = Annotated[Path, Option(help="Marker to write; always the same, so nothing after it reruns.")]

@@ -10,7 +10,7 @@ from stages._launch import join_processes, process_command
 from stages._options import Heldout, Model, ParamsFile
 from tvaprune.checkpoint.loading import load
 from tvaprune.inputs.documents import load_texts
-from tvaprune.measures.comparison import how_measured, write_reference
+from tvaprune.measures.comparison import write_reference
 from tvaprune.measures.perplexity import evaluate, heldout_windows, plain
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
@@ -32,5 +32,5 @@ def main(
         model = process.put(load(dense, process.dtype))
         found = evaluate(model, windows, params.batch_size, "dense", process.world)
         if process.world.is_main:
-            write_reference(out, process.dtype, how_measured(params.measured(), dense, heldout), plain(found))
+            write_reference(out, process.dtype, params.measured(), [dense, heldout], plain(found))
             echo(f"dense: {sum(len(texts) for texts in found.values())} texts measured")

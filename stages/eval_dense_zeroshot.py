@@ -9,7 +9,7 @@ from stages._evaluation import quiet_tokenizer
 from stages._launch import join_processes, process_command
 from stages._options import Model, ParamsFile, Zeroshot
 from tvaprune.checkpoint.loading import load
-from tvaprune.measures.comparison import how_measured, write_reference
+from tvaprune.measures.comparison import write_reference
 from tvaprune.measures.zeroshot import evaluate, select_rows
 from tvaprune.params.eval_zeroshot import EvalZeroshotParams
 
@@ -30,5 +30,5 @@ def main(
         model = process.put(load(dense, process.dtype))
         found = evaluate(model, tokenizer, rows, params.batch_size, "dense", process.world)
         if process.world.is_main:
-            write_reference(out, process.dtype, how_measured(params.measured(), dense, zeroshot), found._asdict())
+            write_reference(out, process.dtype, params.measured(), [dense, zeroshot], found._asdict())
             echo(f"dense: {len(found.figures)} tasks measured")

@@ -10,7 +10,7 @@ from stages._options import Compact, Finetuned, Heldout, Metrics, Model, ParamsF
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
 from tvaprune.inputs.documents import load_texts
-from tvaprune.measures.comparison import how_measured, present_models, read_reference
+from tvaprune.measures.comparison import present_models, read_reference
 from tvaprune.measures.perplexity import describe, evaluate, from_plain, heldout_windows, report
 from tvaprune.params.eval_perplexity import EvalPerplexityParams
 
@@ -32,10 +32,10 @@ def main(
     models = present_models(dense, compact, finetuned)
     tokenizer = AutoTokenizer.from_pretrained(dense)
     windows = heldout_windows(load_texts(heldout), tokenizer, params.window, params.validation, params.test)
-    results, how = {}, how_measured(params.measured(), dense, heldout)
+    results, inputs = {}, [dense, heldout]
     with join_processes() as process:
         for name, path in models.items():
-            if name == "dense" and (figures := read_reference(reference, process.dtype, how)):
+            if name == "dense" and (figures := read_reference(reference, process.dtype, params.measured(), inputs)):
                 results[name] = from_plain(figures)
             else:
                 # Without a name of its own a model is freed before the next one is loaded.

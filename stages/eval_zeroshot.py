@@ -9,7 +9,7 @@ from stages._launch import join_processes, process_command
 from stages._options import Compact, Finetuned, Metrics, Model, ParamsFile, Reference, Zeroshot
 from tvaprune.artifacts import write_json
 from tvaprune.checkpoint.loading import load
-from tvaprune.measures.comparison import how_measured, present_models, read_reference
+from tvaprune.measures.comparison import present_models, read_reference
 from tvaprune.measures.zeroshot import Scores, describe, evaluate, select_rows, summarise
 from tvaprune.params.eval_zeroshot import EvalZeroshotParams
 
@@ -32,10 +32,10 @@ def main(
     rows = select_rows(zeroshot, list(params.tasks), params.limit)
     tokenizer = quiet_tokenizer(dense)
     measured: dict[str, Scores] = {}
-    how = how_measured(params.measured(), dense, zeroshot)
+    inputs = [dense, zeroshot]
     with join_processes() as process:
         for name, path in models.items():
-            known = read_reference(reference, process.dtype, how) if name == "dense" else None
+            known = read_reference(reference, process.dtype, params.measured(), inputs) if name == "dense" else None
             if known is not None:
                 measured[name] = Scores(**known)
                 continue

@@ -491,6 +491,10 @@ def test_the_bias_of_flap_keeps_the_mean_of_every_projection() -> None:
     model = tiny_model("llama")
     topology = Topology.of(model.config)
     masks, update = score_and_update("flap", model=model, sparsity=0.5, options=FlapOptions())
+    assert set(update.mean_input) == {
+        f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert sum(int(not kept.all()) for axis in UNIT_AXES for kept in masks.keep[axis]) >= 3
     # Also under masks that adaptation changed.
     for cut_by in (masks, random_masks(topology, seed=5, empty_layer=1), Masks.dense(topology)):
         for layer in range(3):

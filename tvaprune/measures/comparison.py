@@ -22,18 +22,21 @@ def present_models(dense: Path, compact: Path, finetuned: Path) -> dict[str, Pat
     return {name: directory for name, directory in models.items() if (directory / "config.json").is_file()}
 
 
-def how_measured(settings: dict[str, Any], dense: Path, rows: Path) -> dict[str, Any]:
-    """What the dense model's figures depend on: settings as JSON, and the contents of the model and of the rows."""
-    return {**settings, "inputs": hash_files([dense, rows])}
+def write_reference(
+    path: Path, dtype: torch.dtype, settings: dict[str, Any], inputs: list[Path], figures: dict[str, Any]
+) -> None:
+    """Write the dense model's figures, which no pruning changes, and how they were computed.
 
-
-def write_reference(path: Path, dtype: torch.dtype, settings: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Write the dense model's figures, which no pruning changes; `settings` from `how_measured`."""
+    `settings` is JSON; of `inputs`, the model and the rows, the contents count.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"dtype": str(dtype), "settings": settings, "figures": figures})
+    how = {**settings, "inputs": hash_files(inputs)}
+    write_json(path, {"dtype": str(dtype), "settings": how, "figures": figures})
 
 
-def read_reference(path: Path, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read_reference(
+    path: Path, dtype: torch.dtype, settings: dict[str, Any], inputs: list[Path]
+) -> dict[str, Any] | None:
     """The dense model's figures; None where there are none, or they were computed in another dtype or otherwise.
 
     Raises ArtifactError if the file is damaged.
@@ -42,7 +45,8 @@ def read_reference(path: Path, dtype: torch.dtype, settings: dict[str, Any]) -> 
         return None
     try:
         content = json.loads(path.read_text())
-        return content["figures"] if (content["dtype"], content["settings"]) == (str(dtype), settings) else None
+        how = {**settings, "inputs": hash_files(inputs)}
+        return content["figures"] if (content["dtype"], content["settings"]) == (str(dtype), how) else None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: holds no figures of the dense model ({error}); run dvc repro") from error
 

@@ -17,8 +17,10 @@ from tvaprune.options.loss import LossOptions
 
 # The label of a position that has no next token.
 _IGNORED = -100
-# Tokens whose logits are in memory at once.
-_CHUNK_TOKENS = 128
+# Tokens whose logits are in memory at once. On a CPU more, because the head is read from memory once for each chunk.
+_CHUNK_TOKENS, _CPU_CHUNK_TOKENS = 128, 512
+# fp32 logits at once for each thread of a CPU: few enough that the passes over them stay in a core's cache.
+_CPU_SLICE = 1 << 19
 # 1 minus a sum of fp32 probabilities has about this error, so a smaller tail mass cannot be told from none.
 _TAIL_FLOOR = 1e-6
 KL_ALONE = LossOptions(ce_weight=0.0, distillation_weight=1.0, distillation="kl", temperature=1.0, top_k=None)
@@ -113,22 +115,19 @@ class _ChunkedLoss(torch.autograd.Function):
         distillation = torch.zeros((), device=labels.device)
         gradient = torch.empty(student_hidden.shape, device=labels.device) if wants_gradient else None
         with torch.autocast(labels.device.type, enabled=False):
-            for start in range(0, len(labels), _CHUNK_TOKENS):
-                rows = slice(start, start + _CHUNK_TOKENS)
+            for rows in _slices(len(labels), _CPU_CHUNK_TOKENS if labels.device.type == "cpu" else _CHUNK_TOKENS):
                 student_logits = F.linear(student_hidden[rows].to(student_head.dtype), student_head)
                 teacher_logits = None
                 if teacher_hidden is not None and teacher_head is not None and options.distillation_weight != 0:
                     teacher_logits = F.linear(teacher_hidden[rows].to(teacher_head.dtype), teacher_head)
                 # Ignored rows have weight 0, so any valid index does for them.
                 chunk_labels = labels[rows].clamp(0, student_head.shape[0] - 1)
-                row_ce, row_distillation, logit_gradient = _chunk(
-                    student_logits, teacher_logits, chunk_labels, options, wants_gradient
-                )
+                row_ce, row_distillation = _chunk(student_logits, teacher_logits, chunk_labels, options, wants_gradient)
                 ce += row_ce @ token_weight[rows]
                 distillation += row_distillation @ token_weight[rows]
-                if gradient is not None and logit_gradient is not None:
+                if gradient is not None:
                     # Weighted after the matmul: 1/tokens times a small probability underflows in fp16.
-                    product = logit_gradient.to(student_head.dtype) @ student_head
+                    product = student_logits @ student_head  # the logits' gradient took their place
                     torch.mul(product.float(), token_weight[rows, None], out=gradient[rows])
         ctx.save_for_backward(gradient)
         ctx.hidden_dtype = student_hidden.dtype
@@ -141,7 +140,33 @@ class _ChunkedLoss(torch.autograd.Function):
         return (gradient * upstream[0]).to(ctx.hidden_dtype), *[None] * 6
 
 
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
 def _chunk(
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"] | None,
+    labels: Int[Tensor, " tokens"],
+    options: LossOptions,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """CE and D per token, fp32; where a gradient is wanted, it overwrites the student's logits."""
+    tokens, vocabulary = student_logits.shape
+    if labels.device.type == "cpu":
+        tokens = max(_CPU_SLICE * torch.get_num_threads() // vocabulary, 1)
+    found = []
+    for rows in _slices(len(labels), tokens):
+        teacher = None if teacher_logits is None else teacher_logits[rows]
+        ce, distillation, gradient = _terms(student_logits[rows], teacher, labels[rows], options, wants_gradient)
+        if gradient is not None:
+            student_logits[rows] = gradient
+        found.append((ce, distillation))
+    ces, distillations = zip(*found, strict=True)
+    return torch.cat(ces), torch.cat(distillations)
+
+
+def _terms(
     student_logits: Float[Tensor, "tokens vocab"],
     teacher_logits: Float[Tensor, "tokens vocab"] | None,
     labels: Int[Tensor, " tokens"],
@@ -153,18 +178,27 @@ def _chunk(
     ce = -student_log_p.gather(1, labels[:, None]).squeeze(1)
     distillation = torch.zeros_like(ce)
     extra: Tensor | None = None
+    share_of_p = options.ce_weight
     if teacher_logits is not None:
+        T = options.temperature
         if options.distillation == "mse":
             distillation, extra = _mse(student_logits, teacher_logits, options)
+        elif options.top_k is None and T == 1:
+            # The gradient of both terms has p, so it is computed once: (ce_weight + weight) · p - weight · q.
+            distillation, q = _full_kl(student_log_p, teacher_logits.float())
+            share_of_p, extra = share_of_p + options.distillation_weight, q.neg_()
         else:
-            T = options.temperature
             log_p = student_log_p if T == 1 else F.log_softmax(student_logits.float() / T, dim=-1)
-            term = _full_kl if options.top_k is None else _top_k_kl
-            distillation, extra = term(log_p, teacher_logits.float().div_(T), options)
+            teacher = teacher_logits.float().div_(T)
+            if options.top_k is None:
+                distillation, q = _full_kl(log_p, teacher)
+                extra = log_p.exp().sub_(q).mul_(T)
+            else:
+                distillation, extra = _top_k_kl(log_p, teacher, options)
             distillation = distillation * T**2
     if not wants_gradient:
         return ce, distillation, None
-    gradient = student_log_p.exp_().mul_(options.ce_weight)
+    gradient = student_log_p.exp_().mul_(share_of_p)
     correct = torch.full_like(labels[:, None], -options.ce_weight, dtype=torch.float32)
     gradient.scatter_add_(1, labels[:, None], correct)
     if extra is not None:
@@ -173,19 +207,18 @@ def _chunk(
 
 
 def _full_kl(
-    log_p: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], options: LossOptions
-) -> tuple[Tensor, Tensor]:
-    """KL(q ‖ p) per token, and T² times its gradient with respect to the student's raw logits, T · (p - q)."""
+    log_p: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"]
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]:
+    """KL(q ‖ p) per token, and q; the KL's gradient with respect to the student's logits is p - q."""
     log_q = F.log_softmax(teacher, dim=-1)
     q = log_q.exp()
-    kl = _row_dot(q, log_q.sub_(log_p))
-    return kl, torch.exp(log_p, out=log_q).sub_(q).mul_(options.temperature)
+    return _row_dot(q, log_q.sub_(log_p)), q
 
 
 def _top_k_kl(
     log_p: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """As `_full_kl`, over k + 1 classes: the teacher's top k, and the tail as one.
+    """KL over k + 1 classes, the teacher's top k and the tail as one, and T² times its gradient.
 
     The gradient is that of a full KL whose teacher has the student's own shape on the tail, with the teacher's mass:
     p - q on the top k, p - p · (q_tail / p_tail) elsewhere.

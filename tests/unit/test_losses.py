@@ -57,12 +57,18 @@ def direct(
     return ce_weight * ce + weight * distillation, ce, distillation
 
 
+def by_pieces(monkeypatch, chunk: int, piece: int) -> None:
+    """Logits of `chunk` tokens at once, in fp32 of `piece`."""
+    monkeypatch.setattr(losses, "_CPU_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(losses, "_CPU_SLICE", -(-piece * VOCAB // torch.get_num_threads()))
+
+
 @pytest.mark.parametrize("top_k", [None, 1, 7, VOCAB])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 @pytest.mark.parametrize(("ce_weight", "weight"), [(1.0, 0.01), (0.0, 1.0), (0.3, 0.7)])
 def test_values_and_gradient_are_those_of_the_formula(monkeypatch, kind, temperature, top_k, ce_weight, weight):
-    monkeypatch.setattr(losses, "_CHUNK_TOKENS", 5)
+    by_pieces(monkeypatch, chunk=5, piece=2)
     inputs = make_inputs()
     expected = direct(inputs, ce_weight, weight, temperature, kind, top_k)
     expected_gradient = torch.autograd.grad(expected[0] * 3, inputs[0])[0]
@@ -81,7 +87,7 @@ def test_values_and_gradient_are_those_of_the_formula(monkeypatch, kind, tempera
 
 
 def test_without_a_teacher_it_is_cross_entropy(monkeypatch):
-    monkeypatch.setattr(losses, "_CHUNK_TOKENS", 4)
+    by_pieces(monkeypatch, chunk=4, piece=3)
     student_hidden, student_head, _, _, labels = make_inputs()
     expected = F.cross_entropy(student_hidden @ student_head.T, labels)
     loss, ce, distillation = distillation_loss(student_hidden, student_head, None, None, labels, options())
@@ -122,8 +128,8 @@ def test_top_k_bounds_the_full_divergence_from_below():
 
 def test_ignored_tokens_get_no_gradient_and_chunks_do_not_matter(monkeypatch):
     results = []
-    for chunk_tokens in (1, 7, 1000):
-        monkeypatch.setattr(losses, "_CHUNK_TOKENS", chunk_tokens)
+    for chunk, piece in ((1, 1), (7, 3), (1000, 2), (1000, 1000)):
+        by_pieces(monkeypatch, chunk, piece)
         inputs = make_inputs()
         loss = distillation_loss(*inputs, options(distillation_weight=0.5)).loss
         loss.backward()

@@ -1,9 +1,10 @@
 """The tables of README.md and docs/*.md, from metrics/*.json (the default run) and metrics/results/*.json (saved runs).
 
 docs/results.yaml defines the tables. A page holds one between `<!-- table: NAME -->` and `<!-- end of table -->`.
-The table `default` is that of the workspace's own run, which `tvaprune results` prints; `vllm_speed` is what
-`tools.vllm_speed` measured, `serving` what `tvaprune verify --vllm` did. To add a row, define it in docs/results.yaml,
-run `python -m tools.run_rows NAME`, name it in a table, and run `python -m tools.results --write`.
+The table `default` is that of the workspace's own run, which `tvaprune results` prints; `stages` is what
+`tools.time_stages` measured, `vllm_speed` what `tools.vllm_speed` did, and `serving` what `tvaprune verify --vllm` did.
+To add a row, define it in docs/results.yaml, run `python -m tools.run_rows NAME`, name it in a table, and run `python
+-m tools.results --write`.
 """
 
 import json
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typer import Option, echo
 
 from stages._command import command
-from tools import saved_runs, vllm_speed
+from tools import saved_runs, time_stages, vllm_speed
 from tools.run_rows import DEFINITIONS, Row, read_definitions
 from tools.saved_runs import SAVED, Run
 from tvaprune.measures import markdown
@@ -27,6 +28,7 @@ from tvaprune.results import WORKSPACE, own_table, sentences, workspace_run
 
 # Tables of files that a command other than the pipeline's wrote.
 MEASUREMENTS = {
+    "stages": ([time_stages.MEASURED], time_stages.table),
     "vllm_speed": ([vllm_speed.MEASURED], vllm_speed.table),
     "serving": (list(vllm_speed.SERVING), lambda *found: vllm_speed.agreement([each["vllm"] for each in found])),
 }

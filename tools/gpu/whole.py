@@ -2,7 +2,6 @@
 
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tools.compaction_cost import write_noise
 from tools.gpu.parts import PARTS, REPOSITORY, Settings
+from tools.measured_process import run_measured
 from tools.run_rows import Row, with_values
 from tvaprune.checkpoint.config import load_config
 from tvaprune.device import pick_device, pick_dtype
@@ -120,23 +120,13 @@ def run_stage(stage: str, root: Path) -> dict[str, Any]:
     """Seconds and the peak resident set of a stage's process. Raises RuntimeError, with its last lines, if it fails."""
     log = root / f"{stage}.log"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
-    started = time.perf_counter()
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"stages.{stage}"],
-            cwd=root,
-            env=variables | {"PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+        started = [sys.executable, "-m", f"stages.{stage}"]
+        status, figures = run_measured(started, root, out, variables | {"PYTHONPATH": str(REPOSITORY)})
+    if status:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"stages.{stage} ended with status {process.returncode}:\n{last}")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": time.perf_counter() - started, "host_memory_bytes": usage.ru_maxrss * scale}
+        raise RuntimeError(f"stages.{stage} ended with status {status}:\n{last}")
+    return figures
 
 
 @contextmanager

@@ -68,8 +68,8 @@ def table(figures: dict[str, Any]) -> str:
     disk = figures["disk_bytes"]
     note = (
         f"{on['processor']}, {on['threads']} threads, {on['dtype']}, torch {on['torch']}. Memory is the largest "
-        f"resident set of a stage's process. On disk the packages take {disk['packages'] / 1e9:.1f} GB and what the run "
-        f"leaves {disk['run'] / 1e9:.1f} GB."
+        f"resident set of a stage's process. On disk the packages take {disk['packages'] / 1e9:.1f} GB and what the "
+        f"run leaves {disk['run'] / 1e9:.1f} GB."
     )
     return markdown.table(["stage", "minutes", "memory, GB"], rows) + "\n\n" + note
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -289,6 +290,20 @@ def test_a_license_is_the_stated_one_or_that_of_the_models_readme(
         (local_model / "README.md").write_text(readme)
     fetch_model(ModelLocal(path=local_model, **stated), tmp_path / "out", tmp_path / "work")
     assert Base.of(tmp_path / "out").license == license
+
+
+def test_weights_that_are_rounded_to_the_configs_dtype_are_named(
+    local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetch_model(ModelLocal(path=local_model), tmp_path / "out", tmp_path / "work")
+    assert "digits" not in capsys.readouterr().out
+    path = local_model / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].float()}, path, metadata={"format": "pt"})
+    fetch_model(ModelLocal(path=local_model), tmp_path / "again", tmp_path / "work")
+    said = capsys.readouterr().out
+    assert f"1 of {len(tensors)} tensors, {name} among them, are stored with more digits than bfloat16" in said
 
 
 def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

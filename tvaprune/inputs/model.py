@@ -18,6 +18,7 @@ from transformers import (
 
 from tvaprune.architecture.topology import UnsupportedModelError, check_family
 from tvaprune.artifacts import SOURCE_FILE, write_json
+from tvaprune.checkpoint.tensor_files import Checkpoint
 from tvaprune.inputs.glassllm import read_glassllm
 from tvaprune.inputs.model_files import check_config, check_weights
 from tvaprune.inputs.packages import fetch_members
@@ -151,6 +152,20 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def _report_rounding(path: Path, model: PreTrainedModel) -> None:
+    """Print which stored weights lose digits because config.json names a dtype that holds fewer."""
+    stored = Checkpoint.of(path).info
+    kept = torch.finfo(model.dtype).eps
+    rounded = sorted(name for name, info in stored.items() if torch.finfo(info.dtype).eps < kept)
+    if rounded:
+        name = str(model.dtype).removeprefix("torch.")
+        print(
+            f"{path}: {len(rounded)} of {len(stored)} tensors, {rounded[0]} among them, are stored with more digits "
+            f"than {name}, which config.json names, and are rounded to it; set its dtype to keep them",
+            flush=True,
+        )
+
+
 def _download(source: ModelHub) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -194,6 +209,7 @@ def _from_directory(path: Path, trust: bool) -> tuple[PreTrainedModel, PreTraine
                 f"{path}: {type(loaded).__name__} is code of the repository's own; only transformers' own models and "
                 "tokenizers can be pruned. Remove auto_map to load it as one"
             )
+    _report_rounding(path, model)
     # What is written needs none of the repository's code, and names none.
     vars(model.config).pop("auto_map", None)
     tokenizer.init_kwargs.pop("auto_map", None)

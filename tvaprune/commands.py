@@ -218,19 +218,20 @@ def import_masks(
     """Turn the masks that the paper's authors published into a masks artifact; nothing in the pickle is executed.
 
     Write them over artifacts/masks and artifacts/means, then `dvc commit -f learn_masks`: `dvc repro` then adapts and
-    compacts them, where without the commit it brings the learned masks back. metrics/masks.json stays as it was.
+    compacts them at their own sparsity, where without the commit it brings the learned masks back. metrics/masks.json
+    stays as it was.
     """
     from tvaprune.architecture.parameter_counts import sparsity
     from tvaprune.architecture.topology import Topology
     from tvaprune.checkpoint.config import load_config
-    from tvaprune.masks.masks import write_masks
+    from tvaprune.masks.masks import IMPORTED, write_masks
     from tvaprune.masks.published import read_published_masks
     from tvaprune.masks.update import write_update
 
     topology = Topology.of(load_config(model))
     masks, update = read_published_masks(file, topology)
     source = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    meta: dict[str, Any] = {"made_with": {"import_masks": source}, "validation_ppl": {}}
+    meta: dict[str, Any] = {"made_with": {IMPORTED: source}, "validation_ppl": {}}
     write_masks(out, masks, **meta)
     if means is not None:
         write_update(means, update, **meta)

@@ -4,6 +4,7 @@ The model is built on the meta device from its config, pruned to the target by r
 counted. Parameters and memory are close to those of a real run. Widths are not: a method chooses its own.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,12 @@ from transformers import AutoConfig, PreTrainedConfig
 import tvaprune.checkpoint.loading  # noqa: F401  registers the class of a pruned model's config
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology, check_family
+from tvaprune.artifacts import SOURCE_FILE
 from tvaprune.checkpoint.config import load_config
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.gates.memory import training_memory
 from tvaprune.inputs.model import fetch_config
-from tvaprune.inputs.sources import LocalSource, ModelHub
+from tvaprune.inputs.sources import LocalSource, ModelHub, ModelSource, describe
 from tvaprune.masks.adapt import adapt
 from tvaprune.masks.masks import Masks
 from tvaprune.masks.projection import project
@@ -67,18 +69,34 @@ def config_directory(params_file: Path) -> Path:
         InputError: the Hub does not serve it, or it is damaged.
     """
     source = FetchInputsParams.load(params_file).model
+    name = _name(source)
     if isinstance(source, LocalSource):
-        return params_file.parent / source.path
-    name = source.repo if isinstance(source, ModelHub) else source.name
-    for directory in (PUBLISHED / name.rpartition("/")[2], params_file.parent / FETCHED):
-        if (directory / "config.json").is_file():
-            return directory
+        return params_file.parent / name
+    published, fetched = PUBLISHED / name.rpartition("/")[2], params_file.parent / FETCHED
+    if (published / "config.json").is_file():
+        return published
+    if (fetched / "config.json").is_file() and _is_of(fetched, source):
+        return fetched
     if isinstance(source, ModelHub):
         return fetch_config(source)
     raise FileNotFoundError(
         f"{params_file}: fetch_inputs.model is {name}, of which {PUBLISHED} has no config, and {FETCHED} is not "
         "fetched; name a directory that has its config.json with --model"
     )
+
+
+def _name(source: ModelSource) -> str:
+    if isinstance(source, LocalSource):
+        return str(source.path)
+    return source.repo if isinstance(source, ModelHub) else source.name
+
+
+def _is_of(fetched: Path, source: ModelSource) -> bool:
+    """Whether a directory that fetching wrote holds this source's model, not that of an earlier run."""
+    record = fetched / SOURCE_FILE
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    # Fetching may find the license in the model's readme.
+    return all(found.get(key) == value for key, value in describe(source).items() if key != "license")
 
 
 def random_masks(
@@ -143,7 +161,7 @@ def report(params_file: Path, model: Path | None = None) -> Iterator[str]:
     """Widths, parameters and memory, a line each; of the model in a directory, or the one that the parameters name."""
     directory = model or config_directory(params_file)
     found = sizes(params_file, directory)
-    yield f"{params_file} on {directory.name}"
+    yield f"{params_file} on {model or _name(FetchInputsParams.load(params_file).model)}"
     yield from size_lines(found)
     for stage, parts in memory(found).items():
         shown = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")

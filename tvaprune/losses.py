@@ -5,6 +5,9 @@ logits exist for one chunk of tokens at a time. The gradient with respect to the
 while they do, so nothing is computed twice and nothing of vocabulary size is kept.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +24,8 @@ _IGNORED = -100
 _CHUNK_TOKENS, _CPU_CHUNK_TOKENS = 128, 512
 # fp32 logits at once for each thread of a CPU: few enough that the passes over them stay in a core's cache.
 _CPU_SLICE = 1 << 19
+# The type of device that `counted_as` asks for.
+_COUNTED_AS: ContextVar[str | None] = ContextVar("_COUNTED_AS", default=None)
 # 1 minus a sum of fp32 probabilities has about this error, so a smaller tail mass cannot be told from none.
 _TAIL_FLOOR = 1e-6
 KL_ALONE = LossOptions(ce_weight=0.0, distillation_weight=1.0, distillation="kl", temperature=1.0, top_k=None)
@@ -95,6 +100,20 @@ def next_token_labels(input_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, " toke
     return labels.flatten()
 
 
+@contextmanager
+def counted_as(device_type: str) -> Iterator[None]:
+    """Chunks of the loss as on such a device, whatever holds the tensors: to count the memory of a step there."""
+    token = _COUNTED_AS.set(device_type)
+    try:
+        yield
+    finally:
+        _COUNTED_AS.reset(token)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return (_COUNTED_AS.get() or tensor.device.type) == "cpu"
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """The forward also computes the gradient; the backward only scales it."""
 
@@ -115,7 +134,7 @@ class _ChunkedLoss(torch.autograd.Function):
         distillation = torch.zeros((), device=labels.device)
         gradient = torch.empty(student_hidden.shape, device=labels.device) if wants_gradient else None
         with torch.autocast(labels.device.type, enabled=False):
-            for rows in _slices(len(labels), _CPU_CHUNK_TOKENS if labels.device.type == "cpu" else _CHUNK_TOKENS):
+            for rows in _slices(len(labels), _CPU_CHUNK_TOKENS if _on_cpu(labels) else _CHUNK_TOKENS):
                 student_logits = F.linear(student_hidden[rows].to(student_head.dtype), student_head)
                 teacher_logits = None
                 if teacher_hidden is not None and teacher_head is not None and options.distillation_weight != 0:
@@ -153,7 +172,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """CE and D per token, fp32; where a gradient is wanted, it overwrites the student's logits."""
     tokens, vocabulary = student_logits.shape
-    if labels.device.type == "cpu":
+    if _on_cpu(labels):
         tokens = max(_CPU_SLICE * torch.get_num_threads() // vocabulary, 1)
     found = []
     for rows in _slices(len(labels), tokens):

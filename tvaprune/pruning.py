@@ -143,6 +143,8 @@ def _request(
         raise TypeError("texts: expected several texts, found one str; pass [text]")
     if hasattr(model, "peft_config"):
         raise UnsupportedModelError("the model has an adapter; merge it first (merge_and_unload)")
+    if getattr(model.config, "quantization_config", None):
+        raise UnsupportedModelError("the model's weights are quantised; load it in bfloat16 or float32")
     check_family(model.config)
     check_tokenizer(tokenizer, model.config.vocab_size)
     check_values(model)

@@ -209,9 +209,12 @@ def _of_the_hub(inputs: dict[str, Any]) -> Iterator[str]:
 
 
 def _seen_from(directory: Path, path: Path) -> str:
-    """Relative where the path is inside the pipeline's directory, which can then be moved; else absolute."""
-    inside = path.resolve().is_relative_to(directory.resolve())
-    return os.path.relpath(path.resolve(), directory.resolve()) if inside else str(path.resolve())
+    """Relative where the path is inside the pipeline's directory, which can then be moved; else absolute.
+
+    A link keeps its name: the hub's cache links to files whose names do not say what they hold.
+    """
+    whole, base = (Path(os.path.normpath(each.absolute())) for each in (path, directory))
+    return os.path.relpath(whole, base) if whole.is_relative_to(base) else str(whole)
 
 
 def _repositories(directory: Path) -> Iterator[str]:

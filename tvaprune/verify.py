@@ -23,9 +23,11 @@ def verify(directory: Path, trust_remote_code: bool = False, vllm: Path | None =
     Raises:
         FileNotFoundError: there is no certificate.
         DamagedDirectoryError: a file is absent, changed or added, or does not load.
-        ValueError: the directory brings code that is not this version's.
+        ValueError: the directory brings code that is not this version's; or `vllm` is given with quantised files.
     """
     if (directory / QUANTIZED).is_file():
+        if vllm is not None:
+            raise ValueError(f"{directory}: quantised files are not run in vLLM; leave out --vllm")
         return check_quantized(directory)
     stored = read_certificate(directory)
     if not trust_remote_code:

@@ -107,6 +107,20 @@ def wishes(inputs: Path, **changed: Any) -> template.Wishes:
     return template.Wishes(**{"model": str(inputs / "model"), "text": str(inputs / "text.txt"), **changed})
 
 
+def test_a_link_keeps_its_name(inputs: Path, files_alone: None, tmp_path: Path) -> None:
+    """As in the hub's cache, whose files have no endings; also inside the pipeline's own directory."""
+    blob, link, own = tmp_path / "blobs" / "0123abcd", tmp_path / "text.txt", tmp_path / "mine" / "own.txt"
+    for path in (blob, own):
+        path.parent.mkdir()
+    blob.write_bytes((inputs / "text.txt").read_bytes())
+    for path in (link, own):
+        path.symlink_to(blob)
+    for named, written in ((link, str(link)), (own, "own.txt"), (tmp_path / "mine" / ".." / "text.txt", str(link))):
+        list(template.init(tmp_path / "mine", wishes(inputs, text=str(named)), force=True))
+        params = YAML(typ="safe").load(tmp_path / "mine" / "params.yaml")
+        assert params["fetch_inputs"]["calibration"]["sources"][0]["path"] == written
+
+
 def test_a_pipeline_for_a_local_model_and_text(inputs: Path, tmp_path: Path) -> None:
     said = list(template.init(tmp_path / "mine", wishes(inputs, sparsity=0.3)))
     assert [line.partition(" ")[0] for line in said] == ["wrote"] * 5 + ["ran", "ran"]

@@ -1,5 +1,6 @@
 """Every file of configs/ by a dry run: it fits its model, meets its target, and fits the card that its name says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,16 +17,19 @@ from tests.unit.test_finetune import OPTIONS
 from tools import try_steps
 from tvaprune.architecture.parameter_counts import kept_decoder_parameters, shared_parameters
 from tvaprune.architecture.topology import Topology
+from tvaprune.artifacts import SOURCE_FILE
 from tvaprune.checkpoint.config import load_config
 from tvaprune.distributed import Process
-from tvaprune.estimate import config_directory, memory, size_lines, sizes
+from tvaprune.estimate import config_directory, memory, report, size_lines, sizes
 from tvaprune.gates.memory import LiveBytes
+from tvaprune.inputs.sources import describe
 from tvaprune.masks.projection import UnreachableSparsityError
 from tvaprune.methods import check_request
 from tvaprune.options.axes import AXES
 from tvaprune.options.gates import TvaOptions
 from tvaprune.options.masks import MaskRequest
 from tvaprune.params.adapt_dimensions import AdaptDimensionsParams
+from tvaprune.params.fetch_inputs import FetchInputsParams
 from tvaprune.params.learn_masks import LearnMasksParams
 from tvaprune.recovery.lora import add_lora
 from tvaprune.recovery.memory import finetuning_memory
@@ -117,6 +121,25 @@ def test_of_a_repository_that_is_not_here_the_config_alone_is_downloaded(
     assert asked == [("someone/else", "config.json")]
 
 
+def test_the_model_of_an_earlier_run_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, fetched = tmp_path / "params.yaml", tmp_path / "data" / "model"
+    path.write_text(CONFIGS[1].read_text().replace("meta-llama/Meta-Llama-3-8B", "someone/else"))
+    source = FetchInputsParams.load(path).model
+    tiny_model("llama").config.save_pretrained(fetched)
+    elsewhere = REPOSITORY / "configs/models/Mistral-7B-v0.1"
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, revision: str(elsewhere / file))
+    for record, expected in (
+        (None, elsewhere),
+        (describe(source) | {"repo": "someone/before"}, elsewhere),
+        (describe(source) | {"license": "found in its readme"}, fetched),
+    ):
+        if record is not None:
+            (fetched / SOURCE_FILE).write_text(json.dumps(record))
+        assert config_directory(path) == expected
+    (fetched / SOURCE_FILE).unlink()
+    assert next(report(path, None)) == f"{path} on someone/else"
+
+
 def test_a_packaged_model_without_a_config_here_is_named(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text((REPOSITORY / "configs/glassllm.yaml").read_text().replace("name: glassllm", "name: another"))
@@ -158,6 +181,21 @@ def test_the_estimate_of_finetuning_is_what_a_real_step_allocates() -> None:
         trainer._add_gradients()
         real = live.highest
     assert estimate()["step"] == pytest.approx(real, rel=0.15)
+
+
+def test_the_estimate_for_a_gpu_has_its_chunks_of_the_loss_whatever_the_threads() -> None:
+    """With a large vocabulary the loss's chunks are most of a step; those of a CPU grow with its threads."""
+    config = tiny_model("llama", vocab_size=50_000, layers=1).config
+    options = replace(ESTIMATED, teacher="none", batch_size=8)
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for device, count in (("cuda", 1), ("cuda", 2), ("cpu", 1), ("cpu", 2)):
+            torch.set_num_threads(count)
+            found[device, count] = finetuning_memory(config, config, options, 64, torch.bfloat16, device)["step"]
+    finally:
+        torch.set_num_threads(threads)
+    assert found["cuda", 1] == found["cuda", 2]
+    assert found["cpu", 1] < found["cpu", 2]
 
 
 def test_what_the_estimate_of_finetuning_counts() -> None:

@@ -304,6 +304,10 @@ def test_weights_that_are_rounded_to_the_configs_dtype_are_named(
     fetch_model(ModelLocal(path=local_model), tmp_path / "again", tmp_path / "work")
     said = capsys.readouterr().out
     assert f"1 of {len(tensors)} tensors, {name} among them, are stored with more digits than bfloat16" in said
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of old checkpoints; not read
+    save_file(tensors | frequencies, path, metadata={"format": "pt"})
+    fetch_model(ModelLocal(path=local_model), tmp_path / "third", tmp_path / "work")
+    assert "digits" not in capsys.readouterr().out
 
 
 def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,9 @@ def test_models_that_cannot_be_pruned_are_refused_before_the_learning(tokenizer,
     refused(broken, InputError, r"layers\.1\.mlp\.up_proj\.weight has a value that is not finite")
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     refused(adapted, UnsupportedModelError, "has an adapter; merge it first")
+    quantised = tiny_model("llama")
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
+    refused(quantised, UnsupportedModelError, "weights are quantised; load it in bfloat16 or float32")
     endless = AutoTokenizer.from_pretrained(tmp_path / "dense", eos_token=None)
     refused(tiny_model("llama"), InputError, "no end-of-text token", endless)
 

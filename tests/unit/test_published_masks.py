@@ -1,5 +1,6 @@
 """The authors' masks give the published counts, and no pickle gets to run anything."""
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -8,21 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from transformers import AutoConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
+from stages import adapt_dimensions
 from tests.tiny_models import random_masks, random_update, tiny_model, write_published
 from tvaprune.architecture.parameter_counts import sparsity
 from tvaprune.architecture.topology import Topology
 from tvaprune.checkpoint.layouts import dense_tensors, plan
 from tvaprune.masks.adapt import adapt
-from tvaprune.masks.masks import read_masks
+from tvaprune.masks.masks import IMPORTED, read_masks, write_masks
+from tvaprune.masks.projection import project
 from tvaprune.masks.published import PublishedMasksError, read_published_masks
 from tvaprune.masks.update import read_update
 from tvaprune.options.axes import AXES
 from tvaprune.options.choices import Layout
 
-PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "tvaprune-mistral-mask.pkl"
+REPOSITORY = Path(__file__).parents[2]
+PUBLISHED = REPOSITORY.parent / "shared" / "data" / "tvaprune-mistral-mask.pkl"
 published = pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"the authors' mask file {PUBLISHED.name} is not here")
 TINY = tiny_model("llama")
 TOPOLOGY = Topology.of(TINY.config)
@@ -116,6 +121,25 @@ def test_the_command_writes_an_artifact_that_stages_read(tmp_path: Path) -> None
     assert f"hidden {int(masks.keep['hidden'].sum())} of 64" in shown.output
     expected, read = random_update(TOPOLOGY, seed=2).scale, read_update(tmp_path / "means", TOPOLOGY).scale
     assert all(torch.equal(read[axis], expected[axis]) for axis in AXES)
+
+
+@pytest.mark.parametrize(("imported", "target", "removed"), [(True, 0.5, 0.5), (False, 0.2, 0.35)])
+def test_imported_masks_keep_their_own_sparsity(imported: bool, target: float, removed: float, tmp_path: Path) -> None:
+    """Not that of params.yaml, which would bring back units that the authors dropped."""
+    TINY.config.save_pretrained(tmp_path / "model")
+    params = YAML(typ="safe").load(REPOSITORY / "params.yaml")
+    params |= {"sparsity": 0.2}
+    params["adapt_dimensions"] |= {"multiple": {"hidden": 16, "intermediate": 16}}
+    YAML(typ="safe").dump(params, tmp_path / "params.yaml")
+    masks = project(TOPOLOGY, random_masks(TOPOLOGY, seed=1).score, 0.5, AXES)
+    made_with = {IMPORTED: {}} if imported else {}
+    write_masks(tmp_path / "masks", masks, made_with=made_with, validation_ppl={})
+    (tmp_path / "profile").mkdir()
+    paths = (tmp_path / name for name in ("model", "masks", "profile", "adapted", "adapt.json", "params.yaml"))
+    adapt_dimensions.main(*paths)
+    adapted = sparsity(TOPOLOGY, read_masks(tmp_path / "adapted", TOPOLOGY).widths())
+    assert adapted == pytest.approx(removed, abs=0.03)
+    assert json.loads((tmp_path / "adapt.json").read_text())["target_sparsity"] == pytest.approx(target, abs=0.01)
 
 
 @published

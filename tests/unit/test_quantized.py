@@ -127,6 +127,8 @@ def test_verify_passes_and_catches_one_changed_byte(quantized: Path, tmp_path: P
                 verify(quantized / "out")
         finally:
             file.write_bytes(content)
+    with pytest.raises(ValueError, match="quantised files are not run in vLLM; leave out --vllm"):
+        verify(quantized / "out", vllm=Path("python"))
     certificate = json.loads((quantized / "out" / QUANTIZED).read_text())
     certificate["measured"]["compact-q4_0.gguf"]["mean_kl"] = 7.0
     certificate["measured"]["dense-int8_wo"]["reloaded"]["max_rel_logit_diff"] = 0.5

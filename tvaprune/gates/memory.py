@@ -16,6 +16,7 @@ from tvaprune.architecture.topology import GATED_SITES, Site, Topology
 from tvaprune.gates.insertion import GatedModel, SquaredGradients
 from tvaprune.gates.objective import objective
 from tvaprune.gates.paper import pool_size
+from tvaprune.losses import counted_as
 from tvaprune.options.axes import Axis
 from tvaprune.options.gates import GateOptions, GraspruneOptions, PaperOptions
 
@@ -59,7 +60,8 @@ def training_memory(
         with GatedModel(model, topology).inserted() as gated:
             gates, means, step_options = _open_gates(topology, options, seq_len, dtype)
             gated.set(gates, topology.hidden, means, **step_options)
-            objective(model, input_ids).backward()
+            with counted_as(device_type):
+                objective(model, input_ids).backward()
         step = live.highest
     trained = sum(gate.numel() for gate in gates.values())  # and as many scores or log-variances
     trained = 2 * trained + sum(mean.numel() for mean in means.values())

@@ -154,7 +154,8 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _report_rounding(path: Path, model: PreTrainedModel) -> None:
     """Print which stored weights lose digits because config.json names a dtype that holds fewer."""
-    stored = Checkpoint.of(path).info
+    read = dict(model.named_parameters())  # old files also store rotary frequencies, which are computed
+    stored = {name: info for name, info in Checkpoint.of(path).info.items() if name in read}
     kept = torch.finfo(model.dtype).eps
     rounded = sorted(name for name, info in stored.items() if torch.finfo(info.dtype).eps < kept)
     if rounded:

@@ -17,6 +17,7 @@ from tvaprune.artifacts import ArtifactError, read_artifact, write_artifact
 from tvaprune.options.axes import AXES, Axis
 
 EPSILON = 1e-8
+IMPORTED = "import_masks"  # in `made_with`, of masks that were not learned here
 
 
 def log_alpha(mean: Float[Tensor, "*units"], log_var: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tvaprune.architecture.attention import use_training_attention
 from tvaprune.gates.memory import LiveBytes
-from tvaprune.losses import cross_entropy, next_token_labels
+from tvaprune.losses import counted_as, cross_entropy, next_token_labels
 from tvaprune.options.recovery import RecoveryOptions
 from tvaprune.recovery.lora import add_lora
 from tvaprune.recovery.objective import batch_loss
@@ -61,14 +61,15 @@ def finetuning_memory(
         source = Teacher(dense, input_ids)
 
         live.restart()
-        with torch.no_grad():
+        with torch.no_grad(), counted_as(device_type):
             cross_entropy(source.hidden(windows), source.head, next_token_labels(input_ids))
         teacher_alone = teacher_bytes + live.highest
 
         pruned.train()
         used = {"online": source, "cached": _KeptStates(source, windows), "none": None}[options.teacher]
         live.restart()
-        batch_loss(pruned, used, windows, input_ids, options).loss.backward()
+        with counted_as(device_type):
+            batch_loss(pruned, used, windows, input_ids, options).loss.backward()
         step = live.highest
     parts = {
         "weights": student_bytes,

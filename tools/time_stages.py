@@ -6,7 +6,6 @@ The times include DVC's own for each stage. Run it on an otherwise idle machine.
 on disk, not in the times. The file is what the table `stages` of docs/results.md is made from.
 """
 
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -86,7 +85,7 @@ def main(out: Annotated[Path, Option(help="File of the figures.")] = MEASURED) -
     measured = {}
     for stage in ordered(read_yaml(PIPELINE)["stages"]):
         anew = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", stage]
-        status, measured[stage] = run_measured(anew, Path.cwd(), env=dict(os.environ))
+        status, measured[stage] = run_measured(anew, Path.cwd())
         if status:
             raise RuntimeError(f"{stage} ended with status {status}; its messages are above")
     disk = {"packages": disk_bytes([PACKAGES]), "run": disk_bytes(WRITTEN)}

@@ -14,6 +14,9 @@ def run_measured(
 ) -> tuple[int, dict[str, Any]]:
     """A command's exit status, its seconds, and the largest resident set among its process and those it waited for.
 
+    That is never less than this process's own: the new one shares its memory until the command starts, and the system
+    counts that.
+
     Args:
         out: where its output and messages go; None: to this process's own.
         env: in place of this process's variables.

@@ -1,15 +1,16 @@
 """Timing the stages: their order, the memory of a process, the disk, and the table."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.measured_process import run_measured
 from tools.time_stages import MEASURED, PIPELINE, disk_bytes, ordered, table
 from tvaprune.params.loading import read_yaml
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FIGURES = {
     "machine": {"processor": "Some CPU", "threads": 2, "dtype": "bfloat16", "torch": "2"},
     "stages": {
@@ -39,7 +40,13 @@ def test_every_stage_of_the_pipeline_is_timed_once():
 def test_memory_is_that_of_the_largest_process_and_the_status_its_own(tmp_path: Path, status: int):
     inner = f"import sys; held = bytearray(300_000_000); held[::4096] = b'1' * len(held[::4096]); sys.exit({status})"
     outer = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {inner!r}]))"
-    found, figures = run_measured([sys.executable, "-c", outer], tmp_path)
+    # In a process of its own, which is small.
+    measuring = (
+        "import json, sys; from pathlib import Path; from tools.measured_process import run_measured; "
+        f"print(json.dumps(run_measured([sys.executable, '-c', {outer!r}], Path({str(tmp_path)!r}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", measuring], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found, figures = json.loads(done.stdout)
     assert found == status
     assert 300_000_000 < figures["host_memory_bytes"] < 600_000_000
     assert figures["seconds"] > 0

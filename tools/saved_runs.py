@@ -104,6 +104,10 @@ class Run:
 
         return cls(read, commit, bool(git("diff", "--name-only", commit, ref, "--", *CODE)), experiment=True)
 
+    def code(self) -> dict[str, Any]:
+        """The commit, as a file of figures names it, and whether the code differed from it."""
+        return {"commit": self.commit, **({"dirty": True} if self.dirty else {})}
+
     def yaml(self, path: str) -> dict[str, Any]:
         content = self.read(path)
         if content is None:
@@ -117,7 +121,7 @@ class Pipeline:
     def __init__(self, run: Run) -> None:
         self.run, self.params = run, run.yaml("params.yaml")
         self.stages, self.locked = run.yaml("dvc.yaml")["stages"], run.yaml("dvc.lock")["stages"]
-        self.producers = {out: stage for stage, entry in self.stages.items() for out in _outs(entry)}
+        self.producers = {out: stage for stage, entry in self.stages.items() for out in outputs(entry)}
         self._reasons: dict[str, str | None] = {}
 
     def metrics(self) -> Iterator[tuple[str, str]]:
@@ -147,9 +151,7 @@ class Pipeline:
         return [re.sub(r"\$\{([\w.]+)\}", lambda key: str(value_at(self.params, key[1])), each) for each in keys]
 
     def _producer(self, path: str) -> str | None:
-        return next(
-            (self.producers[str(each)] for each in (path, *Path(path).parents) if str(each) in self.producers), None
-        )
+        return producer(self.producers, path)
 
     def _differences(self, stage: str) -> Iterator[str]:
         entry, locked = self.stages[stage], self.locked.get(stage)
@@ -199,7 +201,7 @@ def record(name: str, run: Run, measured: Iterable[str] = ()) -> tuple[dict[str,
         raise ValueError(f"{name}: no stage that measures is up to date: {', '.join(sorted(set(left_out.values())))}")
     keys = {key for stage in stages for key in pipeline.declared(stage)}
     params = _without_places(_selected(pipeline.params, keys - {"seed"}))
-    content = {"name": name, "commit": run.commit, **({"dirty": True} if run.dirty else {})}
+    content = {"name": name, **run.code()}
     content["machine"] = machine() | (_benchmarked_on(run, metrics.get("speed")) if run.experiment else {})
     return content | {"seed": pipeline.params["seed"], "params": params, "metrics": metrics}, left_out
 
@@ -258,7 +260,13 @@ def _without_places(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def _outs(entry: dict[str, Any]) -> list[str]:
+def producer(producers: dict[str, str], path: str) -> str | None:
+    """The stage that writes a path or a directory above it, of the stages by their outputs."""
+    return next((producers[str(each)] for each in (path, *Path(path).parents) if str(each) in producers), None)
+
+
+def outputs(entry: dict[str, Any]) -> list[str]:
+    """The paths that a stage of dvc.yaml writes."""
     return [_path(out) for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
 
 

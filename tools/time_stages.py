@@ -15,7 +15,7 @@ from typer import Option, echo
 
 from stages._command import command
 from tools.measured_process import run_measured
-from tools.saved_runs import Run, machine
+from tools.saved_runs import Run, machine, outputs, producer
 from tvaprune.artifacts import write_json
 from tvaprune.measures import markdown
 from tvaprune.params.loading import read_yaml
@@ -28,24 +28,19 @@ WRITTEN, PACKAGES = (Path("data"), Path("artifacts"), Path(".dvc/cache")), Path(
 
 def ordered(stages: dict[str, Any]) -> list[str]:
     """The stages, each after those whose outputs it reads."""
-    makers = {path: name for name, stage in stages.items() for path in _outputs(stage)}
+    producers = {path: name for name, stage in stages.items() for path in outputs(stage)}
     found: list[str] = []
 
     def add(name: str) -> None:
         if name not in found:
             for path in stages[name].get("deps", []):
-                for maker in {makers[str(each)] for each in (Path(path), *Path(path).parents) if str(each) in makers}:
-                    add(maker)
+                if source := producer(producers, path):
+                    add(source)
             found.append(name)
 
     for name in stages:
         add(name)
     return found
-
-
-def _outputs(stage: dict[str, Any]) -> list[str]:
-    outputs = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
-    return [next(iter(each)) if isinstance(each, dict) else each for each in outputs]
 
 
 def disk_bytes(paths: Iterable[Path]) -> int:
@@ -80,8 +75,7 @@ def _cells(seconds: float, memory: int) -> tuple[str, str]:
 @command
 def main(out: Annotated[Path, Option(help="File of the figures.")] = MEASURED) -> None:
     """Runs every stage of dvc.yaml anew, and writes docs/default_run.json."""
-    run = Run.of_workspace()
-    figures: dict[str, Any] = {"commit": run.commit, **({"dirty": True} if run.dirty else {}), "machine": machine()}
+    figures = {**Run.of_workspace().code(), "machine": machine()}
     measured = {}
     for stage in ordered(read_yaml(PIPELINE)["stages"]):
         anew = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", stage]
